@@ -1,0 +1,1 @@
+"""The model and its files: configuration, layers, token files, checkpoints, conversion."""

@@ -1,0 +1,50 @@
+"""How a command fails: one clear message on stderr and an exit code that a shell script can act on."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Callable
+
+EXIT_OK = 0
+EXIT_USAGE = 2
+EXIT_DATA = 3
+EXIT_NON_FINITE = 4
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped with a checkpoint saved, run the same command again
+
+
+class DataError(RuntimeError):
+    """A data file or a checkpoint is damaged, missing a part, or does not fit what it is used with."""
+
+
+class NonFiniteError(RuntimeError):
+    """Training met a loss or a gradient that is not a number."""
+
+
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, NonFiniteError):
+        return EXIT_NON_FINITE
+    if isinstance(error, DataError | OSError):
+        return EXIT_DATA
+    return EXIT_USAGE
+
+
+def _explain(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"{error}. The disk is full; nothing was published. Free some space and repeat the command"
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return f"{error}. Choose a folder that can be written, or change its permissions"
+    return str(error)
+
+
+def run_command(main: Callable[[], int | None]) -> int:
+    """Run `main`; turn the errors that are meant for users into one message and an exit code.
+
+    ValueError is a setting (2), DataError and OSError a file (3), NonFiniteError a diverged run (4). Any other
+    exception is a fault of ours and keeps its traceback.
+    """
+    try:
+        return main() or EXIT_OK
+    except (ValueError, DataError, NonFiniteError, OSError) as error:
+        sys.stderr.write(f"error: {_explain(error)}\n")
+        return _exit_code(error)
