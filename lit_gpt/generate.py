@@ -1,0 +1,90 @@
+"""Sampling from a model with a key/value cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lit_gpt.model import GPT
+
+
+class KVCache:
+    """Keys and values of one sequence, preallocated: 2 x n_layer x (1, G, max_tokens, D)."""
+
+    def __init__(self, model: GPT, max_tokens: int) -> None:
+        config = model.config
+        weight = model.transformer.wte.weight
+        shape = (config.n_layer, 1, config.n_query_groups, max_tokens, config.head_size)
+        dtype = model.compute_dtype or weight.dtype
+        self.k = torch.zeros(shape, dtype=dtype, device=weight.device)
+        self.v = torch.zeros_like(self.k)
+        self.lengths = [0] * config.n_layer
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append (1, G, T, D) keys and values of one layer; returns all of that layer, (1, G, S, D)."""
+        start, end = self.lengths[layer], self.lengths[layer] + k.size(2)
+        self.k[layer, :, :, start:end] = k
+        self.v[layer, :, :, start:end] = v
+        self.lengths[layer] = end
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+
+def pick_token(
+    logits: Tensor, *, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
+) -> int:
+    """Draw one id from logits (V,). Temperature 0 is greedy; top_k and top_p (nucleus, arXiv 1904.09751) cut the tail."""
+    if temperature == 0:
+        return int(logits.argmax())
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.numel():
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
+    if top_p is not None and top_p < 1:
+        sorted_logits, order = logits.sort(descending=True)
+        before = sorted_logits.softmax(-1).cumsum(-1) - sorted_logits.softmax(-1)
+        logits = logits.index_fill(0, order[before >= top_p], -torch.inf)
+    return int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
+
+
+@torch.inference_mode()
+def generate(
+    model: GPT,
+    prompt_ids: list[int],
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    eos_id: int | None = None,
+) -> list[int]:
+    """Continue a prompt; returns prompt and new ids. Stops at eos_id, which is included.
+
+    Raises:
+        ValueError: an empty prompt, ids outside the vocabulary, more tokens than block_size, or a setting out of range.
+    """
+    total = len(prompt_ids) + max_new_tokens
+    if not prompt_ids:
+        raise ValueError("the prompt is empty; give at least one token, e.g. the tokenizer's bos_id")
+    if total > model.config.block_size:
+        raise ValueError(f"{len(prompt_ids)} + {max_new_tokens} tokens do not fit block_size={model.config.block_size}")
+    if not 0 <= min(prompt_ids) <= max(prompt_ids) < model.config.padded_vocab_size:
+        raise ValueError(f"prompt ids must be in [0, {model.config.padded_vocab_size})")
+    if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and top_p <= 0):
+        raise ValueError(f"need temperature >= 0, top_k >= 1, top_p > 0; got {temperature}, {top_k}, {top_p}")
+    device = model.transformer.wte.weight.device
+    generator = torch.Generator().manual_seed(seed)
+    cache = KVCache(model, total)
+    ids = list(prompt_ids)
+    fresh = ids
+    for _ in range(max_new_tokens):
+        logits = model(torch.tensor([fresh], device=device), first_position=len(ids) - len(fresh), kv_store=cache)[
+            0, -1, : model.config.vocab_size
+        ]
+        next_id = pick_token(
+            logits.float().cpu(), temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
+        )
+        ids.append(next_id)
+        fresh = [next_id]
+        if next_id == eos_id:
+            break
+    return ids

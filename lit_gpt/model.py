@@ -1,0 +1,273 @@
+"""A Llama-style decoder, small enough to read in one sitting. Read lit_gpt/config.py first.
+
+Legend: B batch, T tokens, C n_embd, H n_head, G n_query_groups, D head_size, F intermediate_size, V padded_vocab_size.
+
+Parameters are created uninitialised-by-us; `init_weights` fills them. Initialisation (TinyLlama's):
+
+    parameter                          distribution
+    wte, attn, w1, w2, lm_head         N(0, sqrt(2 / (5 C)))
+    attn.proj, mlp.swiglu.w3           N(0, 1 / (sqrt(C) n_layer))      they write into the residual stream
+    norm_1, norm_2, ln_f               1
+
+Numbers: the weights may be fp32 while the computation runs in bf16 (`compute_dtype`): the residual stream has the
+compute dtype and weights are cast where they are used. Norm, RoPE, softmax and loss are computed in at least fp32,
+and a float64 model computes in float64 throughout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Protocol
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from lit_gpt.axes import EMBEDDING, WRITERS, name_in_block, parameter_shapes
+from lit_gpt.config import Config
+from lit_gpt.kernels.loss import linear_cross_entropy
+
+
+class KVStore(Protocol):
+    """What attention needs of a key/value cache; see lit_gpt/generate.py."""
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append (B, G, T, D) keys and values of one layer, return all that are stored for it."""
+
+
+class Linear(nn.Linear):
+    """A bias-free linear layer whose weight is cast to its input's dtype where it is used."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Nothing: `init_weights` fills the weight, by name and seed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (arXiv 1910.07467), statistics in fp32 or wider."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        # the weight in x's dtype keeps the fused kernel, which computes in fp32 inside
+        return F.rms_norm(x, (x.size(-1),), self.weight.to(x.dtype), self.eps)
+
+
+class CausalSelfAttention(nn.Module):
+    """Attention over query groups; q, k and v come from one matrix whose rows are q..q k v, group after group."""
+
+    def __init__(self, config: Config, layer: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer = layer
+        self.attn = Linear(config.n_embd, config.qkv_size)
+        self.proj = Linear(config.n_head * config.head_size, config.n_embd)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv_store: KVStore | None = None) -> Tensor:
+        """x (B, T, C); cos, sin (T, rope_n_elem / 2). Returns (B, T, C)."""
+        B, T, _ = x.shape
+        config = self.config
+        qkv = self.attn(x).view(B, T, config.n_query_groups, config.q_per_kv + 2, config.head_size)
+        q, k, v = qkv.split((config.q_per_kv, 1, 1), dim=3)
+        q = q.reshape(B, T, config.n_head, config.head_size).transpose(1, 2)  # (B, H, T, D)
+        k, v = k.squeeze(3).transpose(1, 2), v.squeeze(3).transpose(1, 2)  # (B, G, T, D)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        if kv_store is not None:
+            k, v = kv_store.extend(self.layer, k, v)
+        if config.q_per_kv > 1:
+            k, v = (t.repeat_interleave(config.q_per_kv, dim=1) for t in (k, v))  # (B, H, T, D)
+        y = causal_attention(q, k, v)
+        return self.proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q (B, H, T, D), k and v (B, H, S, D) with S >= T: query t sees the keys up to S - T + t. Returns (B, H, T, D)."""
+    T, S = q.size(2), k.size(2)
+    if T == S or T == 1:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
+    mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+class SwiGLU(nn.Module):
+    """w3(silu(w1 x) * w2 x), arXiv 2002.05202. w1 is the gate, w2 the up and w3 the down projection."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.w1 = Linear(config.n_embd, config.intermediate_size)
+        self.w2 = Linear(config.n_embd, config.intermediate_size)
+        self.w3 = Linear(config.intermediate_size, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, C). Returns (B, T, C)."""
+        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+
+
+class LLaMAMLP(nn.Module):
+    """Holds the SwiGLU under the name it has in TinyLlama's checkpoints."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.swiglu = SwiGLU(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.swiglu(x)
+
+
+class Block(nn.Module):
+    """One layer: pre-norm attention, then pre-norm MLP, each added to the residual stream."""
+
+    def __init__(self, config: Config, layer: int) -> None:
+        super().__init__()
+        self.norm_1 = RMSNorm(config.n_embd, config.norm_eps)
+        self.attn = CausalSelfAttention(config, layer)
+        self.norm_2 = RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp = LLaMAMLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv_store: KVStore | None = None) -> Tensor:
+        """x (B, T, C). Returns (B, T, C)."""
+        x = x + self.attn(self.norm_1(x), cos, sin, kv_store)
+        return x + self.mlp(self.norm_2(x))
+
+
+class Transformer(nn.Module):
+    """Embedding, blocks and final norm under the names of TinyLlama's checkpoints."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.wte = nn.Embedding.from_pretrained(torch.empty(config.padded_vocab_size, config.n_embd), freeze=False)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = RMSNorm(config.n_embd, config.norm_eps)
+
+
+class GPT(nn.Module):
+    """The whole model. Call `init_weights` or load a state dict before use: the constructor leaves weights undefined.
+
+    Args:
+        config: its sizes.
+        compute_dtype: dtype of the residual stream and of all products; None is the weights' own.
+    """
+
+    def __init__(self, config: Config, compute_dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype = compute_dtype
+        self.transformer = Transformer(config)
+        self.lm_head = Linear(config.n_embd, config.padded_vocab_size)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.transformer.wte.weight
+            self._register_load_state_dict_pre_hook(_tie_in_state_dict)
+            self._register_state_dict_hook(_untie_in_state_dict)
+
+    def forward(
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        *,
+        reduction: str = "mean",
+        first_position: int = 0,
+        kv_store: KVStore | None = None,
+    ) -> Tensor:
+        """Logits, or the loss when targets are given.
+
+        Args:
+            idx: (B, T) int64 token ids, T <= block_size.
+            targets: (B, T) int64; -100 does not count.
+            reduction: of the loss: "mean", or "none" for one value per target, without gradients.
+            first_position: position of idx[:, 0], for generation with a cache.
+            kv_store: keys and values of the tokens before idx.
+
+        Returns:
+            Without targets logits (B, T, V); with targets the cross-entropy in nats, fp32 (float64 for float64
+            weights): a scalar, or (B, T) with reduction "none".
+
+        Raises:
+            ValueError: more positions than block_size.
+        """
+        T = idx.size(1)
+        if first_position + T > self.config.block_size:
+            raise ValueError(
+                f"{first_position + T} tokens do not fit block_size={self.config.block_size}; shorten the input"
+            )
+        x = self.transformer.wte(idx)  # (B, T, C)
+        cos, sin = rope_cos_sin(self.config, first_position, T, x)
+        if self.compute_dtype is not None:
+            x = x.to(self.compute_dtype)
+        for block in self.transformer.h:
+            x = block(x, cos, sin, kv_store)
+        x = self.transformer.ln_f(x)
+        if targets is None:
+            return self.lm_head(x)
+        loss = linear_cross_entropy(
+            x.reshape(-1, x.size(-1)), self.lm_head.weight, targets.reshape(-1), reduction=reduction
+        )
+        return loss if reduction == "mean" else loss.view(targets.shape)
+
+
+def rope_cos_sin(config: Config, first_position: int, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin (length, rope_n_elem / 2) of RoPE (arXiv 2104.09864) on the device of `like`, in fp32 or float64.
+
+    They are made in every forward: the cost is nothing beside a block, and a buffer would have to survive meta
+    devices, casts and sharding.
+    """
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    exponents = torch.arange(0, config.rope_n_elem, 2, device=like.device, dtype=dtype) / config.rope_n_elem
+    positions = torch.arange(first_position, first_position + length, device=like.device, dtype=dtype)
+    angles = torch.outer(positions, config.rope_base**-exponents)
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate channel t with channel t + n/2 (half-split layout); channels past n stay. x (B, H, T, D), cos (T, n/2)."""
+    half = cos.size(-1)
+    first, second = x[..., :half].to(cos.dtype), x[..., half : 2 * half].to(cos.dtype)
+    rotated = [(first * cos - second * sin).to(x.dtype), (second * cos + first * sin).to(x.dtype)]
+    if 2 * half < x.size(-1):
+        rotated.append(x[..., 2 * half :])
+    return torch.cat(rotated, dim=-1)
+
+
+def init_std(name: str, config: Config) -> float:
+    """Standard deviation of a matrix's initial weights; the table is at the top of this file."""
+    if name_in_block(name) in WRITERS and name != EMBEDDING:
+        return 1 / (math.sqrt(config.n_embd) * config.n_layer)
+    return math.sqrt(2 / (5 * config.n_embd))
+
+
+def init_tensor(name: str, config: Config, seed: int) -> Tensor:
+    """The initial value of one parameter, a function of (seed, name, shape) alone: fp32, on the CPU.
+
+    Any process can make any part of a model, so every world size starts from identical weights.
+    """
+    shape = parameter_shapes(config)[name]
+    if len(shape) == 1:
+        return torch.ones(shape)
+    key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
+    return torch.normal(0.0, init_std(name, config), shape, generator=generator)
+
+
+def init_weights(model: GPT, seed: int) -> None:
+    """Fill every parameter in place with its initial value."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(init_tensor(name, model.config, seed))
+
+
+def _tie_in_state_dict(state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """A tied model's files hold the shared matrix once; loading needs it under both names."""
+    state_dict.setdefault(f"{prefix}lm_head.weight", state_dict[f"{prefix}{EMBEDDING}"])
+
+
+def _untie_in_state_dict(_: nn.Module, state_dict: dict[str, Tensor], prefix: str, __: object) -> None:
+    del state_dict[f"{prefix}lm_head.weight"]
