@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lit_gpt.axes import EMBEDDING, WRITERS, name_in_block, parameter_shapes
 from lit_gpt.config import Config
-from lit_gpt.kernels.loss import linear_cross_entropy
+from lit_gpt.kernels.loss import ChunkLoss, chunk_loss, linear_cross_entropy
 
 
 class KVStore(Protocol):
@@ -164,6 +164,7 @@ class GPT(nn.Module):
         self.compute_dtype = compute_dtype
         self.transformer = Transformer(config)
         self.lm_head = Linear(config.n_embd, config.padded_vocab_size)
+        self.loss_kernel: ChunkLoss = chunk_loss
         if config.tie_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
             self._register_load_state_dict_pre_hook(_tie_in_state_dict)
@@ -209,7 +210,11 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(x)
         loss = linear_cross_entropy(
-            x.reshape(-1, x.size(-1)), self.lm_head.weight, targets.reshape(-1), reduction=reduction
+            x.reshape(-1, x.size(-1)),
+            self.lm_head.weight,
+            targets.reshape(-1),
+            reduction=reduction,
+            kernel=self.loss_kernel,
         )
         return loss if reduction == "mean" else loss.view(targets.shape)
 

@@ -1,0 +1,324 @@
+"""What a run is: model, data, batch, optimizer, schedule, stages. Read from YAML files and flags, checked as a whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from lit_gpt.config import Config, unknown_key
+
+TOKEN_SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+_TOKEN_COUNT = re.compile(r"(\d+(?:\.\d+)?(?:e\d+)?)\s*([kmbt]?)", re.IGNORECASE)
+
+
+def parse_token_count(text: int | float | str) -> int:
+    """`10B`, `600M`, `20k`, `15e12` or a plain number as an int.
+
+    Raises:
+        ValueError: anything else, or less than a whole token.
+    """
+    match = _TOKEN_COUNT.fullmatch(str(text).strip().replace("_", ""))
+    if match is None:
+        raise ValueError(f"{text!r} is not a number of tokens; write 10B, 600M, 20k, 15e12 or plain digits")
+    count = float(match[1]) * TOKEN_SUFFIXES[match[2].lower()]
+    if count < 1 or count != int(count):
+        raise ValueError(f"{text!r} is not a whole, positive number of tokens")
+    return int(count)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model of the run's last stage: a named size, single fields replaced."""
+
+    name: str
+    """A size `lit_gpt.config` knows, e.g. 24L2048H or tiny_LLaMA_1b."""
+    block_size: int | None = None
+    vocab_size: int | None = None
+    """Default: the vocabulary of the data's tokenizer."""
+    n_head: int | None = None
+    n_query_groups: int | None = None
+    head_size: int | None = None
+    intermediate_size: int | None = None
+    norm_eps: float | None = None
+    rope_base: float | None = None
+    tie_embeddings: bool | None = None
+
+    def resolve(self, vocab_size: int) -> Config:
+        """The model's sizes; `vocab_size` (of the data) fills an open one.
+
+        Raises:
+            ValueError: an unknown name or sizes that break a rule.
+        """
+        given = {key: value for key, value in dataclasses.asdict(self).items() if value is not None and key != "name"}
+        return Config.from_name(self.name, **{"vocab_size": vocab_size, **given})
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Folders that scripts/prepare.py wrote."""
+
+    train: str | dict[str, str]
+    """One folder, or named folders, whose train split is read."""
+    weights: dict[str, float] | None = None
+    """Share of each named folder; default: proportional to their sizes."""
+    validation: dict[str, str] = field(default_factory=dict)
+    """Named folders whose validation split is measured. Default: those of `train`."""
+    start_position: int | None = None
+    """First sample of the global order; by hand only, a continued run takes it from its checkpoint."""
+    allow_order_change: bool = False
+    """Continue although the data differs from what the checkpoint was trained on."""
+    max_epochs: float = 4.0
+    """Refuse a run that would read any part of the data more often."""
+
+    def train_folders(self) -> dict[str, str]:
+        return self.train if isinstance(self.train, dict) else {Path(self.train).name or "train": self.train}
+
+    def validation_folders(self) -> dict[str, str]:
+        return self.validation or self.train_folders()
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """How many sequences make a step."""
+
+    global_batch_size: int = 512
+    """Sequences per optimizer step, over all devices."""
+    micro_batch_size: int = 8
+    """Sequences per forward pass on one device."""
+
+    def iters_per_step(self, n_devices: int) -> int:
+        """Forward passes each device makes before one optimizer update.
+
+        Raises:
+            ValueError: the global batch cannot be dealt evenly.
+        """
+        per_iter = self.micro_batch_size * n_devices
+        if self.global_batch_size % per_iter:
+            fits = [m for m in range(1, self.global_batch_size + 1) if self.global_batch_size % (m * n_devices) == 0]
+            raise ValueError(
+                f"batch.global_batch_size={self.global_batch_size} must be a multiple of micro_batch_size * devices = "
+                f"{self.micro_batch_size} * {n_devices}; micro_batch_size can be {', '.join(map(str, fits)) or 'none'}"
+            )
+        return self.global_batch_size // per_iter
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (arXiv 1711.05101)."""
+
+    learning_rate: float = 3e-4
+    """Peak learning rate."""
+    min_learning_rate: float = 3e-5
+    """Where the schedule ends."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    decay: Literal["matrices", "all"] = "matrices"
+    """What is decayed; `all` also decays norms, as TinyLlama and prts do."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning rate over the steps of one stage."""
+
+    kind: Literal["cosine", "wsd"] = "cosine"
+    """Cosine to min_learning_rate, or warm-up, stable, decay (arXiv 2404.06395)."""
+    warmup_steps: int = 0
+    """Linear rise from 0."""
+    decay_steps: int = 0
+    """wsd only: steps of linear fall to min_learning_rate at the end; 0 keeps the rate constant."""
+    horizon_steps: int | None = None
+    """cosine only: step at which min_learning_rate is reached. Default: the stage's last."""
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One call of fit: a size, a length, and how the model grew into it."""
+
+    name: str
+    max_tokens: int | str | None = None
+    """Training tokens of this stage, rounded down to whole steps; or give max_steps."""
+    max_steps: int | None = None
+    n_layer: int | None = None
+    """Blocks during this stage. Default: those of `model`."""
+    operator: str | None = None
+    """Growth operator that leads from the stage before to this one; see `grow operators`."""
+    layer_map: str | None = None
+    """Explicit layer map, e.g. "12-3456*5-56"; layers count from 1."""
+    optimizer_policy: Literal["reset", "map", "map-old-zero-new"] = "reset"
+    """What becomes of AdamW's moments at growth."""
+    learning_rate: float | None = None
+    """Replaces optimizer.learning_rate during this stage."""
+    min_learning_rate: float | None = None
+    warmup_steps: int | None = None
+    """Replaces schedule.warmup_steps during this stage."""
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """When the validation sets are measured, besides step 0, growth and the end."""
+
+    every_steps: int = 0
+    """0: only at step 0, around growth and at the end."""
+    max_tokens: int | str | None = None
+    """Tokens per set, from its start; default: all. A limited value is marked as such."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When training state is written and how much of it stays."""
+
+    every_steps: int = 1000
+    keep_last: int = 2
+    """Newest checkpoints that stay; a growth parent and a stage's end always do."""
+    keep_every_steps: int = 0
+    """Checkpoints at multiples of this stay too; 0: none."""
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What a run says while it runs."""
+
+    every_steps: int = 10
+    tensorboard: bool = True
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run of one or more stages. The same command starts it and, while it is unfinished, resumes it."""
+
+    out_dir: str
+    """The run's folder."""
+    model: ModelConfig
+    data: DataConfig
+    stages: list[StageConfig]
+    batch: BatchConfig = BatchConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    validation: ValidationConfig = ValidationConfig()
+    checkpoints: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    seed: int = 3407
+    """Of the initial weights, the data order and growth."""
+    precision: Literal["auto", "fp32", "bf16", "bf16-true"] = "auto"
+    """bf16: fp32 weights and optimizer, bf16 computation. auto: bf16 where the hardware multiplies it, else fp32."""
+    compile: Literal["auto", "none", "block", "model"] = "auto"
+    """torch.compile. auto: block on CUDA, and on a bf16 CPU with a C++ compiler when the run repays it."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    init_from: str | None = None
+    """Checkpoint whose weights (and data position, history and FLOPs, if it has them) this run starts from."""
+
+
+def config_problems(config: RunConfig) -> list[str]:
+    """Everything that is wrong with a run's settings on their own, one line each."""
+    problems = [*_number_problems(config), *_stage_problems(config)]
+    try:
+        config.batch.iters_per_step(1)
+    except (ValueError, ZeroDivisionError) as error:
+        problems.append(str(error))
+    if config.schedule.kind == "cosine" and config.schedule.decay_steps:
+        problems.append("schedule.decay_steps has no effect with kind=cosine; remove it or choose kind=wsd")
+    if config.schedule.kind == "wsd" and config.schedule.horizon_steps is not None:
+        problems.append("schedule.horizon_steps has no effect with kind=wsd; remove it or choose kind=cosine")
+    if config.data.weights is not None and set(config.data.weights) != set(config.data.train_folders()):
+        problems.append(
+            f"data.weights names {sorted(config.data.weights)}, data.train names {sorted(config.data.train_folders())};"
+            " give a weight to every folder and to no other"
+        )
+    return problems
+
+
+def _number_problems(config: RunConfig) -> list[str]:
+    at_least = {
+        "batch.global_batch_size": (config.batch.global_batch_size, 1),
+        "batch.micro_batch_size": (config.batch.micro_batch_size, 1),
+        "logging.every_steps": (config.logging.every_steps, 1),
+        "checkpoints.every_steps": (config.checkpoints.every_steps, 1),
+        "checkpoints.keep_last": (config.checkpoints.keep_last, 1),
+        "checkpoints.keep_every_steps": (config.checkpoints.keep_every_steps, 0),
+        "validation.every_steps": (config.validation.every_steps, 0),
+        "schedule.warmup_steps": (config.schedule.warmup_steps, 0),
+        "schedule.decay_steps": (config.schedule.decay_steps, 0),
+        "optimizer.learning_rate": (config.optimizer.learning_rate, 0),
+        "optimizer.min_learning_rate": (config.optimizer.min_learning_rate, 0),
+        "optimizer.weight_decay": (config.optimizer.weight_decay, 0),
+        "optimizer.grad_clip": (config.optimizer.grad_clip, 0),
+        "data.start_position": (config.data.start_position or 0, 0),
+    }
+    problems = [f"{key}={value} must be at least {low}" for key, (value, low) in at_least.items() if value < low]
+    for key in ("beta1", "beta2"):
+        value = getattr(config.optimizer, key)
+        if not 0 <= value < 1:
+            problems.append(f"optimizer.{key}={value} must be in [0, 1)")
+    return problems
+
+
+def _stage_problems(config: RunConfig) -> list[str]:
+    if not config.stages:
+        return ["stages is empty; a run needs at least one, e.g. [{name: main, max_tokens: 1B}]"]
+    problems = []
+    names = [stage.name for stage in config.stages]
+    problems += [f"stage name {name!r} occurs twice" for name in sorted({n for n in names if names.count(n) > 1})]
+    for number, stage in enumerate(config.stages, 1):
+        where = f"stage {number} ({stage.name!r})"
+        if (stage.max_tokens is None) == (stage.max_steps is None):
+            problems.append(f"{where} needs exactly one of max_tokens and max_steps")
+        if number == 1 and (stage.operator or stage.layer_map):
+            problems.append(f"{where} has a growth operator but nothing to grow from; use `grow apply` and init_from")
+        if number > 1 and not stage.operator:
+            problems.append(f"{where} needs an operator that grows the stage before it into this one")
+        try:
+            if stage.max_tokens is not None:
+                parse_token_count(stage.max_tokens)
+        except ValueError as error:
+            problems.append(f"{where}: {error}")
+    try:
+        if config.validation.max_tokens is not None:
+            parse_token_count(config.validation.max_tokens)
+    except ValueError as error:
+        problems.append(f"validation.max_tokens: {error}")
+    return problems
+
+
+def known_keys(section: type) -> dict[str, type | None]:
+    """Keys of a settings class; the value is the class of a nested section or None."""
+    sections = {
+        "model": ModelConfig,
+        "data": DataConfig,
+        "batch": BatchConfig,
+        "optimizer": OptimizerConfig,
+        "schedule": ScheduleConfig,
+        "validation": ValidationConfig,
+        "checkpoints": CheckpointConfig,
+        "logging": LoggingConfig,
+    }
+    return {f.name: sections.get(f.name) if section is RunConfig else None for f in dataclasses.fields(section)}
+
+
+def unknown_key_problems(values: Mapping[str, Any], section: type = RunConfig, where: str = "") -> list[str]:
+    """One line for every key of a parsed YAML mapping that no setting has, with the nearest one."""
+    known = known_keys(section)
+    problems = []
+    for key, value in values.items():
+        if key not in known:
+            problems.append(f"{where}{unknown_key(str(key), list(known))}")
+        elif known[key] is not None and isinstance(value, Mapping):
+            problems += unknown_key_problems(value, known[key], f"{where}{key}: ")
+        elif section is RunConfig and key == "stages" and isinstance(value, list):
+            for number, stage in enumerate(value, 1):
+                if isinstance(stage, Mapping):
+                    problems += unknown_key_problems(stage, StageConfig, f"stage {number}: ")
+    return problems
+
+
+def to_plain(config: RunConfig) -> dict[str, Any]:
+    """The settings as plain data for YAML and JSON."""
+    return dataclasses.asdict(config)
