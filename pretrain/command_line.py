@@ -27,8 +27,7 @@ def build_parser() -> ArgumentParser:
 
     parser = ArgumentParser(
         prog="pretrain",
-        description="Train a model in one or more stages, growing it between two stages. "
-        "Repeat the command to resume. Also: pretrain status RUN.",
+        description="Train a model in one or more stages, growing it between two stages. Repeat the command to resume.",
         exit_on_error=False,
         default_meta=False,
     )

@@ -1,4 +1,4 @@
-"""What a run is: model, data, batch, optimizer, schedule, stages. Read from YAML files and flags, checked as a whole."""
+"""What a run is: model, data, batch, optimizer, schedule, stages. From YAML files and flags, checked as a whole."""
 
 from __future__ import annotations
 

@@ -1,0 +1,36 @@
+"""The `pretrain` command."""
+
+from __future__ import annotations
+
+import sys
+
+from lit_gpt.errors import EXIT_OK, EXIT_STOPPED, run_command
+
+
+def main() -> int:
+    """Entry point of the console script; the exit code says how the run ended."""
+    return run_command(_main)
+
+
+def _main() -> int:
+    from pretrain.command_line import build_parser, parse
+
+    argv = sys.argv[1:]
+    if not argv or argv[0] in ("-h", "--help"):
+        build_parser().print_help()
+        return EXIT_OK
+    config, dry_run, fresh = parse(argv)
+    # torch takes seconds to import: only now, when the settings are known to be good
+    from pretrain.run import run
+    from pretrain.signals import StopRequested
+
+    try:
+        run(config, dry_run=dry_run, fresh=fresh, command=["pretrain", *argv])
+    except StopRequested as stop:
+        print(stop, file=sys.stderr)
+        return EXIT_STOPPED
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""What a run writes about itself: JSON lines, TensorBoard, and a progress bar or plain lines on the terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_fabric.loggers import TensorBoardLogger
+
+METRICS_FILE = "metrics.jsonl"
+EVALS_FILE = "evals.jsonl"
+
+
+def cut_back(path: Path, stage: int, step: int) -> None:
+    """Drop the lines after (stage, step) and a half-written last one, so that a resumed run does not repeat itself."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break  # a killed run may leave half a line, always the last
+        if (record["stage"], record["step"]) <= (stage, step):
+            kept.append(line)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class RunLog:
+    """Appends to metrics.jsonl, evals.jsonl and TensorBoard; one that fails is reported once and stops no run."""
+
+    def __init__(self, out_dir: Path, *, stage: int, step: int, tensorboard: bool) -> None:
+        self.out_dir = out_dir
+        self._failed: set[str] = set()
+        for name in (METRICS_FILE, EVALS_FILE):
+            cut_back(out_dir / name, stage, step)
+        self._tensorboard = self._open_tensorboard(step) if tensorboard else None
+
+    def metrics(self, record: dict[str, Any]) -> None:
+        self._append(METRICS_FILE, record)
+        numbers = {f"train/{key}": record[key] for key in ("loss", "lr", "grad_norm", "tokens_per_sec")}
+        self._scalars({**numbers, "tokens": record["tokens"], "flops_total": record["flops_total"]}, record["step"])
+
+    def evaluation(self, records: list[dict[str, Any]]) -> None:
+        for record in records:
+            self._append(EVALS_FILE, record)
+            # growth does not advance the step, so the values on both its sides would fall on one point
+            suffix = "_after_growth" if record["when"] == "after_growth" else ""
+            name = f"validation/{record['set']}/{record['metric']}{suffix}"
+            self._scalars({name: record["value"]}, record["step"])
+
+    def close(self) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.finalize("success")
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        try:
+            with (self.out_dir / name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            self._report(name, error)
+
+    def _open_tensorboard(self, step: int) -> TensorBoardLogger | None:
+        from lightning_fabric.loggers import TensorBoardLogger
+
+        try:
+            return TensorBoardLogger(self.out_dir, name="tensorboard", version="", purge_step=step + 1)
+        except (OSError, ModuleNotFoundError) as error:
+            self._report("TensorBoard", error)
+            return None
+
+    def _scalars(self, values: dict[str, float | None], step: int) -> None:
+        if self._tensorboard is None:
+            return
+        try:
+            self._tensorboard.log_metrics({key: value for key, value in values.items() if value is not None}, step)
+        except OSError as error:
+            self._report("TensorBoard", error)
+
+    def _report(self, name: str, error: Exception) -> None:
+        if name not in self._failed:
+            self._failed.add(name)
+            sys.stderr.write(f"warning: {name} cannot be written ({error}); training goes on without it\n")
+
+
+class Progress:
+    """One stage on the terminal: a bar where there is one, a plain line per log line elsewhere.
+
+    The time left is the FLOPs left over the FLOPs per second of the last log intervals, so a later, larger stage
+    is charged at its own price.
+    """
+
+    def __init__(self, title: str, total_steps: int, done_steps: int, flops_left: float) -> None:
+        self.title = title
+        self.total_steps = total_steps
+        self.flops_left = flops_left
+        self._flops_per_sec: float | None = None
+        self._bar = self._task = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn
+
+            columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}")
+            self._bar = Progress(*columns, TextColumn("{task.fields[status]}"), console=Console(stderr=True))
+            self._task = self._bar.add_task(title, total=total_steps, completed=done_steps, status="")
+
+    def __enter__(self) -> Progress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def step(self, stage_step: int, flops: float) -> None:
+        """After every optimizer step."""
+        self.flops_left -= flops
+        if self._bar is not None:
+            self._bar.update(self._task, completed=stage_step)
+
+    def status(self, stage_step: int, loss: float, tokens_per_sec: float, flops_per_sec: float) -> None:
+        """After every log line."""
+        previous = self._flops_per_sec or flops_per_sec
+        self._flops_per_sec = 0.7 * previous + 0.3 * flops_per_sec
+        left = format_seconds(self.flops_left / self._flops_per_sec) if self._flops_per_sec else "?"
+        status = f"loss {loss:.4f}  {tokens_per_sec:,.0f} tokens/s  {left} left in this run"
+        if self._bar is not None:
+            self._bar.update(self._task, status=status)
+        else:
+            say(f"[{time.strftime('%H:%M:%S')}] {self.title} {stage_step}/{self.total_steps}  {status}")
+
+
+def say(line: str) -> None:
+    """One line on stdout, at once: a log file is read while the run goes on."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def format_seconds(seconds: float) -> str:
+    """`95` -> `1m35s`."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, rest = divmod(round(max(0.0, seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

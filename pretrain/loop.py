@@ -1,0 +1,302 @@
+"""The training loop: stages in a row, fit, train_step, validate. Read pretrain/stages.py first."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from grow.apply import growth_record, grow_optimizer, grow_weights
+from lit_gpt.errors import NonFiniteError
+from lit_gpt.flops import Flops, flops_per_token
+from lit_gpt.model import GPT
+from pretrain.checkpointing import RunCheckpoints
+from pretrain.config import RunConfig, parse_token_count
+from pretrain.data import TrainData, ValidationSet
+from pretrain.evaluate import evaluate
+from pretrain.loggers import Progress, RunLog, say
+from pretrain.optim import build_optimizer, learning_rate, load_named_state, named_state, set_learning_rate
+from pretrain.parallel import Compute, prepare_model
+from pretrain.signals import StopRequested, StopSignal
+from pretrain.stages import Stage
+from pretrain.state import TrainState
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same from the first step of a run to its last."""
+
+    config: RunConfig
+    stages: list[Stage]
+    fabric: Fabric
+    compute: Compute
+    train: TrainData
+    validation: list[ValidationSet]
+    checkpoints: RunCheckpoints
+    log: RunLog
+    stop: StopSignal
+
+    def flops_left(self, state: TrainState) -> float:
+        """Paper-convention training FLOPs until the run's end, for the time left."""
+        steps = {stage.index: stage.steps for stage in self.stages if stage.index >= state.stage}
+        steps[state.stage] -= state.stage_step
+        return sum(step_flops(self.config, self.stages[i - 1]).paper * left for i, left in steps.items())
+
+
+@dataclass
+class Trained:
+    """The model that is being trained and its optimizer; both are replaced at growth."""
+
+    model: GPT
+    module: nn.Module
+    """The model as Fabric calls it."""
+    optimizer: Any
+    """AdamW behind Fabric's step."""
+
+
+def tokens_per_step(config: RunConfig, stage: Stage) -> int:
+    return config.batch.global_batch_size * stage.config.block_size
+
+
+def step_flops(config: RunConfig, stage: Stage) -> Flops:
+    """Of one optimizer step."""
+    return flops_per_token(stage.config).times(tokens_per_step(config, stage))
+
+
+def set_up(run: Run, stage: Stage, model: GPT) -> Trained:
+    """A model with its weights becomes one that trains under the stage's optimizer settings."""
+    prepare_model(model, run.compute, run.fabric.device)
+    module = run.fabric.setup_module(model)
+    optimizer = run.fabric.setup_optimizers(build_optimizer(model, stage.optimizer))
+    return Trained(model, module, optimizer)
+
+
+def train_in_stages(run: Run, trained: Trained, state: TrainState) -> Trained:
+    """Train what is left of the run. Growth happens between two calls of `fit`.
+
+    Raises:
+        StopRequested: a signal came; a checkpoint was saved. NonFiniteError: the loss or a gradient is not a number.
+    """
+    for stage in run.stages[state.stage - 1 :]:
+        if stage.index > state.stage:
+            state.stage, state.stage_step = stage.index, 0
+        if stage.is_grown and state.grown_into_stage < stage.index:
+            trained = grow_into(run, stage, trained, state)
+        fit(run, stage, trained, state)
+    return trained
+
+
+def grow_into(run: Run, stage: Stage, trained: Trained, state: TrainState) -> Trained:
+    """The stage's model, grown from the one trained so far; `trained` must not be used afterwards."""
+    plan = stage.plan
+    assert plan is not None and run.checkpoints.last is not None, "a stage ends with a checkpoint"
+    model = GPT(stage.config)
+    model.load_state_dict(grow_weights(plan, trained.model.state_dict()))
+    grown = set_up(run, stage, model)
+    moments = grow_optimizer(plan, named_state(trained.model, trained.optimizer.optimizer), stage.optimizer_policy)
+    load_named_state(grown.model, grown.optimizer.optimizer, moments)
+    state.grown_into_stage = stage.index
+    state.history.append(
+        growth_record(
+            plan,
+            stage.optimizer_policy,
+            parent=run.checkpoints.last,
+            step_count=state.step_count,
+            tokens=state.parent_tokens + state.tokens,
+            flops_total=state.total_flops.paper,
+        )
+    )
+    say(
+        f"growth: {plan.operator} {plan.src.n_layer} -> {plan.dst.n_layer} layers, R_c {plan.connection_rate}, "
+        f"optimizer state: {stage.optimizer_policy}"
+    )
+    return grown
+
+
+def fit(run: Run, stage: Stage, trained: Trained, state: TrainState) -> None:
+    """Train one stage from where `state` is to its end, which is a checkpoint. Does nothing if it is finished."""
+    if state.stage_step >= stage.steps:
+        return
+    if state.stage_step == 0:
+        validate(run, stage, trained, state, "after_growth" if stage.is_grown else "start")
+    config, last_log = run.config, (state.seconds, state.tokens)
+    with Progress(stage.name, stage.steps, state.stage_step, run.flops_left(state)) as progress:
+        while state.stage_step < stage.steps:
+            started = time.perf_counter()
+            loss, grad_norm, rate = train_step(run, stage, trained, state)
+            advance(run, stage, state, loss, time.perf_counter() - started)
+            progress.step(state.stage_step, step_flops(config, stage).paper)
+            finished = state.stage_step == stage.steps
+            if finished or state.step_count % config.logging.every_steps == 0:
+                log_step(run, stage, state, progress, last_log, grad_norm, rate)
+                last_log = (state.seconds, state.tokens)
+            if finished:
+                break
+            every = config.validation.every_steps
+            if every and state.step_count % every == 0:
+                validate(run, stage, trained, state, "every")
+            if run.stop.received or state.step_count % config.checkpoints.every_steps == 0:
+                save(run, stage, trained, state)
+            if run.stop.received:
+                raise StopRequested(f"stopped by {run.stop.received}; repeat the command to go on")
+    validate(run, stage, trained, state, "end" if stage.index == len(run.stages) else "before_growth")
+    save(run, stage, trained, state)
+
+
+def train_step(run: Run, stage: Stage, trained: Trained, state: TrainState) -> tuple[float, float, float]:
+    """One optimizer update from the samples at the state's position; returns loss, gradient norm, learning rate.
+
+    Raises:
+        NonFiniteError: before the update, so the weights are those of the step before.
+    """
+    batch, optimizer = run.config.batch, trained.optimizer
+    rate = learning_rate(state.stage_step, stage.steps, stage.optimizer, stage.schedule)
+    set_learning_rate(optimizer.optimizer, rate)
+    iters = batch.iters_per_step(run.fabric.world_size)
+    loss = torch.zeros((), device=run.fabric.device)
+    for iter_in_step in range(iters):
+        position = state.position + iter_in_step * batch.micro_batch_size
+        rows = run.train.rows(position, batch.micro_batch_size).to(run.fabric.device)  # (B, block_size + 1)
+        iter_loss = trained.module(rows[:, :-1], rows[:, 1:]) / iters
+        run.fabric.backward(iter_loss)
+        loss += iter_loss.detach()
+    max_norm = stage.optimizer.grad_clip or math.inf
+    grad_norm = float(nn.utils.clip_grad_norm_(trained.model.parameters(), max_norm))
+    check_finite(run, state, float(loss), grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(loss), grad_norm, rate
+
+
+def check_finite(run: Run, state: TrainState, loss: float, grad_norm: float) -> None:
+    """Stop before numbers that are none reach the weights.
+
+    Raises:
+        NonFiniteError: with the samples to look at and the checkpoint to go back to.
+    """
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        return
+    last_sample = state.position + run.config.batch.global_batch_size - 1
+    raise NonFiniteError(
+        f"step {state.step_count + 1}: loss {loss}, gradient norm {grad_norm}; the update was not made. "
+        f"Samples {state.position} to {last_sample} of the data order. Last checkpoint: "
+        f"{run.checkpoints.last or 'none'}. Lower optimizer.learning_rate or look at these samples"
+    )
+
+
+def advance(run: Run, stage: Stage, state: TrainState, loss: float, seconds: float) -> None:
+    """Count one finished step."""
+    batch = run.config.batch
+    state.stage_step += 1
+    state.step_count += 1
+    state.iter_num += batch.iters_per_step(run.fabric.world_size)
+    state.position += batch.global_batch_size
+    state.tokens += tokens_per_step(run.config, stage)
+    state.flops += step_flops(run.config, stage)
+    state.seconds += seconds
+    state.loss_sum += loss
+    state.loss_count += 1
+
+
+def log_step(
+    run: Run,
+    stage: Stage,
+    state: TrainState,
+    progress: Progress,
+    last_log: tuple[float, int],
+    grad_norm: float,
+    rate: float,
+) -> None:
+    """Write the mean loss since the last line and what goes with it."""
+    loss = state.loss_sum / state.loss_count
+    state.loss_sum, state.loss_count = 0.0, 0
+    seconds, tokens = state.seconds - last_log[0], state.tokens - last_log[1]
+    tokens_per_sec = tokens / seconds if seconds else 0.0
+    bytes_per_token, total = run.train.bytes_per_token, state.total_flops
+    run.log.metrics(
+        {
+            "step": state.step_count,
+            "stage": stage.index,
+            "stage_name": stage.name,
+            "stage_step": state.stage_step,
+            "tokens": state.tokens,
+            "flops_total": total.paper,
+            "flops_model": total.model,
+            "flops_palm": total.palm,
+            "loss": loss,
+            "bpb": loss / math.log(2) / bytes_per_token if bytes_per_token else None,
+            "lr": rate,
+            "grad_norm": grad_norm,
+            "tokens_per_sec": tokens_per_sec,
+            "mfu": None,  # no peak rate is known for a CPU, and GPUs are not trained on yet
+            "position": state.position,
+            "seconds": state.seconds,
+            "time": time.time(),
+        }
+    )
+    flops_per_sec = tokens_per_sec * flops_per_token(stage.config).paper
+    progress.status(state.stage_step, loss, tokens_per_sec, flops_per_sec)
+
+
+def validate(run: Run, stage: Stage, trained: Trained, state: TrainState, when: str) -> None:
+    """Measure every validation set and write the records; `when` says why now."""
+    limit = run.config.validation.max_tokens
+    max_tokens = None if limit is None else parse_token_count(limit)
+    for validation_set in run.validation:
+        result = evaluate(
+            trained.module, validation_set, run.config.batch.micro_batch_size, max_tokens, run.fabric.device
+        )
+        common = {
+            "step": state.step_count,
+            "stage": stage.index,
+            "stage_name": stage.name,
+            "when": when,
+            "tokens": state.tokens,
+            "flops_total": state.total_flops.paper,
+            "set": validation_set.name,
+        }
+        rest = {
+            "n": result.n_tokens,
+            "limit": max_tokens if result.limited else None,
+            "checkpoint": None,  # measured on the weights in memory, before they are saved
+            "data": validation_set.source.fingerprint,
+        }
+        values = (
+            ("loss", result.nats_per_token, result.stderr),
+            ("perplexity", result.perplexity, None),
+            ("bpb", result.bits_per_byte, None),
+        )
+        run.log.evaluation(
+            [{**common, "metric": metric, "value": value, "stderr": stderr, **rest} for metric, value, stderr in values]
+        )
+        bpb = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.4f} bits per byte"
+        say(f"validation {validation_set.name} ({stage.name}, {when}): {result.nats_per_token:.4f} nats per token{bpb}")
+
+
+def save(run: Run, stage: Stage, trained: Trained, state: TrainState) -> None:
+    """Write a checkpoint of this moment."""
+    run.checkpoints.save(
+        trained.model,
+        trained.optimizer.optimizer,
+        state,
+        model_config=stage.config.to_dict(),
+        stage_name=stage.name,
+        data=run.train.packed.state(state.position),
+    )
+
+
+def describe_stages(stages: Sequence[Stage], config: RunConfig) -> list[str]:
+    """One line per stage for the start of the log."""
+    return [
+        f"stage {stage.index} {stage.name}: {stage.config.n_layer} layers, {stage.steps:,} steps of "
+        f"{tokens_per_step(config, stage):,} tokens"
+        for stage in stages
+    ]

@@ -1,0 +1,74 @@
+"""AdamW over named parameters, and the learning rate as a pure function of the stage's step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from pretrain.config import OptimizerConfig, ScheduleConfig
+
+OptimizerState = dict[str, dict[str, Tensor]]
+"""Parameter name -> {"exp_avg", "exp_avg_sq", "step"}."""
+
+
+def learning_rate(stage_step: int, total_steps: int, optimizer: OptimizerConfig, schedule: ScheduleConfig) -> float:
+    """Learning rate of the update after `stage_step` finished ones.
+
+    Linear warm-up to the peak, then cosine (arXiv 1608.03983, one cycle) or stable-then-decay (arXiv 2404.06395).
+    """
+    peak, low = optimizer.learning_rate, optimizer.min_learning_rate
+    if stage_step < schedule.warmup_steps:
+        return peak * (stage_step + 1) / schedule.warmup_steps
+    if schedule.kind == "wsd":
+        left = total_steps - stage_step
+        return peak if left > schedule.decay_steps else low + (peak - low) * left / schedule.decay_steps
+    horizon = schedule.horizon_steps or total_steps
+    done = (stage_step - schedule.warmup_steps) / max(1, horizon - schedule.warmup_steps)
+    return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def build_optimizer(model: nn.Module, settings: OptimizerConfig) -> torch.optim.AdamW:
+    """Fused AdamW; matrices are decayed, norm weights only with decay="all"."""
+    decayed = [p for p in model.parameters() if p.dim() >= 2 or settings.decay == "all"]
+    plain = [p for p in model.parameters() if p.dim() < 2 and settings.decay != "all"]
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=settings.learning_rate,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+        fused=True,
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = value
+
+
+def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> OptimizerState:
+    """The moments by parameter name; independent of group order and of the AdamW implementation."""
+    return {name: dict(optimizer.state[p]) for name, p in model.named_parameters() if p in optimizer.state}
+
+
+def load_named_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    """Put moments back; parameters that `state` does not name start without.
+
+    Raises:
+        ValueError: `state` names a parameter that the model does not have.
+    """
+    parameters = dict(model.named_parameters())
+    unknown = sorted(set(state) - set(parameters))
+    if unknown:
+        raise ValueError(f"optimizer state for unknown parameters: {', '.join(unknown[:5])}")
+    for name, moments in state.items():
+        # fused AdamW wants its step counter as fp32 beside the parameter
+        optimizer.state[parameters[name]] = {
+            key: tensor.to(device=parameters[name].device, copy=True) for key, tensor in moments.items()
+        }

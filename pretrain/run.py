@@ -1,0 +1,237 @@
+"""From settings to a finished run: preflight, resume or start, train. What the `pretrain` command does."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from grow.plan import differing_sizes
+from lit_gpt.checkpoint import (
+    TrainingCheckpoint,
+    detect_form,
+    manifest_sha256,
+    read_config,
+    read_training,
+    read_weights,
+)
+from lit_gpt.config import Config
+from lit_gpt.flops import count_parameters
+from lit_gpt.model import GPT, init_weights
+from pretrain.checkpointing import RunCheckpoints, check_settings
+from pretrain.config import RunConfig, to_plain
+from pretrain.data import (
+    TrainData,
+    check_epochs,
+    check_vocabulary,
+    open_train_data,
+    open_validation_sets,
+    read_manifests,
+    tokenizer_of,
+)
+from pretrain.loggers import RunLog, say
+from pretrain.loop import Run, Trained, describe_stages, set_up, step_flops, train_in_stages
+from pretrain.optim import load_named_state
+from pretrain.parallel import choose_compute, launch
+from pretrain.signals import StopSignal
+from pretrain.stages import Stage, plan_stages
+from pretrain.state import TrainState
+
+
+def run(config: RunConfig, *, dry_run: bool, fresh: bool, command: list[str]) -> None:
+    """Start the run, resume it, or, if it is finished, say so.
+
+    Raises:
+        ValueError: settings that do not fit each other, the data or the checkpoint.
+        DataError, OSError: damaged or missing files, a folder that cannot be written.
+        NonFiniteError, StopRequested: see pretrain/loop.py.
+    """
+    manifests = read_manifests(config.data)
+    tokenizer = tokenizer_of(manifests)
+    model_config = config.model.resolve(tokenizer["vocab_size"])
+    check_vocabulary(model_config, tokenizer)
+    stages = plan_stages(config, model_config)
+    train = open_train_data(config.data, model_config, manifests, config.seed)
+    check_epochs(config.data, train, config.batch.global_batch_size * sum(stage.steps for stage in stages))
+    if dry_run:
+        describe(config, stages)
+        return
+    out_dir = Path(config.out_dir)
+    with run_folder(out_dir, fresh):
+        validation = open_validation_sets(config.data, model_config)
+        fabric = launch(config)
+        compute = choose_compute(
+            config,
+            fabric.device,
+            sum(stage.steps for stage in stages) * config.batch.global_batch_size * model_config.block_size,
+        )
+        metadata = {
+            "run_config": to_plain(config),
+            "seed": config.seed,
+            "command": command,
+            "tokenizer": tokenizer,
+            "compute": {"precision": compute.precision, "compile": compute.compile, "reason": compute.reason},
+        }
+        checkpoints = RunCheckpoints(out_dir, config.checkpoints, metadata)
+        checkpoint = checkpoints.resume()
+        state = TrainState() if checkpoint is None else resumed_state(checkpoint, config, stages, train)
+        if is_finished(state, stages):
+            say(f"{out_dir} is finished: {state.step_count:,} steps. --fresh starts over")
+            return
+        describe(config, stages)
+        say(f"compute: {compute.precision}, compile {compute.compile} ({compute.reason})")
+        stage = stages[state.stage - 1]
+        with StopSignal() as stop:
+            log = RunLog(out_dir, stage=state.stage, step=state.step_count, tensorboard=config.logging.tensorboard)
+            this_run = Run(config, stages, fabric, compute, train, validation, checkpoints, log, stop)
+            trained = start(this_run, stage, state) if checkpoint is None else resume(this_run, stage, checkpoint)
+            try:
+                train_in_stages(this_run, trained, state)
+            finally:
+                log.close()
+        say(f"done: {state.step_count:,} steps, {state.tokens:,} tokens; last checkpoint {checkpoints.last}")
+
+
+def is_finished(state: TrainState, stages: list[Stage]) -> bool:
+    return state.stage == len(stages) and state.stage_step >= stages[-1].steps
+
+
+def describe(config: RunConfig, stages: list[Stage]) -> None:
+    """Sizes, FLOPs and the plan, before anything is computed."""
+    for stage, line in zip(stages, describe_stages(stages, config), strict=True):
+        flops = step_flops(config, stage).times(stage.steps).paper
+        say(f"{line}, {count_parameters(stage.config):,} parameters, {flops:.3g} FLOPs")
+        say(f"  {', '.join(f'{key}={value}' for key, value in stage.config.to_dict().items())}")
+        if stage.plan is not None:
+            layers = " ".join(str(layer + 1) for layer in stage.plan.layer_map)
+            say(f"  grown by {stage.plan.operator}, layer map {layers}, R_c {stage.plan.connection_rate}")
+
+
+@contextmanager
+def run_folder(out_dir: Path, fresh: bool) -> Iterator[None]:
+    """Make the folder, hold its lock, and refuse early what would only fail at the first save.
+
+    Raises:
+        OSError: it cannot be written. ValueError: another process trains in it.
+    """
+    out_dir.mkdir(parents=True, exist_ok=True)
+    if not os.access(out_dir, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "the run folder cannot be written", str(out_dir))
+    with (out_dir / "run.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system drops it with the process, however it dies
+        except BlockingIOError as error:
+            raise ValueError(f"another process trains in {out_dir}; wait for it, stop it, or choose another") from error
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        if fresh:
+            remove_run(out_dir)
+        yield
+
+
+def remove_run(out_dir: Path) -> None:
+    """Delete what an earlier run left; other files in the folder stay."""
+    for name in ("checkpoints", "tensorboard"):
+        shutil.rmtree(out_dir / name, ignore_errors=True)
+    for name in ("metrics.jsonl", "evals.jsonl", "config.yaml"):
+        (out_dir / name).unlink(missing_ok=True)
+
+
+def write_config(config: RunConfig, out_dir: Path) -> None:
+    temporary = out_dir / "config.yaml.tmp"
+    temporary.write_text(yaml.safe_dump(to_plain(config), sort_keys=False), encoding="utf-8")
+    os.replace(temporary, out_dir / "config.yaml")
+
+
+def start(this_run: Run, stage: Stage, state: TrainState) -> Trained:
+    """Step 0: initial weights, or those of `init_from`; `state` takes over what the latter brings along."""
+    config = this_run.config
+    write_config(config, Path(config.out_dir))
+    model = GPT(stage.config)
+    state.position = config.data.start_position or 0
+    if config.init_from is None:
+        init_weights(model, config.seed)
+        return set_up(this_run, stage, model)
+    source = Path(config.init_from)
+    check_same_model(read_config(source), stage.config, source)
+    model.load_state_dict(dict(read_weights(source)))
+    trained = set_up(this_run, stage, model)
+    if detect_form(source) == "training":
+        inherit(this_run, trained, state, read_training(source))
+    say(f"weights from {source}, data from sample {state.position:,}")
+    return trained
+
+
+def check_same_model(found: Config, wanted: Config, source: Path) -> None:
+    """Refuse a starting checkpoint of other sizes.
+
+    Raises:
+        ValueError: naming every size that differs.
+    """
+    sizes = differing_sizes(found, wanted)
+    if sizes:
+        lines = [
+            f"  {size}: {getattr(found, size)} in the checkpoint, {getattr(wanted, size)} wanted" for size in sizes
+        ]
+        raise ValueError(
+            "\n".join([f"init_from {source} is another model than the first stage's:", *lines])
+            + "\nAdapt `model`, or grow the checkpoint first: grow apply SRC DST"
+        )
+
+
+def inherit(this_run: Run, trained: Trained, state: TrainState, parent: TrainingCheckpoint) -> None:
+    """Take over data position, history, FLOPs and, if there are any, moments of the checkpoint a run starts from."""
+    before = TrainState.from_dict(parent.state)
+    state.history = before.history
+    state.parent_tokens = before.parent_tokens + before.tokens
+    state.parent_flops = before.total_flops
+    load_named_state(trained.model, trained.optimizer.optimizer, parent.optimizer)
+    if this_run.config.data.start_position is None and parent.state.get("data"):
+        check_data(parent.state["data"], this_run.train, this_run.config)
+        state.position = parent.state["data"]["position"]
+
+
+def check_data(saved: dict[str, Any], train: TrainData, config: RunConfig) -> None:
+    """Refuse data in another order than the checkpoint's, unless the user allows it.
+
+    Raises:
+        ValueError: naming the field that differs.
+    """
+    try:
+        train.packed.check_state(saved)
+    except ValueError as error:
+        if not config.data.allow_order_change:
+            raise
+        warnings.warn(f"data.allow_order_change: {error}", stacklevel=2)
+
+
+def resumed_state(
+    checkpoint: TrainingCheckpoint, config: RunConfig, stages: list[Stage], train: TrainData
+) -> TrainState:
+    """Where the checkpoint stands, after checking that it is of this run and this data."""
+    check_settings(checkpoint, config)
+    check_data(checkpoint.state["data"], train, config)
+    return TrainState.from_dict(checkpoint.state)
+
+
+def resume(this_run: Run, stage: Stage, checkpoint: TrainingCheckpoint) -> Trained:
+    """The model and optimizer of a checkpoint, to the bit."""
+    model = GPT(stage.config)
+    model.load_state_dict(checkpoint.model)
+    trained = set_up(this_run, stage, model)
+    load_named_state(trained.model, trained.optimizer.optimizer, checkpoint.optimizer)
+    if checkpoint.rng is not None:
+        torch.set_rng_state(checkpoint.rng["torch"])
+    last = this_run.checkpoints.last
+    assert last is not None
+    say(f"resumed from {last} ({manifest_sha256(last)[:12]})")
+    return trained

@@ -1,0 +1,64 @@
+"""Where a run stands: the counters that a checkpoint keeps and a resumed run continues from."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from lit_gpt.flops import Flops
+
+
+@dataclass
+class TrainState:
+    """Counters of a run. `stage` counts from 1; `step_count` never goes back within a run."""
+
+    stage: int = 1
+    stage_step: int = 0
+    step_count: int = 0
+    iter_num: int = 0
+    grown_into_stage: int = 1
+    """Growth into a stage happens if and only if this is lower than the stage."""
+    position: int = 0
+    """Samples of the global data order that are used up."""
+    tokens: int = 0
+    """Training tokens of this run, all stages."""
+    flops: Flops = field(default_factory=Flops)
+    """Of this run, all stages."""
+    parent_tokens: int = 0
+    parent_flops: Flops = field(default_factory=Flops)
+    """Of the runs this one grew from."""
+    seconds: float = 0.0
+    """Wall time spent in training steps, without validation and checkpoints."""
+    loss_sum: float = 0.0
+    loss_count: int = 0
+    """Losses since the last log line."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """One record per growth, oldest first."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainState:
+        """The inverse of `to_dict`; keys of the checkpoint that are not counters are left out."""
+        known = {key: value for key, value in values.items() if key in cls.__dataclass_fields__}
+        known["flops"], known["parent_flops"] = Flops(**known["flops"]), Flops(**known["parent_flops"])
+        return cls(**known)
+
+    @property
+    def total_flops(self) -> Flops:
+        """Of this run and of everything it grew from."""
+        return self.flops + self.parent_flops
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on besides its settings."""
+    found = {"python": platform.python_version()}
+    for package in ("lit-grow", "torch", "lightning-fabric", "numpy", "sentencepiece"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
