@@ -1,0 +1,254 @@
+"""Directories that appear whole or not at all, each with a MANIFEST.json that tells whether it is still whole."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from lit_gpt.errors import DataError
+
+MANIFEST = "MANIFEST.json"
+MANIFEST_FORMAT = 1
+CHUNK_BYTES = 1 << 22
+_TEMPORARY = re.compile(r"\..+\.lit-tmp-[0-9a-f]{8}")
+
+_FULL_DISK = re.compile(r"No space left|os error (28|122)|unexpected pos")  # of C, of Rust, of PyTorchFileWriter
+
+
+@contextmanager
+def atomic_directory(path: str | Path, form: str = "", *, replace: bool = False) -> Iterator[Path]:
+    """Build a directory under a temporary name beside `path`; publish it when the block ends without an error.
+
+    Publishing is: fsync every file, write the manifest, fsync the directories, rename, fsync the parent. After an
+    error the temporary is removed and `path` is as before; after a kill it stays, for `prune_temporaries`.
+
+    Args:
+        path: where the directory shall appear. Missing parents are made.
+        form: what the directory is, for the manifest.
+        replace: whether a directory that is there already may go. It goes after the new one is complete.
+
+    Raises:
+        FileExistsError: `path` exists, is not an empty directory, and `replace` is False.
+    """
+    path = Path(path)
+    _check_target(path, replace)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary_name(path)
+    temporary.mkdir()
+    try:
+        with _locked(temporary):
+            yield temporary
+            _write_manifest(temporary, form)
+            _publish(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _check_target(path: Path, replace: bool) -> None:
+    if path.is_dir() and (replace or not any(path.iterdir())):
+        return
+    if path.exists():
+        raise FileExistsError(errno.EEXIST, "exists already; choose another name or remove it first", str(path))
+
+
+def _temporary_name(path: Path) -> Path:
+    return path.parent / f".{path.name}.lit-tmp-{secrets.token_hex(4)}"
+
+
+def _publish(temporary: Path, path: Path) -> None:
+    for directory, _, _ in os.walk(temporary):
+        _fsync(directory)
+    aside = None
+    if path.is_dir() and any(path.iterdir()):
+        aside = _temporary_name(path)
+        path.rename(aside)
+    temporary.rename(path)
+    _fsync(path.parent)
+    if aside is not None:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _fsync(path: str | Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold a lock that the system drops when the process dies, so that pruning spares what is still being built."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def prune_temporaries(directory: str | Path) -> list[Path]:
+    """Remove what killed processes left half-built in `directory` and in its sub-directories; returns what went."""
+    found = [entry for pattern in (".*", "*/.*") for entry in Path(directory).glob(pattern)]
+    removed = []
+    for entry in sorted(found):
+        if _TEMPORARY.fullmatch(entry.name) and entry.is_dir() and not entry.is_symlink() and _is_abandoned(entry):
+            shutil.rmtree(entry, ignore_errors=True)
+            removed.append(entry)
+    return removed
+
+
+def _is_abandoned(temporary: Path) -> bool:
+    descriptor = os.open(temporary, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def check_free_space(path: str | Path, needed_bytes: int) -> None:
+    """Refuse before the first byte is written.
+
+    Raises:
+        OSError: ENOSPC, with the bytes needed and the bytes free, when `needed_bytes` do not fit where `path` is.
+    """
+    existing = next(parent for parent in (Path(path), *Path(path).absolute().parents) if parent.exists())
+    free_bytes = shutil.disk_usage(existing).free
+    if needed_bytes > free_bytes:
+        raise OSError(errno.ENOSPC, f"{needed_bytes:,} bytes are needed and {free_bytes:,} are free", str(path))
+
+
+@contextmanager
+def full_disk_as_os_error(path: str | Path) -> Iterator[None]:
+    """Writers that are not Python's report a full disk in errors of their own; turn those into OSError."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        if not _FULL_DISK.search(str(error)):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+
+
+def _write_manifest(directory: Path, form: str) -> None:
+    target = directory / MANIFEST
+    target.unlink(missing_ok=True)
+    with target.open("wb") as file:
+        file.write(render_manifest(manifest_of(directory, form, sync=True)))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def manifest_of(directory: Path, form: str, *, sync: bool = False) -> dict[str, Any]:
+    """The manifest that `directory` would get: size and crc32 of every file, and a digest over all that.
+
+    Args:
+        directory: what to describe; a MANIFEST.json in it is left out.
+        form: what the directory is.
+        sync: also fsync every file.
+    """
+    names = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+    files = {name: _describe(directory / name, sync) for name in names if name != MANIFEST}
+    manifest = {"format": MANIFEST_FORMAT, "form": form, "files": files}
+    return {**manifest, "digest": _digest(manifest)}
+
+
+def _describe(path: Path, sync: bool = False) -> dict[str, Any]:
+    size = crc = 0
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+        if sync:
+            os.fsync(file.fileno())
+    return {"size": size, "crc32": f"{crc:08x}"}
+
+
+def render_manifest(manifest: dict[str, Any]) -> bytes:
+    return (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(
+        render_manifest({key: value for key, value in manifest.items() if key != "digest"})
+    ).hexdigest()
+
+
+def read_manifest(directory: str | Path) -> dict[str, Any]:
+    """The manifest of a directory, after checking that it is byte for byte what was written.
+
+    Raises:
+        FileNotFoundError: there is no such directory.
+        DataError: it has no manifest, or the manifest was changed.
+    """
+    directory = Path(directory)
+    path = directory / MANIFEST
+    if not directory.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "no such directory", str(directory))
+    if not path.is_file():
+        raise DataError(
+            f"{directory} has no {MANIFEST}: it was never completed, so it does not count as a checkpoint; "
+            f"use an earlier one or write it again"
+        )
+    written = path.read_bytes()
+    manifest = _parse(written)
+    if manifest is None or render_manifest(manifest) != written or manifest.get("digest") != _digest(manifest):
+        raise DataError(f"{path} was damaged or changed after it was written; use an earlier checkpoint")
+    if manifest.get("format") != MANIFEST_FORMAT or not _names_are_inside(manifest):
+        raise DataError(
+            f"{path} has format {manifest.get('format')!r} or files this version cannot read; it reads format "
+            f"{MANIFEST_FORMAT}; use the version of lit-grow that wrote it"
+        )
+    return manifest
+
+
+def _parse(written: bytes) -> dict[str, Any] | None:
+    try:
+        manifest = json.loads(written)
+    except (ValueError, RecursionError):
+        return None
+    return manifest if isinstance(manifest, dict) else None
+
+
+def _names_are_inside(manifest: dict[str, Any]) -> bool:
+    files = manifest.get("files")
+    return isinstance(files, dict) and not any(
+        PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in files
+    )
+
+
+def file_problem(directory: str | Path, manifest: dict[str, Any], name: str, *, deep: bool) -> str | None:
+    """What is wrong with one file of a directory, None if nothing is; the crc32 is computed when `deep`."""
+    path, entry = Path(directory) / name, manifest["files"].get(name)
+    if entry is None:
+        return f"{path} is not listed in {MANIFEST}: it does not belong to this checkpoint"
+    if not path.is_file():
+        return f"{path} is missing: {MANIFEST} lists it with {entry['size']:,} bytes"
+    size = path.stat().st_size
+    if size != entry["size"]:
+        return f"{path} has {size:,} bytes, {MANIFEST} says {entry['size']:,}: it was cut short or changed"
+    if deep and _describe(path)["crc32"] != entry["crc32"]:
+        return f"{path} does not have the crc32 {entry['crc32']} of {MANIFEST}: its content was damaged or changed"
+    return None
+
+
+def directory_problems(directory: str | Path, manifest: dict[str, Any], *, deep: bool) -> list[str]:
+    """One line for every file of the manifest that is missing, of another size or, when `deep`, of other content."""
+    found = (file_problem(directory, manifest, name, deep=deep) for name in manifest["files"])
+    return [problem for problem in found if problem is not None]

@@ -1,0 +1,380 @@
+"""The two on-disk forms of a checkpoint: training form (here) and exchange form (lit_gpt/exchange.py).
+
+Training form is a directory of torch.distributed.checkpoint files with flat names, `model.<name>` and
+`optimizer.<name>.<slot>`, so that growth is one map of names; state.json; the random states; MANIFEST.json.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import logging
+import pickle
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lit_gpt.atomic import (
+    MANIFEST,
+    atomic_directory,
+    check_free_space,
+    directory_problems,
+    file_problem,
+    full_disk_as_os_error,
+    manifest_of,
+    prune_temporaries,
+    read_manifest,
+    render_manifest,
+)
+from lit_gpt.axes import parameter_shapes
+from lit_gpt.config import Config
+from lit_gpt.errors import DataError
+from lit_gpt.exchange import (
+    EXCHANGE,
+    HF_CONFIG,
+    LEGACY_SUFFIXES,
+    ExchangeCheckpoint,
+    legacy_refusal,
+    read_exchange,
+    read_exchange_config,
+    write_exchange,
+)
+from lit_gpt.problems import raise_problems, shape_problems
+
+if TYPE_CHECKING:
+    from lit_gpt.sharded import StoredTensors
+
+__all__ = [
+    "EXCHANGE",
+    "TRAINING",
+    "ExchangeCheckpoint",
+    "TrainingCheckpoint",
+    "atomic_directory",
+    "checkpoint_path",
+    "detect_form",
+    "latest",
+    "manifest_sha256",
+    "prune_temporaries",
+    "read_config",
+    "read_exchange",
+    "read_training",
+    "read_weights",
+    "verify",
+    "write_exchange",
+    "write_training",
+]
+
+TRAINING = "training"
+STATE = "state.json"
+RNG = "rng-00000.pt"
+OVERHEAD_BYTES = 4096  # per tensor, for its header and its share of the metadata
+EARLIER = "use an earlier checkpoint"
+
+GIVE = "give a directory in training form or a Hugging Face folder with safetensors"
+_STAGE_AND_STEP = re.compile(r"stage-(\d+)/step-(\d+)")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingCheckpoint:
+    """An opened training form. Tensors are on the CPU and read from the files on every access."""
+
+    model: Mapping[str, Tensor]
+    optimizer: Mapping[str, Mapping[str, Tensor]]
+    """Parameter name -> slot (exp_avg, exp_avg_sq, step) -> tensor."""
+    state: dict[str, Any]
+    rng: dict[str, Any] | None
+
+
+def write_training(
+    path: str | Path,
+    model: Mapping[str, Tensor],
+    optimizer: Mapping[str, Mapping[str, Tensor]],
+    state: dict[str, Any],
+    rng: dict[str, Any] | None = None,
+    *,
+    replace: bool = False,
+) -> Path:
+    """Write a training form; all or nothing. Dtypes are kept, tensors may be on any device.
+
+    Args:
+        path: the directory to make.
+        model: parameter name -> tensor, exactly the parameters of state["model_config"].
+        optimizer: parameter name -> slot -> tensor: a scalar, or of the parameter's shape. May be empty.
+        state: what state.json shall hold; JSON values only.
+        rng: random states: tensors, numbers, strings, lists, tuples and dicts of them.
+        replace: whether a directory that is there already may go.
+
+    Raises:
+        ValueError: state or rng hold what cannot be stored.
+        DataError: the tensors are not those of the configuration.
+        OSError: `path` exists already, cannot be written, or the disk is full.
+    """
+    from lit_gpt.sharded import write_tensors
+
+    path = Path(path)
+    stored_state, stored_rng = _encode_state(state), _encode_rng(rng)
+    tensors = {f"model.{name}": tensor.detach() for name, tensor in model.items()}
+    for name, slots in optimizer.items():
+        tensors |= {f"optimizer.{name}.{slot}": tensor.detach() for slot, tensor in slots.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    raise_problems(_tensor_problems(_config_in(state), shapes, str(path)), "nothing was written")
+    check_free_space(path, sum(tensor.nbytes + OVERHEAD_BYTES for tensor in tensors.values()))
+    with full_disk_as_os_error(path), atomic_directory(path, TRAINING, replace=replace) as directory:
+        write_tensors(directory, tensors)
+        (directory / STATE).write_bytes(stored_state)
+        if stored_rng is not None:
+            (directory / RNG).write_bytes(stored_rng)
+    return path
+
+
+def read_training(path: str | Path, *, verify: bool = True) -> TrainingCheckpoint:
+    """Open a training form.
+
+    Args:
+        path: the directory.
+        verify: whether the crc32 of every file is checked first; sizes are checked in any case.
+
+    Raises:
+        FileNotFoundError: there is no such directory.
+        DataError: a file is damaged or missing, or the tensors are not those of the configuration.
+    """
+    directory = Path(path)
+    manifest = _training_manifest(directory)
+    raise_problems(directory_problems(directory, manifest, deep=verify), EARLIER)
+    state = _read_state(directory)
+    config = _stored_config(directory, state)
+    tensors = _stored_tensors(directory, manifest)
+    shapes = {name: tensors.shape(name) for name in tensors}
+    raise_problems(_tensor_problems(config, shapes, str(directory)), EARLIER)
+    rng = _read_rng(directory / RNG) if RNG in manifest["files"] else None
+    model = _Renamed(tensors, {name: f"model.{name}" for name in parameter_shapes(config)})
+    return TrainingCheckpoint(model, _optimizer_of(tensors), state, rng)
+
+
+class _Renamed(Mapping[str, Tensor]):
+    """A lazy mapping under other names."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], stored_name: dict[str, str]) -> None:
+        self._tensors = tensors
+        self._stored_name = stored_name
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[self._stored_name[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored_name)
+
+    def __len__(self) -> int:
+        return len(self._stored_name)
+
+
+def _optimizer_of(tensors: Mapping[str, Tensor]) -> dict[str, Mapping[str, Tensor]]:
+    stored: dict[str, dict[str, str]] = {}
+    for full_name in tensors:
+        kind, _, rest = full_name.partition(".")
+        if kind == "optimizer":
+            name, _, slot = rest.rpartition(".")
+            stored.setdefault(name, {})[slot] = full_name
+    return {name: _Renamed(tensors, slots) for name, slots in stored.items()}
+
+
+def _tensor_problems(config: Config, shapes: Mapping[str, tuple[int, ...]], where: str) -> list[str]:
+    parameters = parameter_shapes(config)
+    wanted = {f"model.{name}": shape for name, shape in parameters.items()}
+    for full_name, found in shapes.items():
+        name, _, _ = full_name.removeprefix("optimizer.").rpartition(".")
+        if full_name.startswith("optimizer.") and name in parameters:
+            wanted[full_name] = parameters[name] if found else ()
+    return shape_problems(wanted, shapes, where)
+
+
+def _encode_state(state: dict[str, Any]) -> bytes:
+    try:
+        return (json.dumps(state, indent=1) + "\n").encode()
+    except TypeError as error:
+        raise ValueError(f"state holds what JSON cannot: {error}; convert it before saving") from error
+
+
+def _encode_rng(rng: dict[str, Any] | None) -> bytes | None:
+    if rng is None:
+        return None
+    buffer = io.BytesIO()
+    torch.save(rng, buffer)
+    try:
+        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"rng holds more than tensors and plain values, it could not be read back: {error}") from error
+    return buffer.getvalue()
+
+
+def _read_rng(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle may raise anything
+        raise DataError(f"{path} cannot be read: {error}; {EARLIER}") from error
+
+
+def _read_state(directory: Path) -> dict[str, Any]:
+    try:
+        state = json.loads((directory / STATE).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{directory / STATE} cannot be read: {error}; {EARLIER}") from error
+    if not isinstance(state, dict):
+        raise DataError(f"{directory / STATE} does not hold a JSON object; {EARLIER}")
+    return state
+
+
+def _config_in(state: dict[str, Any]) -> Config:
+    if "model_config" not in state:
+        raise ValueError("state has no model_config; put Config.to_dict() there")
+    return Config.from_dict(state["model_config"])
+
+
+def _stored_config(directory: Path, state: dict[str, Any]) -> Config:
+    try:
+        return _config_in(state)
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{directory / STATE}: {error}; {EARLIER}") from error
+
+
+def _stored_tensors(directory: Path, manifest: dict[str, Any]) -> StoredTensors:
+    from lit_gpt.sharded import StoredTensors
+
+    return StoredTensors(directory, {name: entry["size"] for name, entry in manifest["files"].items()})
+
+
+def _training_manifest(directory: Path) -> dict[str, Any]:
+    manifest = read_manifest(directory)
+    if manifest["form"] != TRAINING:
+        raise DataError(
+            f"{directory} is {manifest['form'] or 'not a checkpoint'}, not training form; give a checkpoint"
+        )
+    return manifest
+
+
+def detect_form(path: str | Path) -> str:
+    """TRAINING or EXCHANGE.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+        DataError: it is neither; the message says what it seems to be.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(errno.ENOENT, "no such checkpoint", str(path))
+    if path.is_file():
+        raise DataError(legacy_refusal(path) if path.suffix in LEGACY_SUFFIXES else f"{path} is a file; {GIVE}")
+    if (path / STATE).exists() or (path / ".metadata").exists():
+        return TRAINING
+    if (path / HF_CONFIG).exists():
+        return EXCHANGE
+    if (path / MANIFEST).exists():
+        return _form_in_manifest(path)
+    newest = latest(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
+    if newest is not None:
+        raise DataError(f"{path} holds the checkpoints of a run; give one of them, e.g. {newest}")
+    legacy = sorted(entry for entry in path.iterdir() if entry.suffix in LEGACY_SUFFIXES)
+    raise DataError(legacy_refusal(legacy[0]) if legacy else f"{path} is not a checkpoint; {GIVE}")
+
+
+def _form_in_manifest(path: Path) -> str:
+    form = read_manifest(path)["form"]
+    if form not in (TRAINING, EXCHANGE):
+        raise DataError(f"{path} is {form or 'another kind of directory'}, not a checkpoint; {GIVE}")
+    return form
+
+
+def read_config(path: str | Path) -> Config:
+    """The sizes of the model in a checkpoint of either form; reads no tensor."""
+    directory = Path(path)
+    if detect_form(directory) == EXCHANGE:
+        return read_exchange_config(directory)
+    raise_problems([file_problem(directory, _training_manifest(directory), STATE, deep=True)], EARLIER)
+    return _stored_config(directory, _read_state(directory))
+
+
+def read_weights(path: str | Path, *, verify: bool = True) -> Mapping[str, Tensor]:
+    """Parameter name -> tensor on the CPU, read on every access, from a checkpoint of either form."""
+    if detect_form(path) == EXCHANGE:
+        return read_exchange(path, verify=verify).weights
+    return read_training(path, verify=verify).model
+
+
+def verify(path: str | Path, *, deep: bool = True) -> list[str]:
+    """Everything that is wrong with a checkpoint of either form, one line each; empty when nothing is.
+
+    Args:
+        path: the directory. A plain Hugging Face folder has no MANIFEST.json; of it only tensors' shapes are checked.
+        deep: also compute the crc32 of every file, and compare the tensors with the configuration.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+    """
+    directory = Path(path)
+    try:
+        form = detect_form(directory)
+        if form == TRAINING or (directory / MANIFEST).exists():
+            manifest = read_manifest(directory)
+            raise_problems(directory_problems(directory, manifest, deep=deep), EARLIER)
+        if deep:
+            read_exchange(directory, verify=False) if form == EXCHANGE else read_training(directory, verify=False)
+    except DataError as error:
+        return str(error).splitlines()
+    return []
+
+
+def manifest_sha256(path: str | Path) -> str:
+    """The identity of a checkpoint: sha256 of its MANIFEST.json, or of the one a plain Hugging Face folder would get."""
+    directory = Path(path)
+    if (directory / MANIFEST).exists() or detect_form(directory) == TRAINING:
+        read_manifest(directory)
+        return sha256((directory / MANIFEST).read_bytes()).hexdigest()
+    return sha256(render_manifest(manifest_of(directory, EXCHANGE))).hexdigest()
+
+
+def checkpoint_path(checkpoints_dir: str | Path, stage: int, step: int) -> Path:
+    """Where the checkpoint of a (1-based) stage and a step belongs."""
+    return Path(checkpoints_dir) / f"stage-{stage:02d}" / f"step-{step:010d}"
+
+
+def warn_skipped(path: Path, reason: str) -> None:
+    """What `latest` does with a checkpoint that it skips, unless told otherwise."""
+    logger.warning("skipped a checkpoint that is not valid: %s: %s", path, reason)
+
+
+def latest(
+    checkpoints_dir: str | Path, *, deep: bool = False, on_skip: Callable[[Path, str], None] = warn_skipped
+) -> Path | None:
+    """The valid checkpoint of the highest (stage, step), None if there is none.
+
+    Args:
+        checkpoints_dir: holds stage-NN/step-NNNNNNNNNN directories.
+        deep: compute the crc32 of every file; otherwise the manifest's digest and all sizes have to be right.
+        on_skip: called with the path and the reason for every later checkpoint that is not valid.
+    """
+    for path in _newest_first(Path(checkpoints_dir)):
+        try:
+            raise_problems(directory_problems(path, _training_manifest(path), deep=deep), "an earlier one is tried")
+            return path
+        except (DataError, OSError) as error:
+            on_skip(path, str(error))
+    return None
+
+
+def _newest_first(checkpoints_dir: Path) -> list[Path]:
+    """By number: sorted by name, step 1000000 would come before step 960000 where digits run out."""
+    found = []
+    for path in checkpoints_dir.glob("stage-*/step-*"):
+        numbers = _STAGE_AND_STEP.fullmatch(f"{path.parent.name}/{path.name}")
+        if numbers is not None and path.is_dir():
+            found.append((int(numbers[1]), int(numbers[2]), path))
+    return [path for _, _, path in sorted(found, reverse=True)]

@@ -1,0 +1,41 @@
+"""Several things wrong with a file, one error that names them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lit_gpt.errors import DataError
+
+SHOWN_PROBLEMS = 8  # a wrong configuration makes hundreds
+
+
+def check_names(wanted: Mapping[str, Any], found: Mapping[str, Any], where: str) -> None:
+    """Raises DataError, naming them, if `found` lacks names of `wanted` or has others."""
+    problems = [f"{where} lack {name}" for name in wanted if name not in found]
+    problems += [f"{where} have an unexpected {name}" for name in found if name not in wanted]
+    raise_problems(problems, "use the configuration that belongs to these weights")
+
+
+def shape_problems(
+    wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], where: str
+) -> list[str]:
+    """One line for every tensor that is missing, unexpected, or of another shape than its configuration wants."""
+    problems = [f"{where}: tensor {name} is missing" for name in wanted if name not in found]
+    problems += [f"{where}: unexpected tensor {name}" for name in found if name not in wanted]
+    return problems + [
+        f"{where}: {name} has shape {found[name]}, the configuration wants {shape}"
+        for name, shape in wanted.items()
+        if name in found and found[name] != shape
+    ]
+
+
+def raise_problems(problems: Sequence[str | None], way_out: str) -> None:
+    """Raises DataError with a line for each of the first problems, unless there are none."""
+    real = [problem for problem in problems if problem]
+    if not real:
+        return
+    lines = real[:SHOWN_PROBLEMS]
+    if len(real) > SHOWN_PROBLEMS:
+        lines.append(f"... and {len(real) - SHOWN_PROBLEMS} more")
+    raise DataError("\n".join(lines) + f"; {way_out}")
