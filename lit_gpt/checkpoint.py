@@ -333,7 +333,7 @@ def verify(path: str | Path, *, deep: bool = True) -> list[str]:
 
 
 def manifest_sha256(path: str | Path) -> str:
-    """The identity of a checkpoint: sha256 of its MANIFEST.json, or of the one a plain Hugging Face folder would get."""
+    """The identity of a checkpoint: sha256 of its MANIFEST.json, or of what a plain Hugging Face folder would get."""
     directory = Path(path)
     if (directory / MANIFEST).exists() or detect_form(directory) == TRAINING:
         read_manifest(directory)

@@ -222,7 +222,7 @@ def _unsupported(values: Mapping[str, Any]) -> list[str]:
 
 
 def _rope(values: Mapping[str, Any]) -> tuple[float, list[str]]:
-    """The base, and what is not plain RoPE. transformers 5 nests it in rope_parameters, 4 has it beside rope_scaling."""
+    """The base, and what is not plain RoPE. transformers 5 nests the base, 4 has it beside rope_scaling."""
     base, problems = values.get("rope_theta", DEFAULT_ROPE_BASE), []
     for key in ("rope_parameters", "rope_scaling"):
         nested = values.get(key)
