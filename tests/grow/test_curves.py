@@ -1,0 +1,261 @@
+"""Speed-up and its parts: what must hold for every pair of loss curves, and what reading a log refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grow.curves import (
+    Curve,
+    default_window,
+    first_crossing,
+    read_run_log,
+    smooth,
+    speedup,
+    training_curve,
+    validation_curve,
+)
+from lit_gpt.errors import DataError
+
+FLOPS_PER_TOKEN = 6e6
+
+
+def power_law(
+    n_points: int, *, noise: float = 0.0, seed: int = 0, base_flops: float = 0.0, cheaper: float = 1.0
+) -> Curve:
+    """A noisy L = 2 + 6 (tokens x cheaper)^-0.2, logged every 1,000 tokens."""
+    tokens = np.arange(1, n_points + 1, dtype=np.int64) * 1000
+    loss = 2 + 6 * (tokens * cheaper / 1000.0) ** -0.2 + noise * np.random.default_rng(seed).standard_normal(n_points)
+    return Curve(tokens, base_flops + tokens * FLOPS_PER_TOKEN, loss)
+
+
+curves = st.builds(power_law, st.integers(50, 400), noise=st.floats(0, 0.1), seed=st.integers(0, 99))
+windows = st.floats(500, 20_000)
+
+
+@given(curves, windows)
+def test_a_curve_against_itself_has_no_speedup(curve, window):
+    smoothed = smooth(curve, window)
+
+    result = speedup(smoothed, smoothed)
+
+    assert result.speedup == 0
+    assert result.target_loss == smoothed.loss[-1]
+
+
+@given(curves, windows, st.floats(1.01, 8))
+def test_a_curve_that_costs_k_times_less_has_a_speedup_of_k_minus_one(curve, window, factor):
+    grown = smooth(Curve(curve.tokens, curve.flops / factor, curve.loss), window)
+
+    assert speedup(grown, smooth(curve, window)).speedup == pytest.approx(factor - 1)
+
+
+def test_a_shift_by_one_and_a_half_gives_fifty_per_cent():
+    baseline = power_law(300)
+
+    assert speedup(Curve(baseline.tokens, baseline.flops / 1.5, baseline.loss), baseline).speedup == pytest.approx(0.5)
+
+
+def test_the_printed_headline_of_the_paper_is_a_ratio_minus_one():
+    baseline = Curve(np.array([1, 300]), np.array([1.0, 300.0]), np.array([9.0, 2.0]))
+    grown = Curve(np.array([1, 194]), np.array([1.0, 194.0]), np.array([9.0, 2.0]))
+
+    assert speedup(grown, baseline).speedup == pytest.approx(0.546, abs=5e-4)
+
+
+@given(curves, windows, st.floats(1e8, 1e11))
+def test_the_cost_of_the_base_lowers_the_speedup_and_is_counted_in_full(curve, window, base_flops):
+    faster = Curve(curve.tokens, curve.flops / 3, curve.loss)
+    charged = Curve(curve.tokens, curve.flops / 3 + base_flops, curve.loss)
+    baseline = smooth(curve, window)
+
+    free, paid = speedup(smooth(faster, window), baseline), speedup(smooth(charged, window), baseline)
+
+    assert paid.target_loss == free.target_loss
+    assert paid.speedup < free.speedup
+    assert paid.flops_grown == pytest.approx(free.flops_grown + base_flops, rel=0.03)  # log and sum do not commute
+
+
+@pytest.mark.parametrize(("noise", "tolerance"), [(0.0, 0.005), (0.02, 0.06)])
+@given(seed=st.integers(0, 30), every=st.sampled_from([2, 4, 5]))
+def test_the_speedup_hardly_depends_on_how_often_the_runs_logged(noise, tolerance, seed, every):
+    baseline = power_law(400, noise=noise, seed=seed)
+    grown = power_law(400, noise=noise, seed=seed + 100, base_flops=2e10, cheaper=2.5)
+    fine = speedup(smooth(grown, 20_000), smooth(baseline, 20_000))
+    coarse = speedup(smooth(every_nth(grown, every), 20_000), smooth(every_nth(baseline, every), 20_000))
+
+    assert coarse.target_loss == pytest.approx(fine.target_loss)
+    assert 1 + coarse.speedup == pytest.approx(1 + fine.speedup, rel=tolerance)
+
+
+def every_nth(curve: Curve, n: int) -> Curve:
+    """What a run that logs n times more rarely would have written: the means of n intervals."""
+    return Curve(curve.tokens[n - 1 :: n], curve.flops[n - 1 :: n], curve.loss.reshape(-1, n).mean(1))
+
+
+@given(curves, windows)
+def test_a_worse_grown_model_has_a_negative_speedup_at_its_own_final_loss(curve, window):
+    slower = power_law(len(curve), base_flops=1e10, cheaper=0.4)
+    grown, baseline = smooth(slower, window), smooth(power_law(len(curve)), window)
+
+    result = speedup(grown, baseline)
+
+    assert result.speedup < 0
+    assert result.target_loss == grown.loss[-1] > baseline.loss[-1]
+
+
+@given(curves, windows)
+def test_curves_that_never_share_a_loss_give_a_reason_and_no_number(curve, window):
+    far_above = smooth(Curve(curve.tokens, curve.flops, curve.loss + 50), window)
+
+    result = speedup(far_above, smooth(curve, window))
+
+    assert (result.speedup, result.target_loss, result.flops_grown) == (None, None, None)
+    assert "do not overlap" in result.reason
+
+
+def test_a_grown_model_below_the_target_from_its_first_point_has_a_lower_bound():
+    baseline = power_law(100)
+    grown = Curve(np.array([1, 2]), np.array([1e11, 2e11]), np.array([2.5, 2.4]))
+
+    result = speedup(grown, baseline)
+
+    assert result.lower_bound
+    assert result.speedup == pytest.approx(baseline.flops[-1] / 1e11 - 1)
+
+
+@given(curves, windows)
+def test_nothing_is_extrapolated(curve, window):
+    smoothed = smooth(curve, window)
+    result = speedup(smooth(power_law(len(curve), base_flops=1e9, cheaper=2), window), smoothed)
+
+    assert smoothed.flops[0] <= result.flops_baseline <= smoothed.flops[-1]
+
+
+def test_a_crossing_is_the_first_one_and_interpolates_log_flops():
+    curve = Curve(np.arange(1, 5), np.array([1.0, 100.0, 200.0, 400.0]), np.array([4.0, 2.0, 3.5, 1.0]))
+
+    assert first_crossing(curve, 3.0).flops == pytest.approx(10.0)
+    assert first_crossing(curve, 0.5) is None
+
+
+def test_an_untrained_point_that_cost_nothing_is_passed_over():
+    curve = Curve(np.arange(3), np.array([0.0, 10.0, 1000.0]), np.array([8.0, 4.0, 2.0]))
+
+    assert first_crossing(curve, 3.0).flops == pytest.approx(100.0)
+    assert first_crossing(curve, 5.0).at_most
+
+
+@given(windows)
+def test_smoothing_averages_exactly_the_window_even_inside_a_log_interval(window):
+    tokens = np.array([10_000, 20_000, 40_000])
+    curve = Curve(tokens, tokens * 6.0, np.array([4.0, 3.0, 2.0]))
+
+    smoothed = smooth(curve, window)
+
+    assert smoothed.loss[-1] == pytest.approx(2.0)
+    assert smooth(curve, 30_000).loss == pytest.approx([(20_000 * 2.0 + 10_000 * 3.0) / 30_000])
+    assert smoothed.tokens[0] - window >= 0
+
+
+def test_a_window_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="does not fit"):
+        smooth(power_law(10), 10_001)
+
+
+def test_the_window_is_a_share_of_the_shortest_curve():
+    assert default_window([power_law(100), power_law(400)]) == pytest.approx(5000)
+
+
+def metric(step: int, **changes: object) -> dict:
+    return {
+        "step": step,
+        "stage": 1,
+        "stage_name": "main",
+        "stage_step": step,
+        "tokens": step * 100,
+        "flops_total": step * 1e6,
+        "loss": 5.0 - step / 100,
+        "bpb": None,
+        "seconds": float(step),
+        "position": step,
+        "time": 1.7e9 + step,
+        **changes,
+    }
+
+
+def write_log(run_dir: Path, *lines: dict | str) -> Path:
+    run_dir.mkdir(exist_ok=True)
+    text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+    (run_dir / "metrics.jsonl").write_text(text)
+    return run_dir
+
+
+def test_half_a_line_at_the_end_is_left_out_with_a_note(tmp_path):
+    log = read_run_log(write_log(tmp_path / "run", metric(1), metric(2), json.dumps(metric(3))[:40]))
+
+    assert [line.step for line in log.metrics] == [1, 2]
+    assert len(log.notes) == 1 and "run/metrics.jsonl" in log.notes[0]
+
+
+def test_a_step_that_was_taken_again_replaces_the_first_try(tmp_path):
+    log = read_run_log(write_log(tmp_path / "run", metric(1), metric(2), metric(3), metric(2, loss=1.0)))
+
+    assert [(line.step, line.loss) for line in log.metrics] == [(1, 4.99), (2, 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([metric(1), "{nonsense", metric(2)], "line 2 is not JSON"),
+        ([metric(1), metric(40, loss=float("nan"))], "the loss of step 40 is nan"),
+        ([metric(1), metric(7, loss=None)], "the loss of step 7 is None"),
+        (["[1, 2]", metric(2)], "not a JSON object"),
+        ([{"step": 1}], "lacks stage"),
+        ([metric(1, flops_total="many")], "flops_total is 'many'"),
+        ([""], "no complete line"),
+    ],
+)
+def test_a_log_that_cannot_be_a_curve_is_one_clear_error(tmp_path, lines, message):
+    with pytest.raises(DataError, match=message):
+        read_run_log(write_log(tmp_path / "run", *lines))
+
+
+def test_a_folder_without_metrics_is_no_run(tmp_path):
+    with pytest.raises(DataError, match=r"no metrics\.jsonl"):
+        read_run_log(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such run directory"):
+        read_run_log(tmp_path / "absent")
+
+
+def test_a_log_whose_tokens_go_back_is_damaged(tmp_path):
+    log = read_run_log(write_log(tmp_path / "run", metric(1), metric(2, tokens=50)))
+
+    with pytest.raises(DataError, match="must grow from line to line"):
+        training_curve(log.metrics, 0)
+
+
+def test_a_validation_curve_holds_the_losses_of_one_set(tmp_path):
+    def evaluation(step: int, value: float, **changes: object) -> dict:
+        base = {"step": step, "stage": 1, "stage_name": "main", "when": "every", "tokens": step * 100}
+        return {**base, "flops_total": step * 1e6, "set": "a", "metric": "loss", "value": value, **changes}
+
+    run_dir = write_log(tmp_path / "run", metric(1))
+    lines = [
+        evaluation(0, 8.0, when="start"),
+        evaluation(5, 4.0),
+        evaluation(5, 3.9, when="end"),
+        evaluation(5, 1.2, metric="bpb"),
+        evaluation(5, 7.0, set="b"),
+    ]
+    (run_dir / "evals.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+    curve = validation_curve(read_run_log(run_dir).evaluations, "a")
+
+    assert curve.loss.tolist() == [8.0, 3.9] and curve.tokens.tolist() == [0, 500]
+    assert validation_curve([], "a") is None
