@@ -111,6 +111,14 @@ def prune_temporaries(directory: str | Path) -> list[Path]:
     return removed
 
 
+def remove_directory(path: str | Path) -> None:
+    """Remove a directory so that it is never there in part: it is renamed to a temporary first."""
+    path = Path(path)
+    temporary = _temporary_name(path)
+    path.rename(temporary)
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
 def _is_abandoned(temporary: Path) -> bool:
     descriptor = os.open(temporary, os.O_RDONLY)
     try:

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
-import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lit_gpt.checkpoint import TrainingCheckpoint, latest, manifest_sha256, prune_temporaries, read_training
-from lit_gpt.checkpoint import write_training as write_checkpoint
+from lit_gpt.atomic import remove_directory
+from lit_gpt.checkpoint import (
+    TrainingCheckpoint,
+    checkpoint_path,
+    latest,
+    manifest_sha256,
+    prune_temporaries,
+    read_training,
+    write_training,
+)
 from lit_gpt.model import GPT
+from lit_gpt.versions import versions
 from pretrain.config import CheckpointConfig, RunConfig, to_plain
 from pretrain.optim import named_state
-from pretrain.state import TrainState, versions
+from pretrain.state import TrainState
 
 # Settings that may change between two sittings of a run: they do not touch what is trained on what
 FREE_TO_CHANGE = ("logging", "checkpoints", "validation", "out_dir")
-_NAME = re.compile(r"stage-(\d+)/step-(\d+)")
-
-
-def checkpoint_path(folder: Path, state: TrainState) -> Path:
-    return folder / f"stage-{state.stage:02d}" / f"step-{state.step_count:010d}"
 
 
 class RunCheckpoints:
@@ -38,9 +39,9 @@ class RunCheckpoints:
 
     def save(self, model: GPT, optimizer: torch.optim.Optimizer, state: TrainState, **changing: Any) -> str:
         """Write a checkpoint of this moment; returns the sha256 of its manifest. `changing` goes into state.json."""
-        path = checkpoint_path(self.folder, state)
+        path = checkpoint_path(self.folder, state.stage, state.step_count)
         if not path.exists():
-            write_checkpoint(
+            write_training(
                 path,
                 model=model.state_dict(),
                 optimizer=named_state(model, optimizer),
@@ -53,10 +54,8 @@ class RunCheckpoints:
 
     def resume(self) -> TrainingCheckpoint | None:
         """The newest valid checkpoint, None when there is none."""
-        if self.folder.exists():
-            for stage_folder in sorted(self.folder.glob("stage-*")):
-                prune_temporaries(stage_folder)
-        self.last = latest(self.folder) if self.folder.exists() else None
+        prune_temporaries(self.folder)
+        self.last = latest(self.folder)
         return None if self.last is None else read_training(self.last)
 
     def _remove_superseded(self, stage: int) -> None:
@@ -67,7 +66,7 @@ class RunCheckpoints:
             for path in paths[:-keep_last]:
                 every = self.settings.keep_every_steps
                 if not every or int(path.name[5:]) % every:
-                    shutil.rmtree(path)
+                    remove_directory(path)
 
 
 def changed_settings(saved: dict[str, Any], config: RunConfig) -> list[str]:
@@ -97,7 +96,7 @@ def check_settings(checkpoint: TrainingCheckpoint, config: RunConfig) -> None:
     Raises:
         ValueError: naming every setting that differs.
     """
-    lines = changed_settings(checkpoint.state["run_config"], dataclasses.replace(config))
+    lines = changed_settings(checkpoint.state["run_config"], config)
     if lines:
         raise ValueError(
             "\n".join([f"{config.out_dir} holds a run with other settings:", *(f"  {line}" for line in lines)])

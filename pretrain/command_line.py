@@ -1,16 +1,25 @@
-"""From argv to a checked RunConfig: defaults, then YAML files in order, then flags (jsonargparse)."""
+"""From argv to a checked RunConfig: defaults, then YAML files in order, then flags.
+
+jsonargparse checks types and writes the help. Files and flags are merged here, because it merges lists item by item,
+and a list of stages has to replace another one as a whole.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from lit_gpt.config import unknown_key
 from pretrain.config import RunConfig, config_problems, known_keys, unknown_key_problems
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
+
+
+SWITCHES = ("dry_run", "fresh")
 
 
 def normalise(argv: list[str]) -> list[str]:
@@ -23,13 +32,13 @@ def normalise(argv: list[str]) -> list[str]:
 
 
 def build_parser() -> ArgumentParser:
-    from jsonargparse import ActionConfigFile, ArgumentParser
+    from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog="pretrain",
         description="Train a model in one or more stages, growing it between two stages. Repeat the command to resume.",
         exit_on_error=False,
-        default_meta=False,
     )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file; may be given several times")
     parser.add_argument("--dry_run", action="store_true", help="print sizes, FLOPs and the plan, then stop")
@@ -38,43 +47,76 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def _yaml_problems(argv: list[str]) -> list[str]:
-    """Unknown keys in the YAML files that argv names, all of them at once."""
-    paths = [value for name, value in zip(argv, [*argv[1:], ""], strict=True) if name == "--config"]
-    paths += [argument.partition("=")[2] for argument in argv if argument.startswith("--config=")]
-    problems = []
-    for path in paths:
-        if not Path(path).is_file():
-            raise ValueError(f"--config {path}: there is no such file")
-        try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"--config {path} must hold a mapping of settings")
-        problems += [f"{path}: {problem}" for problem in unknown_key_problems(values)]
-    return problems
+def _read_yaml(path: str) -> dict[str, Any]:
+    if not Path(path).is_file():
+        raise ValueError(f"--config {path}: there is no such file")
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {path} must hold a mapping of settings")
+    return values
 
 
-def _flag_problems(argv: list[str]) -> list[str]:
+def split_arguments(argv: list[str]) -> tuple[list[str], dict[str, str], set[str]]:
+    """Config files, `--section.key value` flags, and switches.
+
+    Raises:
+        ValueError: something that is no option, or an option without its value.
+    """
+    files: list[str] = []
+    flags: dict[str, str] = {}
+    switches: set[str] = set()
+    rest = iter(argv)
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        if not name.startswith("--"):
+            raise ValueError(f"{argument!r} is not an option; settings are given as --section.key value")
+        if name[2:] in SWITCHES:
+            switches.add(name[2:])
+            continue
+        if not equals:
+            value = next(rest, None)
+            if value is None:
+                raise ValueError(f"{name} needs a value")
+        if name == "--config":
+            files.append(value)
+        else:
+            flags[name[2:]] = value
+    return files, flags, switches
+
+
+def _flag_problems(flags: Iterable[str]) -> list[str]:
     """Unknown `--section.key` flags, with the nearest known one."""
-    nested = {key: value for key, value in known_keys(RunConfig).items() if value is not None}
-    known = {"config", "dry_run", "fresh", "help", "print_config", *known_keys(RunConfig)}
-    known |= {f"{key}.{name}" for key, section in nested.items() for name in known_keys(section)}
-    given = [argument[2:].partition("=")[0] for argument in argv if argument.startswith("--")]
-    unknown = [name for name in given if name.rstrip("+") not in known and not _inside_mapping(name)]
-    return [problem for name in unknown for problem in [_unknown_flag(name, sorted(known))]]
+    nested = {key: section for key, section in known_keys(RunConfig).items() if section is not None}
+    known = [*SWITCHES, "config", *known_keys(RunConfig)]
+    known += [f"{key}.{name}" for key, section in nested.items() for name in known_keys(section)]
+    open_ended = ("data.train.", "data.weights.", "data.validation.")
+    unknown = [name for name in flags if name not in known and not name.startswith(open_ended)]
+    return [f"--{name}: {unknown_key(name, known)}" for name in unknown]
 
 
-def _inside_mapping(name: str) -> bool:
-    return name.startswith(("data.train.", "data.weights.", "data.validation."))
+def merge(low: dict[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
+    """`high` over `low`: mappings key by key, anything else, lists too, as a whole."""
+    merged = dict(low)
+    for key, value in high.items():
+        below = merged.get(key)
+        merged[key] = merge(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
+    return merged
 
 
-def _unknown_flag(name: str, known: list[str]) -> str:
-    from difflib import get_close_matches
+def _nested(name: str, value: Any) -> dict[str, Any]:
+    for part in reversed(name.split(".")):
+        value = {part: value}
+    return value
 
-    near = get_close_matches(name, known, n=1, cutoff=0.4)
-    return f"unknown option --{name}" + (f"; did you mean --{near[0]}?" if near else "; see pretrain --help")
+
+def _parse_flag(name: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--{name} {text!r} cannot be read: {' '.join(str(error).split())}") from error
 
 
 def parse(argv: list[str]) -> tuple[RunConfig, bool, bool]:
@@ -85,19 +127,22 @@ def parse(argv: list[str]) -> tuple[RunConfig, bool, bool]:
     """
     from jsonargparse import ArgumentError
 
-    argv = normalise(argv)
-    problems = [*_yaml_problems(argv), *_flag_problems(argv)]
+    files, flags, switches = split_arguments(normalise(argv))
+    settings = [_read_yaml(path) for path in files]
+    problems = [f"{path}: {p}" for path, read in zip(files, settings, strict=True) for p in unknown_key_problems(read)]
+    problems += _flag_problems(flags)
     if problems:
         raise ValueError("\n".join(problems))
+    merged: dict[str, Any] = {}
+    for values in [*settings, *(_nested(name, _parse_flag(name, text)) for name, text in flags.items())]:
+        merged = merge(merged, values)
     parser = build_parser()
     try:
-        values = parser.parse_args(argv)
-        initialised = parser.instantiate_classes(values)
+        parsed = parser.instantiate(parser.parse_object(merged))
     except ArgumentError as error:
         raise ValueError(f"{error}. See pretrain --help and configs/demo.yaml") from error
-    settings = {key: getattr(initialised, key) for key in known_keys(RunConfig)}
-    config = RunConfig(**settings)
+    config = RunConfig(**{key: getattr(parsed, key) for key in known_keys(RunConfig)})
     problems = config_problems(config)
     if problems:
         raise ValueError("\n".join(problems))
-    return config, initialised.dry_run, initialised.fresh
+    return config, "dry_run" in switches, "fresh" in switches

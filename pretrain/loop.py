@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from grow.apply import growth_record, grow_optimizer, grow_weights
+from grow.apply import grow_optimizer, grow_weights, growth_record
+from lit_gpt.checkpoint import manifest_sha256
 from lit_gpt.errors import NonFiniteError
 from lit_gpt.flops import Flops, flops_per_token
 from lit_gpt.model import GPT
@@ -108,7 +109,8 @@ def grow_into(run: Run, stage: Stage, trained: Trained, state: TrainState) -> Tr
         growth_record(
             plan,
             stage.optimizer_policy,
-            parent=run.checkpoints.last,
+            parent=manifest_sha256(run.checkpoints.last),
+            parent_path_name=run.checkpoints.last.name,
             step_count=state.step_count,
             tokens=state.parent_tokens + state.tokens,
             flops_total=state.total_flops.paper,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import platform
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from lit_gpt.flops import Flops
@@ -51,14 +49,3 @@ class TrainState:
     def total_flops(self) -> Flops:
         """Of this run and of everything it grew from."""
         return self.flops + self.parent_flops
-
-
-def versions() -> dict[str, str]:
-    """What a result depends on besides its settings."""
-    found = {"python": platform.python_version()}
-    for package in ("lit-grow", "torch", "lightning-fabric", "numpy", "sentencepiece"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found

@@ -1,0 +1,41 @@
+"""Logs of a run: cut back on resume, and no log that fails stops a run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pretrain.loggers import RunLog, cut_back, format_seconds
+
+
+def write_lines(path, records, tail=""):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records) + tail)
+
+
+def test_lines_after_the_checkpoint_and_half_a_line_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    records = [{"stage": 1, "step": step} for step in (10, 20, 30)]
+    write_lines(path, records, tail='{"stage": 1, "ste')
+    cut_back(path, stage=1, step=20)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [10, 20]
+
+
+def test_a_record_of_the_next_stage_at_the_same_step_is_dropped(tmp_path):
+    path = tmp_path / "evals.jsonl"
+    write_lines(path, [{"stage": 1, "step": 20}, {"stage": 2, "step": 20}])
+    cut_back(path, stage=1, step=20)
+    assert path.read_text().count("\n") == 1
+
+
+def test_a_log_that_cannot_be_written_warns_once_and_does_not_raise(tmp_path, capsys):
+    log = RunLog(tmp_path, stage=1, step=0, tensorboard=False)
+    (tmp_path / "evals.jsonl").mkdir()
+    for _ in range(3):
+        log.evaluation([{"set": "a", "metric": "loss", "value": 1.0, "when": "start", "step": 0}])
+    assert capsys.readouterr().err.count("warning: evals.jsonl cannot be written") == 1
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(5, "5s"), (95, "1m35s"), (3700, "1h01m"), (float("inf"), "?")])
+def test_durations_read_as_people_write_them(seconds, text):
+    assert format_seconds(seconds) == text
