@@ -218,7 +218,7 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     manifest = _parse(written)
     if manifest is None or render_manifest(manifest) != written or manifest.get("digest") != _digest(manifest):
         raise DataError(f"{path} was damaged or changed after it was written; use an earlier checkpoint")
-    if manifest.get("format") != MANIFEST_FORMAT or not _names_are_inside(manifest):
+    if manifest.get("format") != MANIFEST_FORMAT or not _is_well_formed(manifest):
         raise DataError(
             f"{path} has format {manifest.get('format')!r} or files this version cannot read; it reads format "
             f"{MANIFEST_FORMAT}; use the version of lit-grow that wrote it"
@@ -234,11 +234,21 @@ def _parse(written: bytes) -> dict[str, Any] | None:
     return manifest if isinstance(manifest, dict) else None
 
 
-def _names_are_inside(manifest: dict[str, Any]) -> bool:
+def _is_well_formed(manifest: dict[str, Any]) -> bool:
     files = manifest.get("files")
-    return isinstance(files, dict) and not any(
-        PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in files
+    return (
+        isinstance(manifest.get("form"), str)
+        and isinstance(files, dict)
+        and all(_is_inside(name) and _is_entry(entry) for name, entry in files.items())
     )
+
+
+def _is_inside(name: str) -> bool:
+    return not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and type(entry.get("size")) is int and isinstance(entry.get("crc32"), str)
 
 
 def file_problem(directory: str | Path, manifest: dict[str, Any], name: str, *, deep: bool) -> str | None:
@@ -260,3 +270,9 @@ def directory_problems(directory: str | Path, manifest: dict[str, Any], *, deep:
     """One line for every file of the manifest that is missing, of another size or, when `deep`, of other content."""
     found = (file_problem(directory, manifest, name, deep=deep) for name in manifest["files"])
     return [problem for problem in found if problem is not None]
+
+
+def unlisted_files(directory: str | Path, manifest: dict[str, Any], suffixes: tuple[str, ...]) -> list[str]:
+    """One line for every file with such a suffix that the manifest does not list."""
+    found = sorted(path for path in Path(directory).iterdir() if path.suffix in suffixes)
+    return [f"{path} is not listed in {MANIFEST}" for path in found if path.name not in manifest["files"]]

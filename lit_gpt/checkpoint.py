@@ -32,6 +32,7 @@ from lit_gpt.atomic import (
     prune_temporaries,
     read_manifest,
     render_manifest,
+    unlisted_files,
 )
 from lit_gpt.axes import parameter_shapes
 from lit_gpt.config import Config
@@ -46,7 +47,7 @@ from lit_gpt.exchange import (
     read_exchange_config,
     write_exchange,
 )
-from lit_gpt.problems import raise_problems, shape_problems
+from lit_gpt.problems import bounded_shapes, raise_problems, shape_problems
 
 if TYPE_CHECKING:
     from lit_gpt.sharded import StoredTensors
@@ -74,6 +75,7 @@ __all__ = [
 TRAINING = "training"
 STATE = "state.json"
 RNG = "rng-00000.pt"
+PARTS = (".distcp", ".safetensors", ".pt")  # of another checkpoint, if the manifest does not list them
 OVERHEAD_BYTES = 4096  # per tensor, for its header and its share of the metadata
 EARLIER = "use an earlier checkpoint"
 
@@ -188,7 +190,7 @@ def _optimizer_of(tensors: Mapping[str, Tensor]) -> dict[str, Mapping[str, Tenso
 
 
 def _tensor_problems(config: Config, shapes: Mapping[str, tuple[int, ...]], where: str) -> list[str]:
-    parameters = parameter_shapes(config)
+    parameters = bounded_shapes(config, len(shapes), where)
     wanted = {f"model.{name}": shape for name, shape in parameters.items()}
     for full_name, found in shapes.items():
         name, _, _ = full_name.removeprefix("optimizer.").rpartition(".")
@@ -242,7 +244,7 @@ def _config_in(state: dict[str, Any]) -> Config:
 def _stored_config(directory: Path, state: dict[str, Any]) -> Config:
     try:
         return _config_in(state)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ArithmeticError) as error:
         raise DataError(f"{directory / STATE}: {error}; {EARLIER}") from error
 
 
@@ -324,7 +326,8 @@ def verify(path: str | Path, *, deep: bool = True) -> list[str]:
         form = detect_form(directory)
         if form == TRAINING or (directory / MANIFEST).exists():
             manifest = read_manifest(directory)
-            raise_problems(directory_problems(directory, manifest, deep=deep), EARLIER)
+            strays = unlisted_files(directory, manifest, PARTS)
+            raise_problems(directory_problems(directory, manifest, deep=deep) + strays, EARLIER)
         if deep:
             read_exchange(directory, verify=False) if form == EXCHANGE else read_training(directory, verify=False)
     except DataError as error:

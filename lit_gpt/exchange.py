@@ -27,7 +27,7 @@ from lit_gpt.axes import HEAD, parameter_shapes
 from lit_gpt.config import Config
 from lit_gpt.errors import DataError
 from lit_gpt.hf import LLAMA, config_from_hf, config_to_hf, from_hf, hf_names, hf_shapes, to_hf
-from lit_gpt.problems import check_names, raise_problems, shape_problems
+from lit_gpt.problems import bounded_shapes, check_names, raise_problems, shape_problems
 
 EXCHANGE = "exchange"
 MODEL = "model.safetensors"
@@ -36,8 +36,10 @@ HF_CONFIG = "config.json"
 LIT_CONFIG = "lit_config.json"
 PROVENANCE = "growth.json"
 MAX_SHARD_BYTES = 5 * 10**9  # above this Hugging Face shards as well
+SENTENCEPIECE = "tokenizer.model"
 TOKENIZER_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 LEGACY_SUFFIXES = (".bin", ".pth", ".pt", ".ckpt")
+WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 ACCEPT_CHANGES = f"restore the file, or remove {MANIFEST} to accept the folder as it is"
 
 
@@ -74,7 +76,7 @@ def write_exchange(
         replace: whether a directory that is there already may go.
 
     Raises:
-        ValueError: the model cannot be expressed by Hugging Face's Llama.
+        ValueError: the model cannot be expressed by Hugging Face's Llama, or the tokenizer is not the model's.
         DataError: `weights` are not those of `config`.
         OSError: `path` exists already, cannot be written, or the disk is full.
     """
@@ -84,8 +86,8 @@ def write_exchange(
     check_names(shapes, weights, "the weights to write")
     check_free_space(path, sum(map(prod, shapes.values())) * weights[next(iter(shapes))].itemsize)
     with full_disk_as_os_error(path), atomic_directory(path, EXCHANGE, replace=replace) as directory:
-        dtype = _write_shards(directory, _in_hf_names(config, weights), max_shard_bytes)
         bos_id, eos_id = _write_tokenizer(directory, tokenizer_dir, config)
+        dtype = _write_shards(directory, _in_hf_names(config, weights), max_shard_bytes)
         _write_json(directory / HF_CONFIG, config_to_hf(config, dtype, bos_id=bos_id, eos_id=eos_id))
         _write_json(directory / "generation_config.json", {"bos_token_id": bos_id, "eos_token_id": eos_id})
         _write_json(directory / LIT_CONFIG, _lit_config(config))
@@ -173,7 +175,9 @@ def _write_shards(directory: Path, tensors: Iterator[tuple[str, Tensor]], max_sh
     dtype = None
 
     def flush() -> None:
-        save_file(shard, directory / f"{len(shards)}.part", metadata={"format": "pt"})
+        part = directory / f"{len(shards)}.part"
+        save_file(shard, part, metadata={"format": "pt"})
+        part.chmod(directory.stat().st_mode & 0o666)  # safetensors leaves it to its owner alone
         shards.append(list(shard))
         shard.clear()
 
@@ -209,11 +213,29 @@ def _write_tokenizer(directory: Path, source: str | Path | None, config: Config)
     from lit_gpt.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(source)
+    if tokenizer.vocab_size > config.padded_vocab_size:
+        raise ValueError(
+            f"the tokenizer in {source} has {tokenizer.vocab_size} tokens, the model {config.padded_vocab_size} rows; "
+            f"give the tokenizer that the model was trained with"
+        )
     tokenizer.save(directory)
     for name in TOKENIZER_EXTRAS:
         if (Path(source) / name).is_file():
             shutil.copyfile(Path(source) / name, directory / name)
+    described = any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    if (directory / SENTENCEPIECE).is_file() and not described:
+        _write_json(directory / "tokenizer_config.json", _tokenizer_config(directory / SENTENCEPIECE))
     return tokenizer.bos_id, tokenizer.eos_id
+
+
+def _tokenizer_config(model_file: Path) -> dict[str, Any]:
+    """Enough for AutoTokenizer to encode as we do: no token added. Texts that begin with a space still differ."""
+    from sentencepiece import SentencePieceProcessor
+
+    processor = SentencePieceProcessor(model_file=str(model_file))
+    ids = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id(), "unk_token": processor.unk_id()}
+    tokens = {token: processor.id_to_piece(number) for token, number in ids.items() if number >= 0}
+    return {"tokenizer_class": "LlamaTokenizer", **tokens, "add_bos_token": False, "add_eos_token": False}
 
 
 class _TensorFiles(Mapping[str, Tensor]):
@@ -271,8 +293,10 @@ class _TensorFiles(Mapping[str, Tensor]):
             raise DataError(f"{path} is not a whole safetensors file: {error}; get it again") from error
 
     def __getitem__(self, name: str) -> Tensor:
-        file = self._file(self._file_of[name])
-        return file.get_tensor(name).clone()  # safetensors hands out views of one mapping of the file
+        try:
+            return self._file(self._file_of[name]).get_tensor(name).clone()  # what it hands out maps the file
+        except (SafetensorError, RuntimeError, TypeError) as error:
+            raise DataError(f"{name} in {self.directory / self._file_of[name]}: {error}; get it again") from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)
@@ -282,6 +306,9 @@ class _TensorFiles(Mapping[str, Tensor]):
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._file(self._file_of[name]).get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        return self._file(self._file_of[name]).get_slice(name).get_dtype()
 
 
 class _LitWeights(Mapping[str, Tensor]):
@@ -305,12 +332,17 @@ class _LitWeights(Mapping[str, Tensor]):
 
 
 def _tensor_problems(files: _TensorFiles, config: Config) -> list[str]:
-    wanted = {}
-    for name, shape in parameter_shapes(config).items():
+    wanted: dict[str, tuple[int, ...]] = {}
+    for name, shape in bounded_shapes(config, len(files), str(files.directory)).items():
         wanted |= hf_shapes(name, shape, config)
     spare = set(hf_names(HEAD)) if config.tie_embeddings else set()
     found = {name: files.shape(name) for name in files if name not in spare and not name.endswith(tuple(LLAMA.ignored))}
-    return shape_problems(wanted, found, str(files.directory))
+    problems = shape_problems(wanted, found, str(files.directory))
+    return problems + [
+        f"{files.directory}: {name} has dtype {files.dtype(name)}; weights have one of {', '.join(WEIGHT_DTYPES)}"
+        for name in wanted
+        if name in found and files.dtype(name) not in WEIGHT_DTYPES
+    ]
 
 
 def legacy_refusal(path: Path) -> str:

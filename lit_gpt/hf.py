@@ -200,17 +200,22 @@ def config_from_hf(values: Mapping[str, Any], where: str = "config.json") -> Con
         raise DataError("\n".join(f"{where}: {problem}" for problem in problems))
     try:
         return Config(vocab_size=fields["padded_vocab_size"], rope_base=rope, **fields)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ArithmeticError) as error:
         raise DataError(f"{where}: {error}") from error
 
 
 def _wrong_type(ours: str, theirs: str, value: Any) -> str | None:
-    wanted = {"norm_eps": int | float, "tie_embeddings": bool}.get(ours, int)
-    if value is None and theirs in LLAMA.defaults and LLAMA.defaults[theirs] is None:
-        return None
-    if isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool)):
-        return None
-    return f"{theirs} is missing" if value is None else f"{theirs}={value!r} is not of the right type"
+    if value is None:
+        return None if LLAMA.defaults.get(theirs, "") is None else f"{theirs} is missing"
+    if ours == "tie_embeddings":
+        return None if isinstance(value, bool) else f"{theirs}={value!r} is not true or false"
+    if ours == "norm_eps":
+        return None if _is_number(value) else f"{theirs}={value!r} is not a number"
+    return None if type(value) is int else f"{theirs}={value!r} is not a whole number"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300  # not inf, not nan
 
 
 def _unsupported(values: Mapping[str, Any]) -> list[str]:
@@ -235,6 +240,6 @@ def _rope(values: Mapping[str, Any]) -> tuple[float, list[str]]:
         if kind != "default" or nested.get("partial_rotary_factor", 1.0) != 1.0:
             problems.append(f"{key}={dict(nested)!r} means scaled or partial RoPE, which this model does not have")
         base = nested.get("rope_theta", base)
-    if not isinstance(base, int | float):
-        problems.append(f"rope_theta={base!r} is not a number")
+    if not _is_number(base) or base <= 0:
+        problems.append(f"rope_theta={base!r} is not a positive number")
     return base, problems

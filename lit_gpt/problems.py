@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lit_gpt.axes import parameter_shapes
+from lit_gpt.config import Config
 from lit_gpt.errors import DataError
 
 SHOWN_PROBLEMS = 8  # a wrong configuration makes hundreds
@@ -15,6 +17,20 @@ def check_names(wanted: Mapping[str, Any], found: Mapping[str, Any], where: str)
     problems = [f"{where} lack {name}" for name in wanted if name not in found]
     problems += [f"{where} have an unexpected {name}" for name in found if name not in wanted]
     raise_problems(problems, "use the configuration that belongs to these weights")
+
+
+def bounded_shapes(config: Config, n_tensors: int, where: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of all parameters of a configuration that comes with `n_tensors` tensors.
+
+    Raises:
+        DataError: it has more layers than there are tensors. A damaged file may ask for 1e12 of them.
+    """
+    if config.n_layer > n_tensors:
+        raise DataError(
+            f"{where}: the configuration has {config.n_layer} layers, but there are {n_tensors} tensors; "
+            f"use the configuration that belongs to these weights"
+        )
+    return parameter_shapes(config)
 
 
 def shape_problems(

@@ -154,8 +154,8 @@ def _metadata_problem(metadata: Metadata, sizes: Mapping[str, int]) -> str | Non
             if not 0 <= place.offset <= place.offset + place.length <= sizes.get(place.relative_path, -1):
                 return f"{index.fqn} lies outside the files of the checkpoint"
         return _unbacked_tensor(metadata)
-    except (AttributeError, TypeError) as error:
-        return str(error)
+    except Exception as error:  # the unpickled classes check no type
+        return f"it does not hold together ({error!r})"
 
 
 def _unbacked_tensor(metadata: Metadata) -> str | None:
