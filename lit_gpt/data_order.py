@@ -1,0 +1,434 @@
+"""The order of training samples as a pure function of one integer: permutation, mixture, segments, skips, state.
+
+A position counts samples of the global order: 0, 1, 2, ... Nothing is stored per sample, per rank or per worker, so a
+run that stops at a position continues there exactly, on any number of devices and with any micro-batch size.
+Reading inside a window of files, for storage that dislikes random access, is not here yet: `window` is always null.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from lit_gpt.packed_dataset import TokenSource
+
+STATE_VERSION = 1
+PROPORTIONAL = "proportional"
+BLOCK_POSITIONS = 4096  # a weight is exact to 1/4096 of every 4096 samples; smaller weights need the larger block
+LARGE_BLOCK_POSITIONS = 65536
+CACHED_BLOCKS = 8  # 8 * 65,536 seats are 5 MB; reading forwards touches one or two blocks at a time
+CACHED_PERMUTATIONS = 64
+MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio, odd: the multiplier of Fibonacci hashing
+HALF = np.uint64(32)
+
+Weights = Mapping[str, float]
+
+
+def derive_keys(rounds: int, *parts: object) -> list[np.uint64]:
+    """One 64-bit key per round from any printable parts. Fixed for ever: another definition is another data order."""
+    digest = hashlib.blake2b("\x1f".join(str(part) for part in parts).encode(), digest_size=8 * rounds).digest()
+    return [np.uint64(key) for key in np.frombuffer(digest, dtype="<u8")]
+
+
+class Permutation:
+    """A keyed bijection of range(n), computed point by point: an alternating Feistel network on a grid a x b >= n.
+
+    The grid exceeds n by less than sqrt(n), so hardly any point has to be mapped twice. Integers only: the same
+    numbers on every CPU and numpy version.
+    """
+
+    ROUNDS = 6  # 3 rounds fail a chi-square test of neighbouring triples, 4 and 6 pass
+
+    def __init__(self, n: int, *key: object) -> None:
+        if n < 0:
+            raise ValueError(f"a permutation of range({n}) does not exist; n must not be negative")
+        self.n = n
+        self.rows = math.isqrt(max(n - 1, 0)) + 1
+        self.columns = -(-n // self.rows)
+        self.keys = derive_keys(self.ROUNDS, *key)
+
+    def __call__(self, points: np.ndarray) -> np.ndarray:
+        """points: (k,) integers in range(n). Returns (k,) int64."""
+        if self.n <= 1:
+            return np.zeros(points.shape, dtype=np.int64)
+        image = self._once(points.astype(np.uint64))
+        outside = image >= np.uint64(self.n)
+        while outside.any():
+            image[outside] = self._once(image[outside])
+            outside = image >= np.uint64(self.n)
+        return image.astype(np.int64)
+
+    def _once(self, points: np.ndarray) -> np.ndarray:
+        rows, columns = np.uint64(self.rows), np.uint64(self.columns)
+        high = points // rows
+        low = points - high * rows
+        for i, key in enumerate(self.keys):
+            if i % 2 == 0:
+                low += _hash_below(high, key, rows)
+                np.subtract(low, rows, out=low, where=low >= rows)
+            else:
+                high += _hash_below(low, key, columns)
+                np.subtract(high, columns, out=high, where=high >= columns)
+        return high * rows + low
+
+
+def _hash_below(values: np.ndarray, key: np.uint64, limit: np.uint64) -> np.ndarray:
+    """Hashes in [0, limit). The high bits decide, which leaves no modulo bias worth naming."""
+    hashed = (values + key) * MULTIPLIER
+    hashed ^= hashed >> HALF
+    hashed *= MULTIPLIER
+    hashed >>= HALF
+    hashed *= limit
+    hashed >>= HALF
+    return hashed
+
+
+def quotas(weights: Sequence[float]) -> tuple[int, tuple[int, ...]]:
+    """The block length and each source's exact number of places in a block, by largest remainder.
+
+    Raises:
+        ValueError: a weight so small that its source would never be read.
+    """
+    total = sum(Fraction(weight) for weight in weights)
+    shares = [Fraction(weight) / total for weight in weights]
+    small = any(0 < share < Fraction(1, BLOCK_POSITIONS) for share in shares)
+    length = LARGE_BLOCK_POSITIONS if small else BLOCK_POSITIONS
+    places = [math.floor(share * length) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda i: (places[i] - shares[i] * length, i))
+    for i in by_remainder[: length - sum(places)]:
+        places[i] += 1
+    for weight, place in zip(weights, places, strict=True):
+        if weight > 0 and place == 0:
+            raise ValueError(f"weight {weight} is below 1/{length} of the sum of weights; drop the source or raise it")
+    return length, tuple(places)
+
+
+class _Mixture:
+    """One stretch of positions with fixed weights. Every source's own stream is read as a prefix, at any cut."""
+
+    def __init__(self, seed: int, start: int, names: Sequence[str], weights: Weights, base: np.ndarray) -> None:
+        self.seed, self.start, self.base = seed, start, base
+        self.length, places = quotas([weights.get(name, 0.0) for name in names])
+        self.places = np.array(places, dtype=np.int64)
+        self._blocks: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+
+    def block(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """For each place of a block: its source, and how many places of that source come before it in the block."""
+        if number not in self._blocks:
+            seats = Permutation(self.length, self.seed, self.start, number)(np.arange(self.length))
+            source = np.searchsorted(np.cumsum(self.places), seats, side="right")
+            rank = np.empty(self.length, dtype=np.int64)
+            rank[np.argsort(source, kind="stable")] = _counters(self.places)
+            self._blocks[number] = source, rank
+        self._blocks.move_to_end(number)
+        while len(self._blocks) > CACHED_BLOCKS:
+            self._blocks.popitem(last=False)
+        return self._blocks[number]
+
+    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """positions: (k,), none before the start. Returns source and index inside the source's stream, (k,) each."""
+        numbers, places = np.divmod(positions - self.start, self.length)
+        source, index = np.empty_like(positions), np.empty_like(positions)
+        for number in _distinct(numbers):
+            inside = numbers == number
+            block_source, block_rank = self.block(int(number))
+            source[inside], index[inside] = block_source[places[inside]], block_rank[places[inside]]
+        return source, index + self.base[source] + numbers * self.places[source]
+
+    def consumed(self, stop: int) -> np.ndarray:
+        """How many samples of each source the positions before `stop` have used, all segments together: (sources,)."""
+        number, place = divmod(max(stop - self.start, 0), self.length)
+        counts = self.base + number * self.places
+        return counts + np.bincount(self.block(number)[0][:place], minlength=len(counts)) if place else counts
+
+
+def _distinct(values: np.ndarray) -> np.ndarray:
+    if values.size and values.min() == values.max():  # by far the most frequent case, and cheaper than a sort
+        return values[:1]
+    return np.unique(values)
+
+
+def _counters(lengths: np.ndarray) -> np.ndarray:
+    """0, 1, ..., lengths[0] - 1, 0, 1, ..., lengths[1] - 1, ..."""
+    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+
+
+class DataOrder:
+    """position -> (source, sample) for a set of sources, as a pure function.
+
+    samples: number of samples of each source.
+    weights: share of each source; None reads everything once per epoch in one permutation over all of it.
+    segments: [(start_position, weights), ...] for weights that change during the run; replaces `weights`.
+    skips: [(start, stop), ...]: stretches of the order that are never trained on, e.g. around a loss spike.
+
+    Segments and skips are counted in the order itself, that is, with skipped samples included; see `unskipped`.
+
+    Raises:
+        ValueError: a list of all problems, one per line.
+    """
+
+    def __init__(
+        self,
+        samples: Mapping[str, int],
+        seed: int,
+        weights: Weights | None = None,
+        *,
+        segments: Sequence[tuple[int, Weights]] | None = None,
+        skips: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        self.samples = dict(samples)
+        self.seed = seed
+        self.names = tuple(sorted(samples))
+        """source_index refers to this tuple: sorted, so that the order of keys in a file has no effect."""
+        if weights is not None and segments is not None:
+            raise ValueError("give weights or segments, not both: [[0, weights]] is the same as weights")
+        self.segments = [(0, weights)] if segments is None else [(int(start), each) for start, each in segments]
+        self.skips = sorted((int(start), int(stop)) for start, stop in skips)
+        problems = self._problems()
+        if problems:
+            raise ValueError("\n".join(problems))
+        self._sizes = np.array([self.samples[name] for name in self.names], dtype=np.int64)
+        self._first = np.cumsum(self._sizes) - self._sizes
+        self._skip_after, self._skip_length = self._skip_table()
+        self._mixtures = [] if self.proportional else self._build_mixtures()
+        self._permutations: OrderedDict[tuple[str, int], Permutation] = OrderedDict()
+
+    @property
+    def proportional(self) -> bool:
+        """Whether the sources are read as one, each sample once per epoch."""
+        return self.segments[0][1] is None
+
+    @property
+    def order_id(self) -> str:
+        """sha256 of everything that decides which sample a position means."""
+        return fingerprint(self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        segments = [[start, PROPORTIONAL if each is None else dict(each)] for start, each in self.segments]
+        return {
+            "seed": self.seed,
+            "window": None,
+            "segments": segments,
+            "skips": [list(skip) for skip in self.skips],
+            "sources": {name: {"samples": self.samples[name]} for name in self.names},
+        }
+
+    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """positions: (k,) integers >= 0. Returns (index into `names`, sample of that source), (k,) int64 each."""
+        positions = np.asarray(positions, dtype=np.int64)
+        if positions.size and positions.min() < 0:
+            raise ValueError(f"position {positions.min()} is negative; positions count samples from 0")
+        raw = self.unskipped(positions)
+        if self.proportional:
+            sample = self._shuffled(PROPORTIONAL, int(self._sizes.sum()), raw)
+            source = np.searchsorted(self._first, sample, side="right") - 1
+            return source, sample - self._first[source]
+        return self._locate_mixed(raw)
+
+    def unskipped(self, positions: np.ndarray) -> np.ndarray:
+        """Positions of the run -> positions of the order, which also counts the samples that were skipped. (k,)."""
+        if not self.skips:
+            return positions
+        return positions + self._skip_length[np.searchsorted(self._skip_after, positions, side="right")]
+
+    def epochs(self, stop: int) -> dict[str, float]:
+        """How often each source will have been read once positions 0 .. stop - 1 are done."""
+        if stop <= 0:
+            return dict.fromkeys(self.names, 0.0)
+        raw_stop = self.raw_stop(stop)
+        if self.proportional:
+            return dict.fromkeys(self.names, raw_stop / int(self._sizes.sum()))
+        active = [mixture for mixture in self._mixtures if mixture.start < raw_stop]
+        used = active[-1].consumed(raw_stop)
+        return {name: int(used[i]) / self.samples[name] for i, name in enumerate(self.names) if self.samples[name]}
+
+    def raw_stop(self, position: int) -> int:
+        """The first place of the order that lies behind all that a run has read when it stands at `position`."""
+        return int(self.unskipped(np.array([position - 1]))[0]) + 1 if position > 0 else 0
+
+    def past(self, position: int) -> dict[str, Any]:
+        """What may not change once a run stands at `position`: settings of the future are left out."""
+        stop = self.raw_stop(position)
+        segments = [segment for segment in self.to_dict()["segments"] if segment[0] < stop]
+        return {
+            "segments": segments,
+            "skips": [list(skip) for skip in self.skips if skip[0] < stop],
+            "sources": [name for name in self.names if any(_uses(weights, name) for _, weights in segments)],
+        }
+
+    def _locate_mixed(self, raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        starts = np.array([mixture.start for mixture in self._mixtures])
+        segment_of = np.searchsorted(starts, raw, side="right") - 1
+        source, index = np.empty_like(raw), np.empty_like(raw)
+        for segment in _distinct(segment_of):
+            inside = segment_of == segment
+            source[inside], index[inside] = self._mixtures[segment].locate(raw[inside])
+        sample = np.empty_like(raw)
+        for i in np.unique(source):
+            inside = source == i
+            sample[inside] = self._shuffled(self.names[i], int(self._sizes[i]), index[inside])
+        return source, sample
+
+    def _shuffled(self, name: str, n_samples: int, index: np.ndarray) -> np.ndarray:
+        """Index in an endless stream -> sample: every epoch is its own permutation of all samples."""
+        epochs, rest = np.divmod(index, n_samples)
+        sample = np.empty_like(index)
+        for epoch in _distinct(epochs):
+            inside = epochs == epoch
+            sample[inside] = self._permutation(name, int(epoch), n_samples)(rest[inside])
+        return sample
+
+    def _permutation(self, name: str, epoch: int, n_samples: int) -> Permutation:
+        key = name, epoch
+        if key not in self._permutations:
+            self._permutations[key] = Permutation(n_samples, self.seed, name, epoch)
+            if len(self._permutations) > CACHED_PERMUTATIONS:
+                self._permutations.popitem(last=False)
+        return self._permutations[key]
+
+    def _skip_table(self) -> tuple[np.ndarray, np.ndarray]:
+        starts = np.array([start for start, _ in self.skips], dtype=np.int64)
+        lengths = np.array([stop - start for start, stop in self.skips], dtype=np.int64)
+        skipped = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
+        return starts - skipped[:-1], skipped
+
+    def _build_mixtures(self) -> list[_Mixture]:
+        mixtures: list[_Mixture] = []
+        for start, weights in self.segments:
+            base = mixtures[-1].consumed(start) if mixtures else np.zeros(len(self.names), dtype=np.int64)
+            mixtures.append(_Mixture(self.seed, start, self.names, weights, base))
+        return mixtures
+
+    def _problems(self) -> list[str]:
+        problems = [f"source {name!r} has {n} samples; needs at least 1" for name, n in self.samples.items() if n < 1]
+        if not self.samples:
+            problems.append("no data sources; name at least one")
+        if PROPORTIONAL in self.samples:
+            problems.append(f"a source must not be called {PROPORTIONAL!r}; choose another name")
+        starts = [start for start, _ in self.segments]
+        if not starts or starts[0] != 0 or any(b <= a for a, b in zip(starts, starts[1:], strict=False)):
+            problems.append(f"segments start at {starts}; the first must start at 0, and the starts must increase")
+        if len(self.segments) > 1 and any(weights is None for _, weights in self.segments):
+            problems.append("weights cannot change in a proportional order; start the run with explicit weights")
+        for _, weights in self.segments:
+            problems += _weight_problems(weights, self.samples)
+        for i, (start, stop) in enumerate(self.skips):
+            if start < 0 or stop <= start:
+                problems.append(f"skip [{start}, {stop}) must have 0 <= start < stop")
+            if i and start < self.skips[i - 1][1]:
+                problems.append(f"skips {list(self.skips[i - 1])} and {[start, stop]} overlap; join them")
+        return problems
+
+
+def _weight_problems(weights: Weights | None, samples: Mapping[str, int]) -> list[str]:
+    if weights is None:
+        return []
+    unknown = [name for name in weights if name not in samples]
+    problems = [f"weight of unknown source {name!r}; known: {', '.join(samples)}" for name in unknown]
+    bad = [name for name, weight in weights.items() if not (math.isfinite(weight) and weight >= 0)]
+    problems += [f"weight {weights[name]} of source {name!r} must be a number of at least 0" for name in bad]
+    if not bad and not sum(weights.values()):
+        problems.append("all weights are 0; at least one must be positive")
+    return problems
+
+
+def _uses(weights: Weights | str, name: str) -> bool:
+    return weights == PROPORTIONAL or weights.get(name, 0) > 0
+
+
+def fingerprint(value: object) -> str:
+    """sha256 of a value's canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+class PackedData:
+    """Token sources read in a given order. Holds no position: `samples` is a pure function of its arguments.
+
+    A prefetch thread may therefore call `samples` ahead of the loop, as long as it is the only one that does.
+
+    sources: one TokenSource per source of `order`, all with the same block_size.
+    """
+
+    def __init__(self, sources: Mapping[str, TokenSource], order: DataOrder) -> None:
+        self.order = order
+        counts = {name: source.n_samples for name, source in sources.items()}
+        if counts != order.samples:
+            raise ValueError(f"the order was made for {order.samples} samples, but the sources hold {counts}")
+        block_sizes = {name: source.block_size for name, source in sources.items()}
+        if len(set(block_sizes.values())) > 1:
+            raise ValueError(f"all sources of a run need the same block_size, got {block_sizes}")
+        self.sources = [sources[name] for name in order.names]
+        self.block_size = self.sources[0].block_size
+
+    def samples(self, start: int, count: int) -> np.ndarray:
+        """The samples at positions start .. start + count - 1: (count, block_size + 1) int64."""
+        source, sample = self.order.locate(np.arange(start, start + count))
+        if len(self.sources) == 1:
+            return self.sources[0].read(sample)
+        rows = np.empty((count, self.block_size + 1), dtype=np.int64)
+        for i in np.unique(source):
+            inside = source == i
+            rows[inside] = self.sources[i].read(sample[inside])
+        return rows
+
+    @property
+    def order_id(self) -> str:
+        """sha256 of all that decides what `samples` returns: the order and the fingerprints of the files."""
+        return fingerprint(self._description())
+
+    def state(self, position: int) -> dict[str, Any]:
+        """The `data` object of a checkpoint. The next sample to train on is `position`; all else is for checking."""
+        return {"v": STATE_VERSION, "position": position, "order_id": self.order_id, **self._description()}
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Whether a run saved with `state` continues here with the same samples; later segments and skips may differ.
+
+        Raises:
+            ValueError: one line for each field that differs, and how to go on regardless.
+        """
+        if state.get("v") != STATE_VERSION:
+            raise ValueError(f"data state has version {state.get('v')!r}; this program reads version {STATE_VERSION}")
+        if state["order_id"] == self.order_id:
+            return
+        problems = [
+            f"data.{field}: the checkpoint has {then!r}, this run has {now!r}"
+            for field, then, now in self._compared(state)
+            if then != now
+        ]
+        if problems:
+            problems.append(
+                "the run would not see the data it would have seen; restore the settings, or pass "
+                "--data.allow_order_change true to go on at the same position of the new order"
+            )
+            raise ValueError("\n".join(problems))
+
+    def _description(self) -> dict[str, Any]:
+        description = {"block": self.block_size, "stride": self.block_size, **self.order.to_dict()}
+        for name, source in zip(self.order.names, self.sources, strict=True):
+            description["sources"][name]["fingerprint"] = source.fingerprint
+        return description
+
+    def _compared(self, state: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+        """(field, value in the checkpoint, value here) for all that had an effect before the state's position."""
+        now = self._description()
+        saved_order = DataOrder(
+            {name: source["samples"] for name, source in state["sources"].items()},
+            state["seed"],
+            segments=[(start, None if each == PROPORTIONAL else each) for start, each in state["segments"]],
+            skips=state["skips"],
+        )
+        then, here = saved_order.past(state["position"]), self.order.past(state["position"])
+        fields = [(field, state[field], now[field]) for field in ("seed", "block", "stride", "window")]
+        fields += [(field, then[field], here[field]) for field in ("segments", "skips", "sources")]
+        for name in set(then["sources"]) & set(here["sources"]):
+            for key in ("samples", "fingerprint"):
+                fields.append((f"sources.{name}.{key}", state["sources"][name][key], now["sources"][name][key]))
+        return fields

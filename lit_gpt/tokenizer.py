@@ -1,0 +1,264 @@
+"""Tokenizers behind one interface: SentencePiece `.model`, Hugging Face `tokenizer.json`, or plain bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lit_gpt.errors import DataError
+
+SPACE_PIECE = "\u2581"  # how SentencePiece writes a space
+BOS_NAMES = ("<s>", "<|begin_of_text|>", "<|startoftext|>", "<bos>")
+EOS_NAMES = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>")
+BYTES_MARKER = "tokenizer_bytes.json"
+BYTES_DESCRIPTION = '{"kind": "bytes", "pad_id": 0, "bos_id": 1, "eos_id": 2, "first_byte_id": 3}\n'
+FILE_NAMES = ("tokenizer.model", "tokenizer.json", BYTES_MARKER)  # in this order: both forms of Llama's are the same
+
+
+class Tokenizer(ABC):
+    """Text to ids and back. Ids are int64; a missing bos or eos is None."""
+
+    kind: str
+    vocab_size: int
+    """Ids are below this number."""
+    bos_id: int | None
+    eos_id: int | None
+    fingerprint: str
+    """sha256 of the tokenizer's file."""
+    bytes_added_per_text: int
+    """What `byte_lengths` counts beyond the text: 1 where encoding puts a space before it."""
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Tokenizer:
+        """`bytes`, a SentencePiece `.model`, a `tokenizer.json`, or a folder that holds one of them.
+
+        Raises:
+            FileNotFoundError: nothing there.
+            DataError: the file cannot be read as a tokenizer.
+            ValueError: the file is of a kind that needs an extra which is not installed.
+        """
+        if str(path) == "bytes":
+            return BytesTokenizer()
+        file = _tokenizer_file(Path(path))
+        if file.name == BYTES_MARKER:
+            return BytesTokenizer()
+        return JsonTokenizer(file) if file.suffix == ".json" else SentencePieceTokenizer(file)
+
+    def encode(self, text: str) -> np.ndarray:
+        """(k,) int64 ids without bos and eos. Literal names of control tokens in the text stay text."""
+        return self.encode_batch([text])[0]
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` for several texts at once."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Text of the ids; control tokens leave no trace."""
+
+    @abstractmethod
+    def byte_lengths(self) -> np.ndarray:
+        """(vocab_size,) int64: bytes of text that each id stands for; 0 for control tokens and unknown.
+
+        The sum over the ids of an encoded text is its length in UTF-8 bytes, plus `bytes_added_per_text`, unless the
+        tokenizer normalises the text or meets pieces it does not know.
+        """
+
+    @abstractmethod
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Put the tokenizer's file into a folder, where `load` finds it."""
+
+
+class BytesTokenizer(Tokenizer):
+    """Every byte is a token: 0 pad, 1 bos, 2 eos as in Llama, byte b is 3 + b; 259 ids. Needs no file."""
+
+    kind = "bytes"
+    vocab_size = 259
+    bos_id = 1
+    eos_id = 2
+    bytes_added_per_text = 0
+    FIRST_BYTE_ID = 3
+
+    def __init__(self) -> None:
+        self.fingerprint = hashlib.sha256(BYTES_DESCRIPTION.encode()).hexdigest()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [
+            np.frombuffer(well_formed(text).encode(), dtype=np.uint8).astype(np.int64) + self.FIRST_BYTE_ID
+            for text in texts
+        ]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        ids = np.asarray(ids, dtype=np.int64)
+        return (ids[ids >= self.FIRST_BYTE_ID] - self.FIRST_BYTE_ID).astype(np.uint8).tobytes().decode(errors="replace")
+
+    def byte_lengths(self) -> np.ndarray:
+        lengths = np.ones(self.vocab_size, dtype=np.int64)
+        lengths[: self.FIRST_BYTE_ID] = 0
+        return lengths
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        (Path(directory) / BYTES_MARKER).write_text(BYTES_DESCRIPTION, encoding="utf-8")
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model file."""
+
+    kind = "sentencepiece"
+
+    def __init__(self, path: Path) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        self.path = path
+        self.fingerprint = file_sha256(path)
+        self._processor = SentencePieceProcessor()
+        try:
+            self._processor.Load(str(path))
+        except RuntimeError as error:
+            raise DataError(f"{path} is not a SentencePiece model, or is damaged: {error}") from error
+        self.vocab_size = self._processor.vocab_size()
+        self.bos_id, self.eos_id = (
+            None if each < 0 else each for each in (self._processor.bos_id(), self._processor.eos_id())
+        )
+        first = self._processor.encode("a", out_type=str)
+        self.bytes_added_per_text = int(bool(first) and first[0].startswith(SPACE_PIECE))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encoded = self._processor.encode([well_formed(text) for text in texts], num_threads=1)
+        return [np.array(ids, dtype=np.int64) for ids in encoded]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self._processor.decode([int(i) for i in ids])
+
+    def byte_lengths(self) -> np.ndarray:
+        return np.array([self._bytes_of(i) for i in range(self.vocab_size)], dtype=np.int64)
+
+    def _bytes_of(self, i: int) -> int:
+        processor = self._processor
+        if processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i):
+            return 0
+        return 1 if processor.is_byte(i) else len(processor.id_to_piece(i).replace(SPACE_PIECE, " ").encode())
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        _copy(self.path, Path(directory) / "tokenizer.model")
+
+
+class JsonTokenizer(Tokenizer):
+    """A Hugging Face `tokenizer.json`; bos and eos come from the `tokenizer_config.json` beside it, or by name."""
+
+    kind = "tokenizer.json"
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise ValueError(
+                f"{path} needs the package tokenizers, which is not installed; "
+                f"install the [prep] extra: pip install 'lit-grow[prep]'"
+            ) from error
+
+        self.path = path
+        self.fingerprint = file_sha256(path)
+        try:
+            self._description = json.loads(path.read_text(encoding="utf-8"))
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the Rust side raises bare Exception
+            raise DataError(f"{path} is not a tokenizer.json, or is damaged: {error}") from error
+        self._tokenizer.no_truncation()  # a stored truncation would cut documents without a word
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True  # "</s>" in a web page is text, as in SentencePiece
+        self._vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(self._vocabulary.values()) + 1  # get_vocab_size() is too small where ids have holes
+        self._special = {token["id"] for token in self._description.get("added_tokens", []) if token["special"]}
+        self.bos_id = self._named_id("bos_token", BOS_NAMES)
+        self.eos_id = self._named_id("eos_token", EOS_NAMES)
+        self.bytes_added_per_text = self._count_added_bytes()
+
+    def _named_id(self, role: str, names: Sequence[str]) -> int | None:
+        config = self.path.with_name("tokenizer_config.json")
+        if config.is_file():
+            token = json.loads(config.read_text(encoding="utf-8")).get(role)
+            return self._vocabulary.get(token["content"] if isinstance(token, dict) else token)
+        return next((self._vocabulary[name] for name in names if name in self._vocabulary), None)
+
+    def _count_added_bytes(self) -> int:
+        if self._is_byte_level:
+            return 0
+        tokens = self._tokenizer.encode("a", add_special_tokens=False).tokens
+        return int(bool(tokens) and tokens[0].startswith(SPACE_PIECE))
+
+    @property
+    def _is_byte_level(self) -> bool:
+        parts = [self._description.get(part) or {} for part in ("pre_tokenizer", "decoder")]
+        return any('"ByteLevel"' in json.dumps(part) for part in parts)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encoded = self._tokenizer.encode_batch_fast([well_formed(text) for text in texts], add_special_tokens=False)
+        return [np.array(each.ids, dtype=np.int64) for each in encoded]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def byte_lengths(self) -> np.ndarray:
+        model = self._description["model"]
+        if not self._is_byte_level and not model.get("byte_fallback"):
+            raise ValueError(
+                f"{self.path}: bytes per token are known for byte-level and byte-fallback models only, "
+                f"and this is {model.get('type')!r} with neither"
+            )
+        added = {token["id"] for token in self._description.get("added_tokens", [])}
+        lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        for token, i in self._vocabulary.items():
+            lengths[i] = 0 if i in self._special else self._bytes_of(token, i in added)
+        return lengths
+
+    def _bytes_of(self, token: str, added: bool) -> int:
+        if added:
+            return len(token.encode())
+        if self._is_byte_level:
+            return len(token)  # each character of the alphabet stands for one byte
+        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            return 1
+        return len(token.replace(SPACE_PIECE, " ").encode())
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        _copy(self.path, Path(directory) / "tokenizer.json")
+        config = self.path.with_name("tokenizer_config.json")
+        if config.is_file():
+            _copy(config, Path(directory) / config.name)
+
+
+def well_formed(text: str) -> str:
+    """The text with every lone surrogate replaced: such text, which JSON allows, has no UTF-8 form."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def file_sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _tokenizer_file(path: Path) -> Path:
+    if not path.exists():
+        raise FileNotFoundError(f"tokenizer {path} does not exist; give a file, a folder that holds one, or 'bytes'")
+    if path.is_file():
+        return path
+    for name in FILE_NAMES:
+        if (path / name).is_file():
+            return path / name
+    raise FileNotFoundError(f"folder {path} holds no tokenizer; looked for {', '.join(FILE_NAMES)}")
+
+
+def _copy(src: Path, dst: Path) -> None:
+    if src.resolve() != dst.resolve():
+        shutil.copyfile(src, dst)
