@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from lit_gpt.config import Config
-from lit_gpt.data_order import DataOrder
-from lit_gpt.errors import DataError
-from lit_gpt.packed_dataset import PackedData, TokenSource, find_token_files, load_manifest
+from lit_gpt.data_order import DataOrder, PackedData
+from lit_gpt.packed_dataset import TokenSource, find_token_files, load_manifest
 from lit_gpt.tokenizer import Tokenizer
 from pretrain.config import DataConfig
 
@@ -26,9 +25,6 @@ class TrainData:
     packed: PackedData
     bytes_per_token: float | None
     """Text bytes per training token, for the bits-per-byte estimate."""
-    n_samples: int
-    """Samples of all folders together."""
-
     def rows(self, position: int, count: int) -> Tensor:
         """(count, block_size + 1) int64: the samples [position, position + count) of the global order."""
         return torch.from_numpy(self.packed.samples(position, count))
@@ -94,7 +90,6 @@ def open_train_data(data: DataConfig, config: Config, manifests: Mapping[str, di
     return TrainData(
         packed=PackedData(sources, order),
         bytes_per_token=text_bytes / tokens if tokens else None,
-        n_samples=sum(source.n_samples for source in sources.values()),
     )
 
 
@@ -102,14 +97,11 @@ def open_validation_sets(data: DataConfig, config: Config) -> list[ValidationSet
     """Index the validation files.
 
     Raises:
-        DataError: a folder has no validation split, or a damaged file.
+        FileNotFoundError: a folder has no validation split. DataError: a damaged file.
     """
     sets = []
     for name, folder in data.validation_folders().items():
-        files = find_token_files(Path(folder), "validation")
-        if not files:
-            raise DataError(f"{folder} has no validation files; prepare it with a validation split or name others")
-        source = TokenSource(files, config.block_size, config.vocab_size)
+        source = TokenSource(find_token_files(Path(folder), "validation"), config.block_size, config.vocab_size)
         sets.append(ValidationSet(name, source, Tokenizer.load(Path(folder)).byte_lengths()))
     return sets
 
@@ -120,11 +112,7 @@ def check_epochs(data: DataConfig, train: TrainData, samples: int) -> None:
     Raises:
         ValueError: with the largest number of epochs that was planned.
     """
-    epochs = {name: samples / train.n_samples for name in data.train_folders()}
-    if data.weights is not None:
-        total = sum(data.weights.values())
-        sizes = {name: source.n_samples for name, source in train.packed.sources.items()}
-        epochs = {name: samples * weight / total / sizes[name] for name, weight in data.weights.items()}
+    epochs = train.packed.order.epochs(samples)
     name, most = max(epochs.items(), key=lambda item: item[1])
     if most > data.max_epochs:
         raise ValueError(
