@@ -237,3 +237,16 @@ def check_layer_map(layer_map: Sequence[int], n_layer_src: int, n_layer_dst: int
 def unused_layers(layer_map: Sequence[int], n_layer_src: int) -> list[int]:
     """Source layers (from 0) that no layer of the grown model starts from."""
     return sorted(set(range(n_layer_src)) - set(layer_map))
+
+
+def draw_layer_map(layer_map: Sequence[int], width: int = 100) -> list[str]:
+    """Lines of source layers, counted from 1, with a bar wherever two neighbours were none in the source."""
+    cells = [str(layer_map[0] + 1)]
+    for before, after in zip(layer_map, layer_map[1:], strict=False):
+        cells.append(f"{after + 1}" if after == before + 1 else f"| {after + 1}")
+    lines = [""]
+    for cell in cells:
+        if lines[-1] and len(lines[-1]) + 1 + len(cell) > width:
+            lines.append("")
+        lines[-1] += f" {cell}" if lines[-1] else cell
+    return lines

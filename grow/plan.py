@@ -11,6 +11,12 @@ from grow.layer_map import check_layer_map, connection_rate_text
 from lit_gpt.axes import layer_of, parameter_shapes, with_layer
 from lit_gpt.config import Config, unknown_key
 
+OPTIMIZER_POLICIES = {
+    "reset": "the optimizer starts anew",
+    "map": "every layer takes the moments and the step of the layer it was copied from",
+    "map-old-zero-new": "the first copy of each layer keeps moments and step, further copies start from zero",
+}
+
 
 @dataclass(frozen=True)
 class GrowthPlan:

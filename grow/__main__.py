@@ -1,0 +1,336 @@
+"""The `grow` command: layer maps, growing a checkpoint, looking at checkpoints, and the report of finished runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grow.layer_map import (
+    connection_rate,
+    connection_rate_text,
+    draw_layer_map,
+    format_layer_map,
+    parse_layer_map,
+    unused_layers,
+)
+from grow.operators import OPERATORS, operator, plan_growth
+from grow.plan import OPTIMIZER_POLICIES, GrowthPlan
+from lit_gpt.errors import EXIT_USAGE, DataError, run_command
+from lit_gpt.flops import count_parameters
+
+if TYPE_CHECKING:
+    from lit_gpt.config import Config
+
+
+def add_map_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("layer_map", metavar="MAP", help="e.g. '12-3456*5-56' or '1..2-3..6*5-5..6'; quote the *")
+    parser.add_argument("--n-layer-src", type=int, metavar="N", help="layers of the source; higher ones are refused")
+    parser.add_argument("--n-layer", type=int, metavar="N", help="layers that the map must have")
+
+
+def run_map(args: argparse.Namespace) -> None:
+    layers = parse_layer_map(args.layer_map, n_layer_src=args.n_layer_src, n_layer=args.n_layer)
+    if args.json:
+        rate = connection_rate_text(layers)
+        print_json({"layers": list(layers), "n_layer": len(layers), "connection_rate": rate})
+        return
+    print(f"{args.layer_map}: {len(layers)} layers")
+    print_layer_map(layers, args.n_layer_src or max(layers) + 1)
+
+
+def print_layer_map(layers: Sequence[int], n_layer_src: int) -> None:
+    first, *more = draw_layer_map(layers)
+    print(f"  layers      {first}")
+    for line in more:
+        print(f"              {line}")
+    rate = connection_rate(layers)
+    if rate is None:
+        print("  R_c         undefined: a single layer has no neighbour")
+    else:
+        print(f"  R_c         {connection_rate_text(layers)} = {float(rate):.1%} of neighbours were neighbours before")
+    unused = [str(layer + 1) for layer in unused_layers(layers, n_layer_src)]
+    if unused:
+        print(f"  not used    {', '.join(unused)}")
+
+
+def add_apply_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("src", metavar="SRC", help="a checkpoint, or a run folder (its latest checkpoint)")
+    parser.add_argument("dst", metavar="DST", help="the checkpoint to make; must not exist")
+    parser.add_argument("--operator", required=True, metavar="NAME", help="see `grow operators`")
+    parser.add_argument("--n-layer", type=int, metavar="N", help="layers of the grown model")
+    parser.add_argument("--factor", type=float, metavar="K", help="layers of the grown model over those of the source")
+    parser.add_argument("--layer-map", metavar="MAP", help="use this map instead of the operator's; see `grow map`")
+    parser.add_argument("--seed", type=int, default=0, help="of whatever the operator draws; default 0")
+    parser.add_argument(
+        "--optimizer-policy",
+        choices=list(OPTIMIZER_POLICIES),
+        default="reset",
+        help="what becomes of AdamW's moments; default reset, as in the paper",
+    )
+    parser.add_argument("--allow-non-finite", action="store_true", help="grow weights that hold NaN or infinity too")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done and stop")
+
+
+def run_apply(args: argparse.Namespace) -> None:
+    from grow.apply import grow_checkpoint, summary
+    from lit_gpt.checkpoint import read_config
+
+    src = find_checkpoint(args.src)
+    plan = plan_growth(
+        args.operator,
+        read_config(src),
+        n_layer=args.n_layer,
+        factor=args.factor,
+        layer_map=args.layer_map,
+        seed=args.seed,
+    )
+    if not args.json:
+        print_plan(plan, args.optimizer_policy)
+    if args.dry_run:
+        report = {"dry_run": True, **summary(plan, args.optimizer_policy)}
+    else:
+        report = grow_checkpoint(src, args.dst, plan, args.optimizer_policy, allow_non_finite=args.allow_non_finite)
+    if args.json:
+        print_json(report)
+    elif args.dry_run:
+        print("dry run: nothing was written")
+    else:
+        print_receipt(report)
+
+
+def print_plan(plan: GrowthPlan, policy: str) -> None:
+    op = operator(plan.operator)
+    print(f"{op.name}: {plan.src.n_layer} -> {plan.dst.n_layer} layers ({op.paper})")
+    print(f"  layer map   {format_layer_map(plan.layer_map)}")
+    print_layer_map(plan.layer_map, plan.src.n_layer)
+    print(f"  sizes       {describe_sizes(plan.dst)}")
+    print(f"  parameters  {count_parameters(plan.src):,} -> {count_parameters(plan.dst):,}")
+    if plan.is_identity:
+        kept = "everything: the two models are the same"
+    elif op.preserves:
+        kept = "the function: both models compute the same"
+    else:
+        kept = "the weights, not the function: the loss jumps at growth and comes down in training"
+    print(f"  preserves   {kept}")
+    print(f"  optimizer   {policy}: {OPTIMIZER_POLICIES[policy]}")
+
+
+def describe_sizes(config: Config) -> str:
+    fields = ("n_layer", "n_embd", "n_head", "n_query_groups", "head_size", "intermediate_size", "padded_vocab_size")
+    return ", ".join(f"{field} {getattr(config, field)}" for field in fields)
+
+
+def print_receipt(receipt: dict[str, Any]) -> None:
+    print(f"wrote {receipt['destination']} ({receipt['form']} form)")
+    print(f"  parent      {receipt['parent']}")
+    print(f"  manifest    {receipt['manifest']}")
+    if receipt["tokens"] is not None:
+        print(f"  behind it   {receipt['tokens']:,} tokens, {receipt['flops_total']:.4g} FLOPs")
+
+
+def find_checkpoint(path: str) -> Path:
+    """The checkpoint that a path means: itself, or the latest one of a run folder.
+
+    Raises:
+        FileNotFoundError: there is nothing at the path.
+        DataError: a run folder without a valid checkpoint.
+    """
+    from lit_gpt.checkpoint import latest
+
+    folder = Path(path) / "checkpoints"
+    if not folder.is_dir():
+        return Path(path)
+    found = latest(folder)
+    if found is None:
+        raise DataError(f"{folder} holds no valid checkpoint; give the path of one, or let the run save first")
+    return found
+
+
+def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="CKPT", help="a checkpoint, or a run folder (its latest checkpoint)")
+    parser.add_argument("--verify", action="store_true", help="read every byte and compare the checksums")
+
+
+def run_inspect(args: argparse.Namespace) -> None:
+    from grow.check import inspect_checkpoint
+
+    found = inspect_checkpoint(find_checkpoint(args.checkpoint), verify=args.verify)
+    if args.json:
+        print_json(found)
+        return
+    print(f"{found['path']} ({found['form']} form)")
+    for key, value in found["config"].items():
+        print(f"  {key:20}{value}")
+    print(f"  {'parameters':20}{found['parameters']:,} ({found['non_embedding']:,} without embeddings)")
+    for key, value in found["progress"].items():
+        print(f"  {key:20}{value:,}")
+    print_history(found["history"])
+    print(VERIFIED[found["verified"]])
+
+
+VERIFIED = {
+    True: "every checksum is right",
+    False: "no checksums to compare: a Hugging Face folder not written here; its tensors have the shapes "
+    "of its config.json",
+    None: "checksums not compared; use --verify",
+}
+
+
+def print_history(history: list[dict[str, Any]]) -> None:
+    if not history:
+        print("never grown")
+    for record in history:
+        plan = GrowthPlan.from_dict(record["plan"])
+        behind = "" if record["tokens"] is None else f" after {record['tokens']:,} tokens"
+        print(f"grown by {record['operator']}: {plan.src.n_layer} -> {plan.dst.n_layer} layers{behind}")
+        print(f"  layer map   {format_layer_map(plan.layer_map)}")
+        print(f"  R_c         {record['connection_rate']}")
+        print(f"  optimizer   {record['optimizer_policy']}")
+        print(f"  parent      {record['parent_path_name']} {record['parent']}")
+
+
+def add_operators_arguments(parser: argparse.ArgumentParser) -> None:
+    del parser  # there are none beside --json
+
+
+def run_operators(args: argparse.Namespace) -> None:
+    if args.json:
+        print_json([op.to_dict() for op in OPERATORS.values()])
+        return
+    for op in OPERATORS.values():
+        print(f"{op.name} (also {', '.join(op.aliases)})")
+        print(f"  what        {op.summary}")
+        print(f"  axis        {op.axis}")
+        print(f"  preserves   {'the function' if op.preserves else 'the weights, not the function'}")
+        print(f"  paper       {op.paper}")
+        print(f"  options     {', '.join('--' + option.replace('_', '-') for option in op.options)}")
+
+
+def add_check_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("src", metavar="SRC", help="checkpoint before growth, or a run folder")
+    parser.add_argument("dst", metavar="DST", help="checkpoint after growth, or a run folder")
+    parser.add_argument("--tokens", metavar="FILE", help="a token file (.bin) of prepared data; default: random tokens")
+    parser.add_argument("--seed", type=int, default=0, help="of the random tokens; default 0")
+
+
+def run_check(args: argparse.Namespace) -> None:
+    from grow.check import compare, load_model, random_tokens, tokens_from_file
+
+    src, dst = (load_model(find_checkpoint(path)) for path in (args.src, args.dst))
+    tokens = tokens_from_file(args.tokens, src.config) if args.tokens else random_tokens(src.config, seed=args.seed)
+    found = compare(src, dst, tokens)
+    if args.json:
+        print_json(found.to_dict())
+        return
+    print(f"largest logit gap   {found.max_abs_logit_gap:.3g} (largest logit {found.max_abs_logit:.3g})")
+    print(f"measured on         {found.n_tokens:,} tokens of {args.tokens or 'a random sequence'}")
+    print(f"without gradient    {len(found.zero_gradient)} parameters")
+    for name in found.zero_gradient:
+        print(f"  {name}")
+
+
+def add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    from grow.report.command import add_arguments
+
+    add_arguments(parser)
+
+
+def run_report(args: argparse.Namespace) -> int:
+    from grow.report.command import run
+
+    return run(args)
+
+
+@dataclass(frozen=True)
+class Command:
+    """One word after `grow`."""
+
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int | None]
+
+
+COMMANDS = {
+    "map": Command("expand a layer map, show its connection rate", add_map_arguments, run_map),
+    "apply": Command("grow a checkpoint into a larger one", add_apply_arguments, run_apply),
+    "inspect": Command("sizes, growth history and health of a checkpoint", add_inspect_arguments, run_inspect),
+    "operators": Command("the growth operators", add_operators_arguments, run_operators),
+    "check": Command("what a growth did to the function and to the gradients", add_check_arguments, run_check),
+    "report": Command("figures and a page that compare finished runs", add_report_arguments, run_report),
+}
+
+
+def build_parser(chosen: str) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """The parser of all commands and that of the chosen one, the only one to get its arguments and their imports."""
+    style = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(prog="grow", description=__doc__, **style)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    subparsers = {
+        name: commands.add_parser(name, help=command.help, description=_description(name), **style)
+        for name, command in COMMANDS.items()
+    }
+    if chosen not in COMMANDS:
+        return parser, parser
+    COMMANDS[chosen].add_arguments(subparsers[chosen])
+    if "--json" not in subparsers[chosen].format_usage():
+        subparsers[chosen].add_argument("--json", action="store_true", help="print one JSON value and nothing else")
+    return parser, subparsers[chosen]
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """As argparse does it; an option that does not exist is an error that names the nearest one that does."""
+    parser, command_parser = build_parser(next((word for word in arguments if not word.startswith("-")), ""))
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        known = re.findall(r"--[a-z-]+", command_parser.format_help())
+        near = get_close_matches(unknown[0].partition("=")[0], known, n=1)
+        command_parser.error(
+            f"unknown argument {unknown[0]}; " + (f"did you mean {near[0]}?" if near else "see --help")
+        )
+    return args
+
+
+def _description(name: str) -> str:
+    import grow.layer_map
+
+    text = f"{COMMANDS[name].help.capitalize()}."
+    return f"{text}\n\n{grow.layer_map.__doc__}" if name == "map" else text
+
+
+def normalise(argv: Sequence[str]) -> list[str]:
+    """`-` and `_` are equal in option names."""
+    parts = [argument.partition("=") for argument in argv]
+    return [
+        name.replace("_", "-") + equals + value if name.startswith("--") else name + equals + value
+        for name, equals, value in parts
+    ]
+
+
+def print_json(value: Any) -> None:
+    json.dump(value, sys.stdout, indent=2)
+    print()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = normalise(sys.argv[1:] if argv is None else argv)
+    if not arguments:
+        build_parser("")[0].print_help(sys.stderr)
+        return EXIT_USAGE
+
+    def run() -> int | None:
+        args = parse_arguments(arguments)
+        return COMMANDS[args.command].run(args)
+
+    return run_command(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,301 @@
+"""Carry a growth plan out: weights and optimizer moments in memory, or one checkpoint into another."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grow.check import check_weights
+from grow.operators import operator
+from grow.plan import OPTIMIZER_POLICIES, GrowthPlan, differing_sizes
+from lit_gpt.axes import parameter_shapes
+from lit_gpt.checkpoint import (
+    TRAINING,
+    detect_form,
+    manifest_sha256,
+    read_config,
+    read_exchange,
+    read_training,
+    write_exchange,
+    write_training,
+)
+from lit_gpt.config import Config
+from lit_gpt.errors import DataError
+from lit_gpt.flops import Flops, count_parameters
+from lit_gpt.versions import versions
+
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_bytes.json")
+
+OptimizerState = Mapping[str, Mapping[str, Tensor]]
+"""Parameter name -> "exp_avg", "exp_avg_sq" (shaped like the parameter) and "step" (a scalar)."""
+
+
+class GrownWeights(Mapping[str, Tensor]):
+    """Name -> tensor of the grown model, copied from the source on every access: nothing is held."""
+
+    def __init__(self, plan: GrowthPlan, weights: Mapping[str, Tensor]) -> None:
+        self._sources = plan.sources()
+        self._weights = weights
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._weights[self._sources[name]].clone()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+
+def grow_weights(plan: GrowthPlan, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of the grown model; `weights` stays as it was and shares no storage with it.
+
+    Args:
+        plan: what to do.
+        weights: name -> tensor with the names and shapes of `parameter_shapes(plan.src)`, any dtype and device.
+
+    Returns:
+        Name -> tensor with the names and shapes of `parameter_shapes(plan.dst)`, in that order.
+
+    Raises:
+        DataError: the weights are not those of a model of the plan's source sizes.
+    """
+    check_weights(plan.src, weights, "the source", allow_non_finite=True)
+    grown = dict(GrownWeights(plan, weights))
+    check_weights(plan.dst, grown, "the grown model", allow_non_finite=True)
+    return grown
+
+
+def grow_optimizer(
+    plan: GrowthPlan, optimizer_state: OptimizerState, policy: str = "reset"
+) -> dict[str, dict[str, Tensor]]:
+    """The optimizer state that the grown model starts from; the source's is left as it was.
+
+    Args:
+        plan: what was done to the weights.
+        optimizer_state: of the source, one entry per parameter.
+        policy: one of OPTIMIZER_POLICIES. "reset" gives {}: no state, as in a new optimizer.
+
+    Raises:
+        ValueError: unknown policy, or one that needs moments where there are none.
+        DataError: parameters are missing or unexpected in the optimizer state.
+    """
+    if policy not in OPTIMIZER_POLICIES:
+        raise ValueError(f"unknown optimizer policy {policy!r}; known: {', '.join(OPTIMIZER_POLICIES)}")
+    if policy == "reset":
+        return {}
+    if not optimizer_state:
+        raise ValueError(f"optimizer policy {policy!r} needs moments, and the source has none; use 'reset'")
+    strange = set(parameter_shapes(plan.src)) ^ set(optimizer_state)
+    if strange:
+        raise DataError(
+            f"the optimizer state does not belong to the source: {len(strange)} parameters are in only one of the two, "
+            f"e.g. {min(strange)}; use policy 'reset'"
+        )
+    grown: dict[str, dict[str, Tensor]] = {}
+    seen: set[str] = set()
+    for name, source in plan.sources().items():
+        starts_from_zero = policy == "map-old-zero-new" and source in seen
+        seen.add(source)
+        grown[name] = {
+            key: torch.zeros_like(value) if starts_from_zero else value.clone()
+            for key, value in optimizer_state[source].items()
+        }
+    return grown
+
+
+def growth_record(
+    plan: GrowthPlan,
+    policy: str,
+    *,
+    parent: str,
+    parent_path_name: str,
+    step_count: int | None,
+    tokens: int | None,
+    flops_total: float | None,
+) -> dict[str, Any]:
+    """One entry of a model's growth history: plain values for JSON.
+
+    Args:
+        plan: what was done to the weights.
+        policy: what was done to the optimizer state.
+        parent: identity of the checkpoint before growth, see `manifest_sha256`.
+        parent_path_name: last part of its path.
+        step_count: optimizer updates of its run; None if it does not say, like the next two.
+        tokens: training tokens behind it, those of its own parents included.
+        flops_total: training FLOPs behind it in the paper's convention, those of its own parents included.
+    """
+    return {
+        "operator": plan.operator,
+        "plan": plan.to_dict(),
+        "connection_rate": plan.connection_rate,
+        "optimizer_policy": policy,
+        "parent": parent,
+        "parent_path_name": parent_path_name,
+        "step_count": step_count,
+        "tokens": tokens,
+        "flops_total": flops_total,
+        "versions": versions(),
+    }
+
+
+def grow_checkpoint(
+    src_path: str | Path,
+    dst_path: str | Path,
+    plan: GrowthPlan,
+    policy: str = "reset",
+    *,
+    allow_non_finite: bool = False,
+) -> dict[str, Any]:
+    """Grow a checkpoint into a new one of the same form; all or nothing, and the source is only read.
+
+    A grown training form starts a run of its own at step 0: it keeps the data position, the seed and the growth
+    history of its parent, and carries the parent's tokens and FLOPs as `parent_tokens` and `parent_flops`.
+
+    Args:
+        src_path: a checkpoint in training form or in exchange form.
+        dst_path: the checkpoint to make.
+        plan: what to do; its source sizes must be the checkpoint's.
+        policy: one of OPTIMIZER_POLICIES. Exchange form has no optimizer state, so "reset" is all it can do.
+        allow_non_finite: grow weights that hold NaN or infinity too.
+
+    Returns:
+        The receipt: source, destination, form, operator, layer_map, connection_rate, optimizer_policy, preserves,
+        parameters_before, parameters_after, parent and manifest (sha256), tokens, flops_total.
+
+    Raises:
+        ValueError: a destination that cannot be, or a policy that the source cannot serve.
+        FileNotFoundError: there is no source.
+        DataError: the source is damaged, or is not what the plan was made for.
+        OSError: the destination exists or cannot be written.
+    """
+    src_path, dst_path = Path(src_path), Path(dst_path)
+    _check_destination(src_path, dst_path)
+    form = detect_form(src_path)
+    _check_source(read_config(src_path), plan, src_path)
+    carry_out = _grow_training if form == TRAINING else _grow_exchange
+    record = carry_out(src_path, dst_path, plan, policy, allow_non_finite)
+    return {
+        "source": str(src_path),
+        "destination": str(dst_path),
+        "form": form,
+        **summary(plan, policy),
+        "manifest": manifest_sha256(dst_path),
+        **{key: record[key] for key in ("parent", "tokens", "flops_total")},
+    }
+
+
+def summary(plan: GrowthPlan, policy: str) -> dict[str, Any]:
+    """What a growth does, in the keys of its receipt."""
+    return {
+        "operator": plan.operator,
+        "layer_map": list(plan.layer_map),
+        "connection_rate": plan.connection_rate,
+        "optimizer_policy": policy,
+        "preserves": plan.is_identity or operator(plan.operator).preserves,
+        "parameters_before": count_parameters(plan.src),
+        "parameters_after": count_parameters(plan.dst),
+    }
+
+
+def _check_destination(src_path: Path, dst_path: Path) -> None:
+    src, dst = src_path.resolve(), dst_path.resolve()
+    if src == dst or src in dst.parents:
+        raise ValueError(f"the destination {dst_path} lies in the source {src_path}; choose a folder outside it")
+    if dst.is_file() or (dst.is_dir() and any(dst.iterdir())):
+        raise FileExistsError(errno.EEXIST, "exists already; choose another name or remove it first", str(dst_path))
+
+
+def _check_source(found: Config, plan: GrowthPlan, src_path: Path) -> None:
+    differing = differing_sizes(found, plan.src)
+    if differing:
+        lines = [f"{name} is {getattr(found, name)}, not {getattr(plan.src, name)}" for name in differing]
+        raise DataError(f"{src_path} is not the model this growth was planned for: {'; '.join(lines)}")
+
+
+def _grow_training(
+    src_path: Path, dst_path: Path, plan: GrowthPlan, policy: str, allow_non_finite: bool
+) -> dict[str, Any]:
+    source = read_training(src_path)
+    optimizer = grow_optimizer(plan, source.optimizer, policy)
+    check_weights(plan.src, source.model, str(src_path), allow_non_finite=allow_non_finite)
+    record = growth_record(
+        plan,
+        policy,
+        parent=manifest_sha256(src_path),
+        parent_path_name=src_path.name,
+        step_count=source.state["step_count"],
+        tokens=_tokens_behind(source.state),
+        flops_total=_flops_behind(source.state).paper,
+    )
+    write_training(
+        dst_path,
+        model=GrownWeights(plan, source.model),
+        optimizer=optimizer,
+        state=grown_state(source.state, plan, record),
+    )
+    return record
+
+
+def _tokens_behind(state: Mapping[str, Any]) -> int:
+    return state["tokens"] + state.get("parent_tokens", 0)
+
+
+def _flops_behind(state: Mapping[str, Any]) -> Flops:
+    return Flops(**state["flops"]) + Flops(**state.get("parent_flops", {}))
+
+
+def grown_state(state: Mapping[str, Any], plan: GrowthPlan, record: dict[str, Any]) -> dict[str, Any]:
+    """state.json of a model that was just grown: a run that has not begun, from the data position of its parent."""
+    return {
+        **state,
+        "run_config": None,
+        "model_config": plan.dst.to_dict(),
+        "stage": 1,
+        "stage_name": plan.operator,
+        "stage_step": 0,
+        "step_count": 0,
+        "iter_num": 0,
+        "grown_into_stage": 1,
+        "tokens": 0,
+        "flops": dataclasses.asdict(Flops()),
+        "parent_tokens": _tokens_behind(state),
+        "parent_flops": dataclasses.asdict(_flops_behind(state)),
+        "seconds": 0.0,
+        "loss_sum": 0.0,
+        "loss_count": 0,
+        "history": [*state["history"], record],
+        "command": list(sys.argv),
+        "versions": versions(),
+    }
+
+
+def _grow_exchange(
+    src_path: Path, dst_path: Path, plan: GrowthPlan, policy: str, allow_non_finite: bool
+) -> dict[str, Any]:
+    source = read_exchange(src_path)
+    grow_optimizer(plan, {}, policy)  # refuses what needs moments
+    check_weights(plan.src, source.weights, str(src_path), allow_non_finite=allow_non_finite)
+    before = source.provenance or {}
+    record = growth_record(
+        plan,
+        policy,
+        parent=manifest_sha256(src_path),
+        parent_path_name=src_path.name,
+        **{key: before.get(key) for key in ("step_count", "tokens", "flops_total")},
+    )
+    write_exchange(
+        dst_path,
+        plan.dst,
+        GrownWeights(plan, source.weights),
+        tokenizer_dir=src_path if any((src_path / name).is_file() for name in TOKENIZER_FILES) else None,
+        provenance={**before, "history": [*before.get("history", []), record]},
+    )
+    return record
