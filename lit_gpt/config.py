@@ -120,6 +120,8 @@ class Config:
             raise ValueError(
                 f"unknown model name {name!r}{hint} Known: {', '.join(NAMED_SIZES)}, and the pattern <layers>L<width>H"
             )
+        if "n_head" in overrides and sizes["n_query_groups"] == sizes["n_head"]:
+            sizes = {**sizes, "n_query_groups": None}  # a multi-head size stays multi-head
         return cls(**{"name": name, **sizes, **overrides})
 
     @classmethod
