@@ -1,0 +1,243 @@
+"""The `grow` command: what it prints, its JSON, its exit codes, and that it never fails with a traceback."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from grow.__main__ import COMMANDS, main
+from lit_gpt.checkpoint import write_exchange, write_training
+from lit_gpt.flops import count_parameters
+from lit_gpt.packed_dataset import write_token_file
+from tests.toys import toy_config, toy_weights
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """A run folder with two checkpoints, the later one damaged."""
+    config = toy_config()
+    flops = {"paper": 6e9, "model": 4e9, "palm": 5e9}
+    state = {"model_config": config.to_dict(), "step_count": 3, "tokens": 1000, "flops": flops, "history": []}
+    moments = {
+        name: {"exp_avg": weight, "exp_avg_sq": weight.square(), "step": torch.tensor(3.0)}
+        for name, weight in toy_weights(config).items()
+    }
+    folder = tmp_path / "run" / "checkpoints" / "stage-01"
+    for step in (3, 4):
+        write_training(folder / f"step-{step:010d}", toy_weights(config), moments, state)
+    (folder / "step-0000000004" / "state.json").write_text("{}")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Path:
+    config = toy_config(vocab_size=20)
+    return write_exchange(tmp_path / "model", config, toy_weights(config))
+
+
+def grow(capsys, *arguments: object) -> tuple[int, str, str]:
+    """Exit code, standard output, standard error."""
+    try:
+        code = main([str(argument) for argument in arguments])
+    except SystemExit as exit_:
+        code = exit_.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def grow_json(capsys, *arguments: object):
+    code, out, err = grow(capsys, *arguments, "--json")
+    assert (code, err) == (0, "")
+    return json.loads(out)
+
+
+def test_map_shows_layers_seams_and_connection_rate(capsys):
+    code, out, _ = grow(capsys, "map", "12-3456*5-56")
+
+    assert code == 0
+    assert "24 layers" in out and "1 2 3 4 5 6 | 3 4 5 6 | 3 4 5 6" in out and "18/23 = 78.3%" in out
+
+
+def test_map_says_which_layers_are_left_out(capsys):
+    _, out, _ = grow(capsys, "map", "12*3", "--n-layer-src", 4)
+    assert "not used    3, 4" in out
+
+
+def test_map_prints_one_json_object(capsys):
+    found = grow_json(capsys, "map", "12-3456*5-56", "--n_layer_src", 6, "--n_layer=24")
+    assert found == {
+        "layers": [0, 1, *[2, 3, 4, 5] * 5, 4, 5],
+        "n_layer": 24,
+        "connection_rate": "18/23",
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("12-",), "error: layer map: a layer is missing here"),
+        (("127", "--n-layer-src", 6), "there is no layer 7"),
+        (("123*2", "--n-layer", 7), "has 6 layers, but n_layer=7"),
+        (("12", "--n-layers", 6), "did you mean --n-layer?"),
+        (("12", "34"), "unknown argument 34"),
+        ((), "the following arguments are required: MAP"),
+    ],
+)
+def test_bad_maps_exit_with_2_and_one_message(capsys, arguments, message):
+    code, out, err = grow(capsys, "map", *arguments)
+
+    assert (code, out) == (2, "")
+    assert message in err and "Traceback" not in err
+
+
+def test_no_command_and_a_wrong_one_exit_with_2(capsys):
+    assert grow(capsys)[0] == 2
+    code, _, err = grow(capsys, "shrink")
+    assert code == 2 and "shrink" in err
+
+
+@pytest.mark.parametrize("name", sorted(set(COMMANDS) - {"report"}))
+def test_every_command_has_help(capsys, name):
+    code, out, _ = grow(capsys, name, "--help")
+    assert code == 0 and out.startswith(f"usage: grow {name}") and "--json" in out
+
+
+def test_map_and_help_start_without_torch():
+    for arguments in (["--help"], ["apply", "--help"], ["map", "123*4"], ["operators"]):
+        code = (
+            "import sys\nfrom grow.__main__ import main\n"
+            f"try: main({arguments})\nexcept SystemExit: pass\nsys.exit('torch' in sys.modules)"
+        )
+        assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0, arguments
+
+
+def test_operators_are_listed_with_what_they_are(capsys):
+    listed = grow_json(capsys, "operators")
+
+    assert [entry["name"] for entry in listed] == ["stack", "interpolate", "partial"]
+    for entry in listed:
+        assert entry["axis"] == "depth" and entry["preserves"] is False and entry["paper"] == "arXiv 2405.15319"
+    assert "gstack" in grow(capsys, "operators")[1]
+
+
+def test_apply_grows_the_latest_valid_checkpoint_of_a_run(capsys, run_folder, tmp_path, caplog):
+    code, out, err = grow(
+        capsys, "apply", run_folder, tmp_path / "grown", "--operator", "gstack", "--factor", 2, "--optimizer_policy=map"
+    )
+
+    assert (code, err) == (0, "")
+    assert "step-0000000004" in caplog.text, "a skipped checkpoint must be said loudly"
+    for words in ("stack: 2 -> 4 layers", "1 2 | 1 2", "2/3 = 66.7%", "not the function", "1,000 tokens, 6e+09 FLOPs"):
+        assert words in out
+    found = grow_json(capsys, "inspect", tmp_path / "grown", "--verify")
+    assert found["config"]["n_layer"] == 4 and found["verified"] is True
+    assert found["history"][0]["parent_path_name"] == "step-0000000003"
+    assert found["parameters"] == count_parameters(toy_config(n_layer=4))
+
+
+def test_apply_prints_its_receipt_as_json(capsys, model_folder, tmp_path):
+    receipt = grow_json(
+        capsys, "apply", model_folder, tmp_path / "grown", "--operator", "partial", "--layer-map", "1-12"
+    )
+    assert receipt["layer_map"] == [0, 0, 1] and receipt["connection_rate"] == "1/2"
+    assert receipt["destination"] == str(tmp_path / "grown") and (tmp_path / "grown" / "growth.json").is_file()
+
+
+def test_a_dry_run_writes_nothing(capsys, model_folder, tmp_path):
+    arguments = ("apply", model_folder, tmp_path / "grown", "--operator=stack", "--n-layer=4", "--dry-run")
+
+    code, out, _ = grow(capsys, *arguments)
+    shown = grow_json(capsys, *arguments)
+
+    assert code == 0 and "dry run: nothing was written" in out
+    assert shown["dry_run"] is True and shown["layer_map"] == [0, 1, 0, 1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "message"),
+    [
+        ({"--operator": "stak"}, 2, "did you mean 'stack'"),
+        ({"--factor": "1.2"}, 2, "must be a whole number"),
+        ({"--layer-map": "12-3"}, 2, "there is no layer 3"),
+        ({"--optimizer-policy": "map"}, 2, "needs moments"),
+        ({"SRC": "nowhere"}, 3, "no such checkpoint"),
+        ({"SRC": "text.txt"}, 3, "text.txt"),
+        ({"DST": "model"}, 2, "lies in the source"),
+        ({"DST": "taken"}, 3, "exists already"),
+        ({"DST": "text.txt/grown"}, 3, "text.txt"),
+    ],
+)
+def test_what_cannot_be_grown_exits_with_one_message_and_writes_nothing(
+    capsys, model_folder, tmp_path, change, code, message
+):
+    (tmp_path / "text.txt").write_text("no checkpoint")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    options = {"--operator": "stack", "--factor": "2"}
+    options |= {key: value for key, value in change.items() if key.startswith("-")}
+    places = [tmp_path / change.get("SRC", "model"), tmp_path / change.get("DST", "grown")]
+
+    found, out, err = grow(capsys, "apply", *places, *(word for pair in options.items() for word in pair), "--json")
+
+    assert (found, out) == (code, "")
+    assert err.startswith("error: ") and message in err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_inspect_says_what_a_checkpoint_is(capsys, run_folder, model_folder):
+    code, out, _ = grow(capsys, "inspect", run_folder)
+    assert code == 0
+    for words in ("step-0000000003 (training form)", "n_layer             2", "1,000", "never grown", "use --verify"):
+        assert words in out
+    found = grow_json(capsys, "inspect", model_folder)
+    assert (found["form"], found["verified"], found["history"]) == ("exchange", None, [])
+
+
+def test_inspect_tells_growth_history(capsys, run_folder, tmp_path):
+    grow(capsys, "apply", run_folder, tmp_path / "grown", "--operator", "interpolate", "--n-layer", 3)
+    _, out, _ = grow(capsys, "inspect", tmp_path / "grown")
+    assert "grown by interpolate: 2 -> 3 layers after 1,000 tokens" in out and "layer map   112" in out
+
+
+def test_inspect_finds_a_flipped_bit_only_when_it_looks_at_every_byte(capsys, model_folder):
+    file = model_folder / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+    assert grow(capsys, "inspect", model_folder)[0] == 0
+    code, _, err = grow(capsys, "inspect", model_folder, "--verify")
+    assert code == 3 and "model.safetensors does not have the crc32" in err
+
+
+def test_inspect_does_not_claim_checksums_where_there_are_none(capsys, model_folder):
+    (model_folder / "MANIFEST.json").unlink()
+    assert grow_json(capsys, "inspect", model_folder, "--verify")["verified"] is False
+    assert "no checksums to compare" in grow(capsys, "inspect", model_folder, "--verify")[1]
+
+
+def test_a_run_without_a_valid_checkpoint_is_an_error(capsys, tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    code, _, err = grow(capsys, "inspect", tmp_path / "run")
+    assert code == 3 and "holds no valid checkpoint" in err
+
+
+def test_check_measures_the_gap_and_names_what_would_not_train(capsys, model_folder, tmp_path):
+    grow(capsys, "apply", model_folder, tmp_path / "grown", "--operator", "stack", "--factor", 2)
+    write_token_file(tmp_path / "tokens.bin", np.arange(200) % 20, np.dtype("u2"))
+
+    same = grow_json(capsys, "check", model_folder, model_folder)
+    grown = grow_json(capsys, "check", model_folder, tmp_path / "grown", "--tokens", tmp_path / "tokens.bin")
+    _, out, _ = grow(capsys, "check", model_folder, tmp_path / "grown")
+
+    assert same["max_abs_logit_gap"] == 0 and same["zero_gradient"] == []
+    assert grown["max_abs_logit_gap"] > 0.1 and grown["n_tokens"] == 32
+    assert "largest logit gap" in out and "without gradient    0 parameters" in out
