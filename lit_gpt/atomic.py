@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all, each with a MANIFEST.json that tells whether it is still whole."""
+"""Directories and files that appear whole or not at all; a MANIFEST.json tells whether a directory is still whole."""
 
 from __future__ import annotations
 
@@ -69,23 +69,41 @@ def _temporary_name(path: Path) -> Path:
 
 def _publish(temporary: Path, path: Path) -> None:
     for directory, _, _ in os.walk(temporary):
-        _fsync(directory)
+        sync_directory(directory)
     aside = None
     if path.is_dir() and any(path.iterdir()):
         aside = _temporary_name(path)
         path.rename(aside)
     temporary.rename(path)
-    _fsync(path.parent)
+    sync_directory(path.parent)
     if aside is not None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _fsync(path: str | Path) -> None:
+def sync_directory(path: str | Path) -> None:
+    """Make the renames inside a directory survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Replace one file by another content, so that it is never there in part."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        error.filename = error.filename or str(path)  # a failed write does not say where
+        raise
+    sync_directory(path.parent)
 
 
 @contextmanager

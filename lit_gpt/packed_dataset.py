@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from lit_gpt.atomic import sync_directory
 from lit_gpt.errors import DataError
 
 MAGIC = b"LITPKDS"
@@ -121,15 +122,6 @@ class TokenFileWriter:
             self._file.close()
         except OSError:  # closing flushes; on a full disk that fails a second time, and the file is gone anyway
             pass
-
-
-def sync_directory(path: Path) -> None:
-    """Make a rename in this directory survive a power cut, where the system can do that."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_token_file(path: str | os.PathLike[str], tokens: np.ndarray, dtype: np.dtype) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from lit_gpt.atomic import write_atomically
 from lit_gpt.errors import DataError
 
 SPACE_PIECE = "\u2581"  # how SentencePiece writes a space
@@ -46,7 +46,7 @@ class Tokenizer(ABC):
         """
         if str(path) == "bytes":
             return BytesTokenizer()
-        file = _tokenizer_file(Path(path))
+        file = tokenizer_file(Path(path))
         if file.name == BYTES_MARKER:
             return BytesTokenizer()
         return JsonTokenizer(file) if file.suffix == ".json" else SentencePieceTokenizer(file)
@@ -105,7 +105,7 @@ class BytesTokenizer(Tokenizer):
         return lengths
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        (Path(directory) / BYTES_MARKER).write_text(BYTES_DESCRIPTION, encoding="utf-8")
+        write_atomically(Path(directory) / BYTES_MARKER, BYTES_DESCRIPTION.encode())
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -248,7 +248,8 @@ def file_sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _tokenizer_file(path: Path) -> Path:
+def tokenizer_file(path: Path) -> Path:
+    """The tokenizer file that a path means: itself, or the one inside a folder."""
     if not path.exists():
         raise FileNotFoundError(f"tokenizer {path} does not exist; give a file, a folder that holds one, or 'bytes'")
     if path.is_file():
@@ -261,4 +262,4 @@ def _tokenizer_file(path: Path) -> Path:
 
 def _copy(src: Path, dst: Path) -> None:
     if src.resolve() != dst.resolve():
-        shutil.copyfile(src, dst)
+        write_atomically(dst, src.read_bytes())
