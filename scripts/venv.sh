@@ -15,25 +15,29 @@ die() {
 
 child=
 signal_name=
-signal_seen=0
-trap 'signal_name=INT signal_seen=1' INT # a terminal sends it to the command as well
-trap 'signal_name=TERM signal_seen=1; if [ -n "$child" ]; then kill -TERM "$child" 2>/dev/null; fi' TERM
+trap 'signal_name=INT' INT # a terminal sends it to the command as well
+trap 'signal_name=TERM; if [ -n "$child" ]; then kill -TERM "$child" 2>/dev/null; fi' TERM
 
 # run_child COMMAND...: the exit status of COMMAND; does not return when a signal came meanwhile.
 run_child() {
-  local status latest
+  local status=0 latest
   (
     trap - INT # a shell starts background commands deaf to it
     exec "$@"
   ) &
   child=$!
-  status=127
-  while :; do
-    signal_seen=0
-    latest=0
-    wait "$child" || latest=$?
-    [ "$latest" -eq 127 ] || status=$latest # 127 the second time round: the first wait had the status already
-    [ "$signal_seen" -eq 1 ] || break
+  wait "$child" || status=$?
+  # A signal to this shell ends `wait` early, with its own number or with -1.
+  while [ "$status" -lt 0 ] || [ "$status" -gt 128 ]; do
+    if kill -0 "$child" 2>/dev/null; then
+      status=0
+      wait "$child" || status=$?
+    else
+      latest=0
+      wait "$child" || latest=$?
+      [ "$latest" -eq 127 ] || status=$latest # 127: this shell has told the status already
+      break
+    fi
   done
   child=
   if [ -n "$signal_name" ]; then

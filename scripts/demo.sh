@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# The main job, from nothing to a report: install, corpus, base -> stack -> continue, the scratch run, the comparison.
+set -euo pipefail
+
+usage() {
+  cat <<'HELP'
+usage: bash scripts/demo.sh [--smoke] [--fresh]
+
+Trains a small base model on Python's own standard library, stacks its layers, trains on, trains the same model from
+scratch beside it, and writes out/demo/report.html. Takes minutes on two CPU cores; needs no GPU and no compiler.
+Repeating the command continues where it stopped.
+
+  --smoke    the same path at toy size, in out/smoke
+  --fresh    remove what an earlier demo (or smoke) wrote and start over
+
+  PYTHON             interpreter for a new .venv, 3.10 or newer (default python3)
+  TORCH_INDEX_URL    package index for torch, when set
+HELP
+}
+
+out=out/demo
+smoke=()
+fresh=no
+for argument in "$@"; do
+  case "$argument" in
+    --smoke) out=out/smoke smoke=(--config configs/smoke.yaml) ;;
+    --fresh) fresh=yes ;;
+    -h | --help)
+      usage
+      exit 0
+      ;;
+    *)
+      printf 'error: unknown option %s\n\n' "$argument" >&2
+      usage >&2
+      exit 2
+      ;;
+  esac
+done
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/venv.sh
+
+# step TEXT COMMAND...: one of the demo's steps; when it fails, its exit status is the demo's.
+step() {
+  local status=0
+  printf '\n== %s\n' "$1"
+  shift
+  run_child "$@" || status=$?
+  if [ "$status" -eq 75 ]; then stopped "$status"; fi
+  [ "$status" -eq 0 ] || die "stopped with exit status $status: $*" "$status"
+}
+
+if [ "$fresh" = yes ]; then rm -rf "$out"; fi
+ensure_venv prep report
+
+pretrain=("$VENV_PYTHON" -m pretrain --config configs/demo.yaml ${smoke[@]+"${smoke[@]}"})
+
+step "corpus: Python's standard library" "$VENV_PYTHON" scripts/prepare.py --stdlib --out "$out/data"
+step "base, stack, continue" "${pretrain[@]}" --out_dir "$out/stacked" --data.train "$out/data"
+step "the same model from scratch" \
+  "${pretrain[@]}" --config configs/scratch.yaml --out_dir "$out/scratch" --data.train "$out/data"
+step "comparison" "$VENV_PYTHON" -m grow report "$out/stacked" "$out/scratch" --out "$out"
