@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -37,7 +38,13 @@ LIT_CONFIG = "lit_config.json"
 PROVENANCE = "growth.json"
 MAX_SHARD_BYTES = 5 * 10**9  # above this Hugging Face shards as well
 SENTENCEPIECE = "tokenizer.model"
-TOKENIZER_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+TOKENIZER_EXTRAS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 LEGACY_SUFFIXES = (".bin", ".pth", ".pt", ".ckpt")
 WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 ACCEPT_CHANGES = f"restore the file, or remove {MANIFEST} to accept the folder as it is"
@@ -120,9 +127,12 @@ def read_exchange_config(path: str | Path, *, verify: bool = True) -> Config:
     """The Config of an exchange form: config.json, with what only lit_config.json knows.
 
     Raises:
+        FileNotFoundError: there is no such directory.
         DataError: a file is damaged, describes what this model cannot express, or the two contradict each other.
     """
     directory = Path(path)
+    if not directory.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "no such directory", str(directory))
     manifest = _manifest(directory) if verify else None
     for name in (HF_CONFIG, LIT_CONFIG):
         if manifest is not None and (directory / name).is_file():
@@ -229,13 +239,29 @@ def _write_tokenizer(directory: Path, source: str | Path | None, config: Config)
 
 
 def _tokenizer_config(model_file: Path) -> dict[str, Any]:
-    """Enough for AutoTokenizer to encode as we do: no token added. Texts that begin with a space still differ."""
+    """Enough for AutoTokenizer of transformers 5 to encode as we do, without adding tokens.
+
+    Its LlamaTokenizer drops one space of texts that begin with one; its SentencePieceBackend is exact at encoding,
+    not at decoding, and serves the models that the former would read wrongly without a word.
+    """
     from sentencepiece import SentencePieceProcessor
 
     processor = SentencePieceProcessor(model_file=str(model_file))
     ids = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id(), "unk_token": processor.unk_id()}
     tokens = {token: processor.id_to_piece(number) for token, number in ids.items() if number >= 0}
-    return {"tokenizer_class": "LlamaTokenizer", **tokens, "add_bos_token": False, "add_eos_token": False}
+    kind = "LlamaTokenizer" if _is_like_llama(processor) else "SentencePieceBackend"
+    return {"tokenizer_class": kind, **tokens, "add_bos_token": False, "add_eos_token": False}
+
+
+def _is_like_llama(processor: Any) -> bool:
+    """A byte-fallback BPE that puts a space in front of the text and otherwise leaves it as it is."""
+    probe = "a  b \ufb01\U0010fffd "  # two spaces, a ligature that normalising would undo, a character nobody trains on
+    ranks_not_probabilities = all(processor.get_score(number).is_integer() for number in range(processor.vocab_size()))
+    return (
+        ranks_not_probabilities
+        and processor.encode("a", out_type=str)[0].startswith("\u2581")
+        and processor.decode(processor.encode(probe)) == probe
+    )
 
 
 class _TensorFiles(Mapping[str, Tensor]):
