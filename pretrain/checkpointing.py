@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ from pretrain.state import TrainState
 
 # Settings that may change between two sittings of a run: they do not touch what is trained on what
 FREE_TO_CHANGE = ("logging", "checkpoints", "validation", "out_dir")
+
+
+def report_skipped(path: Path, reason: str) -> None:
+    sys.stderr.write(f"warning: {path} is passed over: {reason}\n")
 
 
 class RunCheckpoints:
@@ -55,7 +60,7 @@ class RunCheckpoints:
     def resume(self) -> TrainingCheckpoint | None:
         """The newest valid checkpoint, None when there is none."""
         prune_temporaries(self.folder)
-        self.last = latest(self.folder)
+        self.last = latest(self.folder, on_skip=report_skipped)
         return None if self.last is None else read_training(self.last)
 
     def _remove_superseded(self, stage: int) -> None:

@@ -25,6 +25,7 @@ class TrainData:
     packed: PackedData
     bytes_per_token: float | None
     """Text bytes per training token, for the bits-per-byte estimate."""
+
     def rows(self, position: int, count: int) -> Tensor:
         """(count, block_size + 1) int64: the samples [position, position + count) of the global order."""
         return torch.from_numpy(self.packed.samples(position, count))

@@ -91,7 +91,8 @@ def run(config: RunConfig, *, dry_run: bool, fresh: bool, command: list[str]) ->
         say(f"compute: {compute.precision}, compile {compute.compile} ({compute.reason})")
         stage = stages[state.stage - 1]
         with StopSignal() as stop:
-            log = RunLog(out_dir, stage=state.stage, step=state.step_count, tensorboard=config.logging.tensorboard)
+            kept_stage = 0 if checkpoint is None else state.stage  # nothing stays of a run killed before its first save
+            log = RunLog(out_dir, stage=kept_stage, step=state.step_count, tensorboard=config.logging.tensorboard)
             this_run = Run(config, stages, fabric, compute, train, validation, checkpoints, log, stop)
             trained = start(this_run, stage, state) if checkpoint is None else resume(this_run, stage, checkpoint)
             try:

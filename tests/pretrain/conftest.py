@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -51,13 +52,12 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
     return write_prepared(tmp_path_factory.mktemp("prepared"), Tokenizer.load("bytes").encode(text))
 
 
-@pytest.fixture
-def settings(tmp_path: Path, prepared: Path) -> dict[str, object]:
-    """A run of two stages that grows from 1 to 3 layers after 6 steps."""
+def two_stages(out_dir: Path, data: Path) -> dict[str, object]:
+    """Settings of a run that grows from 1 to 3 layers after 6 steps."""
     return {
-        "out_dir": str(tmp_path / "run"),
+        "out_dir": str(out_dir),
         "model": {"name": "3L16H", "block_size": BLOCK_SIZE, "n_head": 2, "intermediate_size": 32, "head_size": 8},
-        "data": {"train": str(prepared)},
+        "data": {"train": str(data)},
         "stages": [
             {"name": "base", "n_layer": 1, "max_steps": 6},
             {"name": "grown", "operator": "stack", "max_steps": 8},
@@ -72,19 +72,65 @@ def settings(tmp_path: Path, prepared: Path) -> dict[str, object]:
 
 
 @pytest.fixture
-def pretrain(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run `pretrain` as a process on settings; `start_only` returns the running process instead."""
+def settings(tmp_path: Path, prepared: Path) -> dict[str, object]:
+    return two_stages(tmp_path / "run", prepared)
 
-    def command(settings: dict[str, object], *flags: str) -> list[str]:
-        path = tmp_path / "settings.yaml"
-        path.write_text(yaml.safe_dump(settings))
-        return [sys.executable, "-m", "pretrain", "--config", str(path), *flags]
 
-    def run(settings: dict[str, object], *flags: str, start_only: bool = False) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "PYTHONWARNINGS": "error", "PYTHONUNBUFFERED": "1"}
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
-        if start_only:
-            return subprocess.Popen(command(settings, *flags), **options)
-        return subprocess.run(command(settings, *flags), timeout=300, check=False, **options)
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Path:
+    """The folder of such a run that nothing disturbed. Copy it before changing it."""
+    from pretrain.command_line import parse
+    from pretrain.run import run
+
+    folder = tmp_path_factory.mktemp("finished")
+    config, dry_run, fresh = parse(command_for(two_stages(folder / "run", prepared), folder))
+    run(config, dry_run=dry_run, fresh=fresh, command=["pretrain"])
+    return folder / "run"
+
+
+def command_for(settings: dict[str, object], folder: Path, *flags: str) -> list[str]:
+    """The arguments of a `pretrain` on these settings, which are written to a file in `folder`."""
+    path = folder / "settings.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return ["--config", str(path), *flags]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a command left behind."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def pretrain(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Finished]:
+    """Run the `pretrain` command in this process: importing torch again for every error message takes seconds."""
+    from pretrain.__main__ import main
+
+    def run(settings: dict[str, object], *flags: str) -> Finished:
+        monkeypatch.setattr(sys, "argv", ["pretrain", *command_for(settings, tmp_path, *flags)])
+        capsys.readouterr()
+        code = main()
+        return Finished(code, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture
+def pretrain_process(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
+    """Start `pretrain` as a process of its own, for what only happens to processes."""
+
+    def start(settings: dict[str, object], *flags: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "pretrain", *command_for(settings, tmp_path, *flags)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONWARNINGS": "error", "PYTHONUNBUFFERED": "1"},
+        )
+
+    return start

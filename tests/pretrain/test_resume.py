@@ -1,0 +1,150 @@
+"""A run that was interrupted, however, ends like one that was not: to the bit, without replay and without gaps."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lit_gpt.checkpoint import latest, read_training
+from lit_gpt.tokenizer import Tokenizer
+from pretrain.command_line import merge
+from tests.pretrain.conftest import write_prepared
+
+TIMING = ("tokens_per_sec", "seconds", "time")
+
+
+def records(folder: Path, name: str) -> list[dict]:
+    lines = (folder / name).read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMING} for line in lines]
+
+
+def assert_same_end(folder: Path, undisturbed: Path) -> None:
+    for name in ("metrics.jsonl", "evals.jsonl"):
+        assert records(folder, name) == records(undisturbed, name)
+    ended, expected = (read_training(latest(f / "checkpoints")) for f in (folder, undisturbed))
+    assert all(torch.equal(ended.model[name], tensor) for name, tensor in expected.model.items())
+    for name, slots in expected.optimizer.items():
+        assert all(torch.equal(ended.optimizer[name][slot], tensor) for slot, tensor in slots.items())
+
+
+@pytest.fixture(scope="module")
+def wait_for():
+    def wait(process, condition, seconds=120):
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline, "the run did not get there"
+            time.sleep(0.02)
+
+    return wait
+
+
+@pytest.fixture
+def copied(settings, finished_run):
+    """A finished run under the settings' own out_dir."""
+    return Path(shutil.copytree(finished_run, settings["out_dir"]))
+
+
+def test_kill_9_at_any_moment_then_the_same_command_ends_the_same(
+    settings, pretrain, pretrain_process, wait_for, finished_run
+):
+    folder = Path(settings["out_dir"])
+    moments = random.Random(0)
+    for after_lines in (1, moments.randint(2, 5), moments.randint(6, 12)):
+        process = pretrain_process(settings)
+        log = folder / "metrics.jsonl"
+        wait_for(process, lambda n=after_lines, log=log: log.exists() and log.read_text().count("\n") >= n)
+        time.sleep(moments.uniform(0, 0.05))
+        process.kill()
+        process.communicate()
+    assert pretrain(settings).returncode == 0
+    assert_same_end(folder, finished_run)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_at_the_next_step_and_exits_75(
+    settings, pretrain, pretrain_process, wait_for, finished_run, number
+):
+    never = {**settings, "checkpoints": {"every_steps": 1000}}
+    folder = Path(settings["out_dir"])
+    process = pretrain_process(never)
+    wait_for(process, lambda: (folder / "metrics.jsonl").exists())
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, errors
+    saved = read_training(latest(folder / "checkpoints")).state["step_count"]
+    assert 1 <= saved < 14
+    assert pretrain(never).returncode == 0
+    assert_same_end(folder, finished_run)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_over_without_double_records(settings, pretrain, finished_run):
+    folder = Path(settings["out_dir"])
+    folder.mkdir()
+    for name in ("metrics.jsonl", "evals.jsonl"):
+        first = (finished_run / name).read_text().splitlines(keepends=True)[0]
+        (folder / name).write_text(first)
+    assert pretrain(settings).returncode == 0
+    assert_same_end(folder, finished_run)
+
+
+def test_a_finished_run_is_left_alone(settings, pretrain, copied):
+    before = {path: path.stat().st_mtime_ns for path in copied.rglob("*") if path.is_file()}
+    again = pretrain(settings)
+    assert again.returncode == 0
+    assert "is finished" in again.stdout
+    assert {path: path.stat().st_mtime_ns for path in before if path.name != "run.lock"} == {
+        path: time_ns for path, time_ns in before.items() if path.name != "run.lock"
+    }
+    assert {path for path in copied.rglob("*") if path.is_file()} - set(before) <= {copied / "run.lock"}
+
+
+def test_a_damaged_last_checkpoint_is_passed_over_loudly(settings, pretrain, copied, finished_run):
+    last = latest(copied / "checkpoints")
+    victim = max((path for path in last.iterdir() if path.is_file()), key=lambda path: path.stat().st_size)
+    victim.write_bytes(victim.read_bytes()[:-1])
+    again = pretrain(settings)
+    assert again.returncode == 0, again.stderr
+    assert last.name in again.stderr
+    assert "resumed from" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"seed": 1}, "seed"),
+        ({"optimizer": {"learning_rate": 0.5}}, "optimizer.learning_rate"),
+        ({"batch": {"global_batch_size": 8}}, "batch.global_batch_size"),
+    ],
+)
+def test_other_settings_are_refused_by_name(settings, pretrain, copied, change, field):
+    again = pretrain(merge(settings, change))
+    assert again.returncode == 2
+    assert f"{field}: " in again.stderr
+    assert "--fresh" in again.stderr
+
+
+def test_other_data_is_refused_by_name_unless_allowed(settings, pretrain, tmp_path, root):
+    data = tmp_path / "data"
+    tokens = Tokenizer.load("bytes").encode((root / "LICENSE").read_text())
+    write_prepared(data, tokens)
+    settings = {**settings, "data": {"train": str(data)}, "stages": [{"name": "main", "max_steps": 2}]}
+    assert pretrain(settings).returncode == 0
+    write_prepared(data, np.flip(tokens))
+    again = pretrain(settings)
+    assert again.returncode == 2
+    assert "fingerprint" in again.stderr
+    assert "allow_order_change" in again.stderr
+
+
+def test_fresh_starts_over(settings, pretrain, copied):
+    assert pretrain({**settings, "seed": 1}, "--fresh").returncode == 0
+    assert read_training(latest(copied / "checkpoints")).state["seed"] == 1
