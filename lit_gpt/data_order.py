@@ -26,6 +26,7 @@ BLOCK_POSITIONS = 4096  # a weight is exact to 1/4096 of every 4096 samples; sma
 LARGE_BLOCK_POSITIONS = 65536
 CACHED_BLOCKS = 8  # 8 * 65,536 seats are 5 MB; reading forwards touches one or two blocks at a time
 CACHED_PERMUTATIONS = 64
+LOCATED_AHEAD = 1024  # locating costs 64 ns per position in large calls and 4 us in calls for 8
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio, odd: the multiplier of Fibonacci hashing
 HALF = np.uint64(32)
 
@@ -367,10 +368,12 @@ class PackedData:
             raise ValueError(f"all sources of a run need the same block_size, got {block_sizes}")
         self.sources = [sources[name] for name in order.names]
         self.block_size = self.sources[0].block_size
+        self._located_from = 0
+        self._located = (np.empty(0, dtype=np.int64),) * 2
 
     def samples(self, start: int, count: int) -> np.ndarray:
         """The samples at positions start .. start + count - 1: (count, block_size + 1) int64."""
-        source, sample = self.order.locate(np.arange(start, start + count))
+        source, sample = self._locate(start, count)
         if len(self.sources) == 1:
             return self.sources[0].read(sample)
         rows = np.empty((count, self.block_size + 1), dtype=np.int64)
@@ -378,6 +381,15 @@ class PackedData:
             inside = source == i
             rows[inside] = self.sources[i].read(sample[inside])
         return rows
+
+    def _locate(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """`order.locate`, done for many positions at a time."""
+        skip = start - self._located_from
+        if skip < 0 or skip + count > len(self._located[0]):
+            self._located = self.order.locate(np.arange(start, start + max(count, LOCATED_AHEAD)))
+            self._located_from, skip = start, 0
+        source, sample = self._located
+        return source[skip : skip + count], sample[skip : skip + count]
 
     @property
     def order_id(self) -> str:

@@ -1,0 +1,320 @@
+"""The data order is a bijection per epoch, the same for any cut into batches, and fixed for ever."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lit_gpt.data_order import (
+    BLOCK_POSITIONS,
+    LARGE_BLOCK_POSITIONS,
+    DataOrder,
+    PackedData,
+    Permutation,
+    derive_keys,
+    quotas,
+)
+
+
+class CountingSource:
+    """A source whose samples are recognisable: sample i of source s is filled with 1000 s + i."""
+
+    def __init__(self, number: int, n_samples: int, block_size: int = 4, fingerprint: str = "f") -> None:
+        self.number, self.n_samples, self.block_size = number, n_samples, block_size
+        self.fingerprint = f"{fingerprint}{number}"
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        assert ((indices >= 0) & (indices < self.n_samples)).all()
+        return np.repeat((1000 * self.number + indices)[:, None], self.block_size + 1, axis=1)
+
+
+def packed(sizes: dict[str, int], seed: int = 1, fingerprint: str = "f", block_size: int = 4, **options) -> PackedData:
+    sources = {
+        name: CountingSource(number, size, block_size, fingerprint) for number, (name, size) in enumerate(sizes.items())
+    }
+    return PackedData(sources, DataOrder(sizes, seed, **options))
+
+
+def is_shuffled(values: np.ndarray, n: int) -> bool:
+    return sorted(values.tolist()) == list(range(n)) and values.tolist() != list(range(n))
+
+
+# The numbers below were made with the definition of the design, once. Whoever changes them changes the data order of
+# every run that exists: its checkpoints could not be continued.
+def test_the_order_is_what_it_always_was():
+    assert derive_keys(2, 3407, "slim", 0) == [0x8431826A328BB1FF, 0xACBEB932542B4B40]
+    assert Permutation(10, 3407, "slim", 0)(np.arange(10)).tolist() == [3, 9, 6, 8, 1, 4, 7, 2, 5, 0]
+    million = Permutation(1_000_003, 3407, "slim", 1)(np.arange(8))
+    assert million.tolist() == [480135, 398379, 424136, 265373, 826029, 444416, 78841, 801675]
+    huge = Permutation(488_281_250, "golden")(np.arange(10**8, 10**8 + 4))
+    assert huge.tolist() == [488278801, 426033549, 336117613, 6379762]
+
+    mixture = DataOrder({"slim": 1000, "star": 300}, 3407, {"slim": 0.7, "star": 0.3})
+    source, sample = mixture.locate(np.arange(12))
+    assert source.tolist() == [1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1]
+    assert sample.tolist() == [120, 66, 412, 164, 929, 906, 630, 44, 127, 288, 277, 268]
+    assert mixture.order_id == "237f82609825fa8b979dec59c052778324eb02ca651da989c902fa88e1e48b59"
+
+    source, sample = DataOrder({"a": 50, "b": 7}, 1).locate(np.arange(8))
+    assert source.tolist() == [1, 0, 0, 0, 0, 0, 0, 1]
+    assert sample.tolist() == [2, 1, 48, 5, 43, 16, 37, 4]
+
+
+def test_the_permutation_is_a_bijection_for_every_small_n():
+    for n in range(400):
+        assert sorted(Permutation(n, 7, n)(np.arange(n)).tolist()) == list(range(n))
+
+
+@pytest.mark.parametrize("n", [4096, 65536, 65537, 99_991, 1_000_003])
+def test_the_permutation_is_a_bijection_for_large_n(n):
+    assert is_shuffled(Permutation(n, 7)(np.arange(n)), n)
+
+
+@given(
+    st.integers(2, 2**40), st.integers(0, 2**32), st.lists(st.integers(0, 2**40), min_size=1, max_size=50, unique=True)
+)
+def test_the_permutation_keeps_distinct_points_distinct_and_inside(n, key, points):
+    points = np.unique(np.array(points) % n)
+    image = Permutation(n, key)(points)
+    assert len(np.unique(image)) == len(points)
+    assert image.min() >= 0 and image.max() < n
+
+
+def test_permutations_with_different_keys_have_nothing_in_common():
+    n = 10_000
+    first, second = (Permutation(n, seed)(np.arange(n)) for seed in (1, 2))
+    assert (first == second).sum() < 10  # 1 is expected of two random permutations
+
+
+def test_neighbouring_values_look_random():
+    """Chi-square over triples of low bits: 511 degrees of freedom, so 511 +- 32; a linear generator gives millions."""
+    low = Permutation(1_000_003, 5)(np.arange(300_000)) % 8
+    counts = np.bincount(low[:-2] * 64 + low[1:-1] * 8 + low[2:], minlength=512)
+    expected = counts.sum() / 512
+    assert ((counts - expected) ** 2 / expected).sum() < 511 + 6 * 32
+
+
+@given(
+    st.dictionaries(st.sampled_from("abcd"), st.integers(1, 40), min_size=1, max_size=4),
+    st.integers(0, 2**32),
+)
+def test_without_weights_an_epoch_reads_every_sample_once(sizes, seed):
+    order = DataOrder(sizes, seed)
+    total = sum(sizes.values())
+    for epoch in range(3):
+        source, sample = order.locate(np.arange(epoch * total, (epoch + 1) * total))
+        everything = [(i, j) for i, name in enumerate(order.names) for j in range(sizes[name])]
+        assert sorted(zip(source.tolist(), sample.tolist(), strict=True)) == everything
+
+
+def test_epochs_differ():
+    order = DataOrder({"a": 100}, 1)
+    _, sample = order.locate(np.arange(200))
+    assert is_shuffled(sample[:100], 100) and is_shuffled(sample[100:], 100)
+    assert sample[:100].tolist() != sample[100:].tolist()
+
+
+def test_the_order_of_sources_in_a_file_has_no_effect():
+    forward, backward = DataOrder({"a": 50, "b": 7}, 1), DataOrder({"b": 7, "a": 50}, 1)
+    assert forward.order_id == backward.order_id
+    assert np.array_equal(forward.locate(np.arange(57)), backward.locate(np.arange(57)))
+
+
+@pytest.mark.parametrize("weights", [None, {"a": 0.7, "b": 0.3}])
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+def test_every_world_size_and_micro_batch_gives_the_same_global_batches(weights, world_size, micro_batch_size):
+    global_batch_size, n_steps = 32, 6
+    sizes = {"a": 90, "b": 50}
+    expected = packed(sizes, weights=weights).samples(0, n_steps * global_batch_size)
+    ranks = [packed(sizes, weights=weights) for _ in range(world_size)]
+    per_rank = global_batch_size // world_size
+    rows = [
+        data.samples(step * global_batch_size + rank * per_rank + first, micro_batch_size)
+        for step in range(n_steps)
+        for rank, data in enumerate(ranks)
+        for first in range(0, per_rank, micro_batch_size)
+    ]
+    assert np.array_equal(np.concatenate(rows), expected)
+
+
+@given(st.integers(0, 5000), st.integers(0, 70), st.integers(0, 5000))
+def test_reading_does_not_depend_on_what_was_read_before(start, count, before):
+    data = packed({"a": 90, "b": 50}, weights={"a": 1, "b": 2})
+    fresh = packed({"a": 90, "b": 50}, weights={"a": 1, "b": 2}).samples(start, count)
+    data.samples(before, 3)
+    assert np.array_equal(data.samples(start, count), fresh)
+
+
+@given(st.lists(st.floats(1e-3, 1.0), min_size=1, max_size=5))
+def test_quotas_add_up_and_miss_the_share_by_less_than_one_place(weights):
+    length, places = quotas(weights)
+    assert sum(places) == length
+    assert all(abs(place - length * w / sum(weights)) < 1 for place, w in zip(places, weights, strict=True))
+
+
+def test_small_weights_get_a_longer_block_and_too_small_ones_are_refused():
+    assert quotas([0.5, 0.5]) == (BLOCK_POSITIONS, (2048, 2048))
+    assert quotas([0.9999, 0.0001]) == (LARGE_BLOCK_POSITIONS, (65529, 7))
+    with pytest.raises(ValueError, match="drop the source or raise it"):
+        quotas([1.0, 1e-9])
+
+
+def test_every_block_has_the_exact_shares():
+    order = DataOrder({"a": 10**6, "b": 10**6, "c": 10**6}, 1, {"a": 0.7, "b": 0.2, "c": 0.1})
+    source, _ = order.locate(np.arange(3 * BLOCK_POSITIONS))
+    blocks = [np.bincount(block).tolist() for block in source.reshape(3, -1)]
+    assert blocks == [[2867, 819, 410]] * 3
+    assert not np.array_equal(source[:BLOCK_POSITIONS], source[BLOCK_POSITIONS : 2 * BLOCK_POSITIONS])
+
+
+@given(st.integers(1, 9000), st.integers(1, 9000), st.integers(0, 2**31))
+def test_a_weight_change_at_any_place_leaves_prefixes_of_every_source(first, second, seed):
+    sizes = {"a": 20_000, "b": 20_000}
+    segments = [(0, {"a": 0.7, "b": 0.3}), (first, {"a": 0.2, "b": 0.8}), (first + second, {"b": 1.0})]
+    order = DataOrder(sizes, seed, segments=segments)
+    source, sample = order.locate(np.arange(first + second + 500))
+    for i, name in enumerate(order.names):
+        read = sample[source == i]
+        expected = Permutation(sizes[name], seed, name, 0)(np.arange(len(read)))
+        assert sorted(read.tolist()) == sorted(expected.tolist())
+
+
+def test_a_weight_change_leaves_the_past_alone():
+    sizes = {"a": 20_000, "b": 20_000}
+    before = DataOrder(sizes, 1, segments=[(0, {"a": 0.7, "b": 0.3})])
+    after = DataOrder(sizes, 1, segments=[(0, {"a": 0.7, "b": 0.3}), (5001, {"a": 0.1, "b": 0.9})])
+    assert np.array_equal(before.locate(np.arange(5001)), after.locate(np.arange(5001)))
+    assert not np.array_equal(before.locate(np.arange(5001, 5100)), after.locate(np.arange(5001, 5100)))
+
+
+def test_a_source_may_join_later():
+    alone = DataOrder({"b": 20_000}, 1, {"b": 1.0})
+    joined = DataOrder({"a": 500, "b": 20_000}, 1, segments=[(0, {"b": 1.0}), (300, {"a": 0.5, "b": 0.5})])
+    source, sample = joined.locate(np.arange(1000))
+    assert not (source[:300] == 0).any() and (source[300:] == 0).any()
+    assert np.array_equal(sample[:300], alone.locate(np.arange(300))[1])
+
+
+@given(st.lists(st.integers(0, 400), min_size=2, max_size=8, unique=True), st.sampled_from([None, {"a": 1, "b": 3}]))
+def test_skipped_stretches_are_left_out_and_nothing_else(cuts, weights):
+    cuts = sorted(cuts)[: len(cuts) // 2 * 2]
+    skips = list(zip(cuts[::2], cuts[1::2], strict=True))
+    sizes = {"a": 300, "b": 200}
+    kept = [p for p in range(500) if not any(start <= p < stop for start, stop in skips)]
+    expected = DataOrder(sizes, 1, weights).locate(np.array(kept))
+    order = DataOrder(sizes, 1, weights, skips=skips)
+    assert np.array_equal(order.locate(np.arange(len(kept))), expected)
+    assert [order.raw_stop(position) for position in range(1, len(kept) + 1)] == [p + 1 for p in kept]
+
+
+def test_epochs_counts_what_is_read():
+    assert DataOrder({"a": 30, "b": 10}, 1).epochs(80) == {"a": 2.0, "b": 2.0}
+    weighted = DataOrder({"a": 30, "b": 10}, 1, {"a": 1, "b": 3})
+    source, _ = weighted.locate(np.arange(777))
+    counts = np.bincount(source)
+    assert weighted.epochs(777) == {"a": counts[0] / 30, "b": counts[1] / 10}
+    assert weighted.epochs(0) == {"a": 0.0, "b": 0.0}
+
+
+def test_all_problems_are_reported_at_once():
+    with pytest.raises(ValueError) as raised:
+        DataOrder({"a": 0, "b": 5}, 1, {"a": -1, "c": 2}, skips=[(5, 3), (0, 4)])
+    for part in ("'a' has 0 samples", "unknown source 'c'", "weight -1", "[5, 3)"):
+        assert part in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": {"a": 1}, "segments": [(0, {"a": 1})]}, "not both"),
+        ({"segments": [(1, {"a": 1})]}, "must start at 0"),
+        ({"segments": [(0, {"a": 1}), (0, {"a": 2})]}, "must increase"),
+        ({"segments": [(0, None), (9, {"a": 2})]}, "proportional"),
+        ({"weights": {"a": 0.0}}, "at least one must be positive"),
+        ({"weights": {"a": float("nan")}}, "must be a number"),
+        ({"skips": [(0, 5), (4, 6)]}, "overlap"),
+    ],
+)
+def test_an_impossible_order_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        DataOrder({"a": 5}, 1, **options)
+
+
+def test_negative_positions_are_refused():
+    with pytest.raises(ValueError, match="negative"):
+        DataOrder({"a": 5}, 1).locate(np.array([-1]))
+
+
+@pytest.mark.parametrize("stop", range(1, 12))
+def test_a_run_resumed_at_any_step_sees_the_rest(stop):
+    options = {"weights": {"a": 0.7, "b": 0.3}, "skips": [(20, 30)]}
+    whole = packed({"a": 90, "b": 50}, **options).samples(0, 12 * 8)
+    state = packed({"a": 90, "b": 50}, **options).state(stop * 8)
+    resumed = packed({"a": 90, "b": 50}, **options)
+    resumed.check_state(state)
+    assert np.array_equal(resumed.samples(state["position"], (12 - stop) * 8), whole[stop * 8 :])
+
+
+def test_the_state_is_what_checkpoints_hold():
+    state = packed({"slim": 9, "star": 5}, 3407, weights={"slim": 0.7, "star": 0.3}, skips=[(8, 10)]).state(12)
+    order_id = state.pop("order_id")
+    assert len(order_id) == 64
+    assert state == {
+        "v": 1,
+        "position": 12,
+        "seed": 3407,
+        "block": 4,
+        "stride": 4,
+        "window": None,
+        "segments": [[0, {"slim": 0.7, "star": 0.3}]],
+        "skips": [[8, 10]],
+        "sources": {"slim": {"samples": 9, "fingerprint": "f0"}, "star": {"samples": 5, "fingerprint": "f1"}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"seed": 2}, "data.seed"),
+        ({"block_size": 8}, "data.block"),
+        ({"fingerprint": "g"}, "data.sources.a.fingerprint"),
+        ({"sizes": {"a": 91, "b": 50}}, "data.sources.a.samples"),
+        ({"weights": {"a": 0.6, "b": 0.4}}, "data.segments"),
+        ({"skips": [(3, 5)]}, "data.skips"),
+    ],
+)
+def test_a_changed_past_is_refused_naming_the_field_and_the_way_out(change, field):
+    settings = {"sizes": {"a": 90, "b": 50}, "seed": 1, "weights": {"a": 0.7, "b": 0.3}}
+    state = packed(**settings).state(40)
+    with pytest.raises(ValueError) as raised:
+        packed(**settings | change).check_state(state)
+    assert field in str(raised.value)
+    assert "allow_order_change" in str(raised.value)
+
+
+def test_the_future_may_be_changed():
+    state = packed({"a": 90, "b": 50}, weights={"a": 0.7, "b": 0.3}).state(40)
+    changed = packed(
+        {"a": 90, "b": 50}, segments=[(0, {"a": 0.7, "b": 0.3}), (40, {"a": 0.1, "b": 0.9})], skips=[(40, 48)]
+    )
+    changed.check_state(state)
+    changed.check_state(changed.state(60))
+
+
+def test_a_state_of_another_version_is_refused():
+    data = packed({"a": 9})
+    with pytest.raises(ValueError, match="version 2"):
+        data.check_state(data.state(0) | {"v": 2})
+
+
+def test_sources_must_fit_the_order_and_each_other():
+    with pytest.raises(ValueError, match="order was made for"):
+        PackedData({"a": CountingSource(0, 5)}, DataOrder({"a": 6}, 1))
+    with pytest.raises(ValueError, match="same block_size"):
+        PackedData(
+            {"a": CountingSource(0, 5, block_size=4), "b": CountingSource(1, 5, block_size=8)},
+            DataOrder({"a": 5, "b": 5}, 1),
+        )
