@@ -32,7 +32,7 @@ class KVCache:
 def pick_token(
     logits: Tensor, *, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
 ) -> int:
-    """Draw one id from logits (V,). Temperature 0 is greedy; top_k and top_p (nucleus, arXiv 1904.09751) cut the tail."""
+    """Draw an id from logits (V,). Temperature 0 is greedy; top_k, top_p (nucleus, arXiv 1904.09751) cut the tail."""
     if temperature == 0:
         return int(logits.argmax())
     logits = logits / temperature
@@ -69,6 +69,8 @@ def generate(
         raise ValueError(f"{len(prompt_ids)} + {max_new_tokens} tokens do not fit block_size={model.config.block_size}")
     if not 0 <= min(prompt_ids) <= max(prompt_ids) < model.config.padded_vocab_size:
         raise ValueError(f"prompt ids must be in [0, {model.config.padded_vocab_size})")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must not be negative")
     if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and top_p <= 0):
         raise ValueError(f"need temperature >= 0, top_k >= 1, top_p > 0; got {temperature}, {top_k}, {top_p}")
     device = model.transformer.wte.weight.device

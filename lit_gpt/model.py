@@ -271,7 +271,8 @@ def init_weights(model: GPT, seed: int) -> None:
 
 def _tie_in_state_dict(state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
     """A tied model's files hold the shared matrix once; loading needs it under both names."""
-    state_dict.setdefault(f"{prefix}lm_head.weight", state_dict[f"{prefix}{EMBEDDING}"])
+    if f"{prefix}{EMBEDDING}" in state_dict:
+        state_dict.setdefault(f"{prefix}lm_head.weight", state_dict[f"{prefix}{EMBEDDING}"])
 
 
 def _untie_in_state_dict(_: nn.Module, state_dict: dict[str, Tensor], prefix: str, __: object) -> None:

@@ -38,7 +38,9 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     """Mean loss. The gradients are made in forward, while a chunk's logits are there, and scaled in backward."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int, kernel: ChunkLoss) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int, kernel: ChunkLoss
+    ) -> Tensor:
         cast_weight = weight.to(hidden.dtype)
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
@@ -95,15 +97,16 @@ def linear_cross_entropy(
     Raises:
         ValueError: an unknown reduction.
     """
-    if reduction == "mean":
-        return _ChunkedLinearCrossEntropy.apply(hidden, weight, targets, chunk_rows, kernel)
-    if reduction != "none":
+    if reduction not in ("mean", "none"):
         raise ValueError(f"reduction={reduction!r} must be 'mean' or 'none'")
+    if reduction == "mean" and torch.is_grad_enabled():
+        return _ChunkedLinearCrossEntropy.apply(hidden, weight, targets, chunk_rows, kernel)
     with torch.no_grad():
         cast_weight = weight.to(hidden.dtype)
         parts = zip(hidden.split(chunk_rows), targets.split(chunk_rows), strict=True)
         losses = [kernel(F.linear(part, cast_weight), labels)[0] for part, labels in parts]
-        return torch.cat(losses).masked_fill(targets == IGNORE_INDEX, 0.0)
+        losses = torch.cat(losses).masked_fill(targets == IGNORE_INDEX, 0.0)
+        return losses if reduction == "none" else losses.sum() / (targets != IGNORE_INDEX).sum().clamp(min=1)
 
 
 def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
