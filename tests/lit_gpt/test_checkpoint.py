@@ -300,45 +300,62 @@ def test_a_target_that_cannot_be_written_is_an_error_of_the_file_system(tmp_path
     assert contents(tmp_path) == {"file"}
 
 
-KILLED_WRITER = """
+KILLED_WRITERS = """
 import os, random, signal, sys, time
 sys.path.insert(0, sys.argv[1])
 import test_checkpoint as given
-target, trials, chance = given.Path(sys.argv[2]), int(sys.argv[3]), random.Random(0)
+import lit_gpt.sharded
+
+target, n_timed, chance = given.Path(sys.argv[2]), int(sys.argv[3]), random.Random(0)
 model, moments = given.random_model(given.CONFIG), given.random_moments(given.CONFIG)
 
-def start_writing(number):
+def start_writing(name, before=lambda: None):
     child = os.fork()
     if child == 0:
-        given.write_training(target / f"step-{number:010d}", model, moments, given.state_of(given.CONFIG))
+        before()
+        given.write_training(target / name, model, moments, given.state_of(given.CONFIG))
         os._exit(0)
     return child
 
-import lit_gpt.sharded
-whole_secs = 0.0
-for number in range(trials):
-    start = time.perf_counter()
-    child = start_writing(number)
-    if whole_secs:
-        time.sleep(chance.uniform(0, 1.3) * whole_secs)
-        os.kill(child, signal.SIGKILL)
+def kill_at(event_number):
+    seen = 0
+    def hook(event, _):
+        nonlocal seen
+        seen += event == "open" or event.startswith(("os.", "shutil."))
+        if seen == event_number:
+            os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(hook)
+
+start = time.perf_counter()
+os.waitpid(start_writing("step-0000000000"), 0)
+whole_secs = time.perf_counter() - start
+for number in range(n_timed):
+    child = start_writing(f"step-1{number:09d}")
+    time.sleep(chance.uniform(0, 1.3) * whole_secs)
+    os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    whole_secs = whole_secs or time.perf_counter() - start
+
+event_number = status = 1
+while status:
+    _, status = os.waitpid(start_writing(f"step-2{event_number:09d}", lambda: kill_at(event_number)), 0)
+    event_number += 1
+print(event_number)
 """
 
 
 def test_a_kill_at_any_moment_leaves_nothing_or_a_whole_checkpoint(tmp_path):
-    trials = 24
+    """Killed at random moments, then before every single call to the file system that Python makes."""
     stage = tmp_path / "stage-01"
 
-    command = [sys.executable, "-c", KILLED_WRITER, str(Path(__file__).parent), str(stage), str(trials)]
-    subprocess.run(command, check=True, cwd=Path(__file__).parents[2], timeout=120)
+    command = [sys.executable, "-c", KILLED_WRITERS, str(Path(__file__).parent), str(stage), "12"]
+    done = subprocess.run(command, check=True, cwd=Path(__file__).parents[2], timeout=120, stdout=subprocess.PIPE)
 
     published = {path for path in stage.iterdir() if path.name.startswith("step-")}
     assert all(verify(path) == [] for path in published)
     assert latest(tmp_path) == max(published)
-    assert prune_temporaries(tmp_path)  # some kills fell into the middle
+    assert len(prune_temporaries(tmp_path)) > 10
     assert set(stage.iterdir()) == published
+    assert int(done.stdout) > 10
 
 
 # Damage
@@ -372,6 +389,14 @@ def test_one_changed_byte_anywhere_is_found(pristine, tmp_path, chance: random.R
     assert latest(tmp_path, deep=True, on_skip=lambda *_: None) is None
     with pytest.raises(DataError, match=victim.name):
         read_training(damaged)
+
+
+def test_a_manifest_that_differs_by_a_blank_is_not_the_one_that_was_written(checkpoint):
+    """Children name their parent by the hash of this file."""
+    manifest = checkpoint / "MANIFEST.json"
+    manifest.write_text(manifest.read_text().replace(": ", ":  ", 1))
+
+    assert "was damaged or changed" in verify(checkpoint)[0]
 
 
 def test_every_missing_file_is_named(pristine, tmp_path):
