@@ -19,13 +19,13 @@ def _main() -> int:
     if not argv or argv[0] in ("-h", "--help"):
         build_parser().print_help()
         return EXIT_OK
-    config, dry_run, fresh = parse(argv)
+    invocation = parse(argv)
     # torch takes seconds to import: only now, when the settings are known to be good
     from pretrain.run import run
     from pretrain.signals import StopRequested
 
     try:
-        run(config, dry_run=dry_run, fresh=fresh, command=["pretrain", *argv])
+        run(invocation, command=["pretrain", *argv])
     except StopRequested as stop:
         print(stop, file=sys.stderr)
         return EXIT_STOPPED

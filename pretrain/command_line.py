@@ -7,6 +7,7 @@ and a list of stages has to replace another one as a whole.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,21 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 
-SWITCHES = ("dry_run", "fresh")
+SWITCHES = {
+    "dry_run": "print sizes, FLOPs and the plan, then stop",
+    "fresh": "delete the run folder's earlier run first",
+    "scratch": "train the last stage's model from its first step, for the FLOPs of all stages together: the baseline",
+}
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """What a command line asks for."""
+
+    config: RunConfig
+    dry_run: bool = False
+    fresh: bool = False
+    scratch: bool = False
 
 
 def normalise(argv: list[str]) -> list[str]:
@@ -41,8 +56,8 @@ def build_parser() -> ArgumentParser:
         exit_on_error=False,
     )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file; may be given several times")
-    parser.add_argument("--dry_run", action="store_true", help="print sizes, FLOPs and the plan, then stop")
-    parser.add_argument("--fresh", action="store_true", help="delete the run folder's earlier run first")
+    for name, meaning in SWITCHES.items():
+        parser.add_argument(f"--{name}", action="store_true", help=meaning)
     parser.add_class_arguments(RunConfig)
     return parser
 
@@ -119,8 +134,8 @@ def _parse_flag(name: str, text: str) -> Any:
         raise ValueError(f"--{name} {text!r} cannot be read: {' '.join(str(error).split())}") from error
 
 
-def parse(argv: list[str]) -> tuple[RunConfig, bool, bool]:
-    """Settings, whether it is a dry run, and whether to start afresh.
+def parse(argv: list[str]) -> Invocation:
+    """Settings and switches, checked.
 
     Raises:
         ValueError: unknown keys (with the nearest known), wrong types, or settings that do not fit together.
@@ -145,4 +160,4 @@ def parse(argv: list[str]) -> tuple[RunConfig, bool, bool]:
     problems = config_problems(config)
     if problems:
         raise ValueError("\n".join(problems))
-    return config, "dry_run" in switches, "fresh" in switches
+    return Invocation(config, **dict.fromkeys(switches, True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
 import os
@@ -28,7 +29,8 @@ from lit_gpt.config import Config
 from lit_gpt.flops import count_parameters
 from lit_gpt.model import GPT, init_weights
 from pretrain.checkpointing import RunCheckpoints, check_settings
-from pretrain.config import RunConfig, to_plain
+from pretrain.command_line import Invocation
+from pretrain.config import RunConfig, StageConfig, to_plain
 from pretrain.data import (
     TrainData,
     check_epochs,
@@ -47,7 +49,7 @@ from pretrain.stages import Stage, plan_stages
 from pretrain.state import TrainState
 
 
-def run(config: RunConfig, *, dry_run: bool, fresh: bool, command: list[str]) -> None:
+def run(invocation: Invocation, command: list[str]) -> None:
     """Start the run, resume it, or, if it is finished, say so.
 
     Raises:
@@ -55,18 +57,22 @@ def run(config: RunConfig, *, dry_run: bool, fresh: bool, command: list[str]) ->
         DataError, OSError: damaged or missing files, a folder that cannot be written.
         NonFiniteError, StopRequested: see pretrain/loop.py.
     """
+    config = invocation.config
     manifests = read_manifests(config.data)
     tokenizer = tokenizer_of(manifests)
     model_config = config.model.resolve(tokenizer["vocab_size"])
     check_vocabulary(model_config, tokenizer)
     stages = plan_stages(config, model_config)
+    if invocation.scratch:
+        config = scratch_config(config, stages)
+        stages = plan_stages(config, model_config)
     train = open_train_data(config.data, model_config, manifests, config.seed)
     check_epochs(config.data, train, config.batch.global_batch_size * sum(stage.steps for stage in stages))
-    if dry_run:
+    if invocation.dry_run:
         describe(config, stages)
         return
     out_dir = Path(config.out_dir)
-    with run_folder(out_dir, fresh):
+    with run_folder(out_dir, invocation.fresh):
         validation = open_validation_sets(config.data, model_config)
         fabric = launch(config)
         compute = choose_compute(
@@ -100,6 +106,15 @@ def run(config: RunConfig, *, dry_run: bool, fresh: bool, command: list[str]) ->
             finally:
                 log.close()
         say(f"done: {state.step_count:,} steps, {state.tokens:,} tokens; last checkpoint {checkpoints.last}")
+
+
+def scratch_config(config: RunConfig, stages: list[Stage]) -> RunConfig:
+    """The baseline of a growing run: its last model from the first step on, for the FLOPs of all stages together."""
+    flops = sum(step_flops(config, stage).times(stage.steps).paper for stage in stages)
+    steps = round(flops / step_flops(config, stages[-1]).paper)
+    last = config.stages[-1]
+    own = {key: getattr(last, key) for key in ("learning_rate", "min_learning_rate", "warmup_steps")}
+    return dataclasses.replace(config, stages=[StageConfig("scratch", max_steps=steps, n_layer=last.n_layer, **own)])
 
 
 def is_finished(state: TrainState, stages: list[Stage]) -> bool:

@@ -58,5 +58,5 @@ pretrain=("$VENV_PYTHON" -m pretrain --config configs/demo.yaml ${smoke[@]+"${sm
 step "corpus: Python's standard library" "$VENV_PYTHON" scripts/prepare.py --stdlib --out "$out/data"
 step "base, stack, continue" "${pretrain[@]}" --out_dir "$out/stacked" --data.train "$out/data"
 step "the same model from scratch" \
-  "${pretrain[@]}" --config configs/scratch.yaml --out_dir "$out/scratch" --data.train "$out/data"
+  "${pretrain[@]}" --scratch --out_dir "$out/scratch" --data.train "$out/data"
 step "comparison" "$VENV_PYTHON" -m grow report "$out/stacked" "$out/scratch" --out "$out"

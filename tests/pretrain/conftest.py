@@ -83,8 +83,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Pa
     from pretrain.run import run
 
     folder = tmp_path_factory.mktemp("finished")
-    config, dry_run, fresh = parse(command_for(two_stages(folder / "run", prepared), folder))
-    run(config, dry_run=dry_run, fresh=fresh, command=["pretrain"])
+    run(parse(command_for(two_stages(folder / "run", prepared), folder)), command=["pretrain"])
     return folder / "run"
 
 

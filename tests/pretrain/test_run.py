@@ -22,13 +22,12 @@ TIMING = ("tokens_per_sec", "seconds", "time")
 def finish(tmp_path, settings):
     """Run settings (with changes) to the end in this process; returns the run's folder."""
 
-    def go(name="run", **changes):
+    def go(name="run", *flags, **changes):
         from pretrain.command_line import parse
 
         path = tmp_path / f"{name}.yaml"
         path.write_text(json.dumps(merge(settings, {"out_dir": str(tmp_path / name), **changes})))
-        config, dry_run, fresh = parse(["--config", str(path)])
-        run(config, dry_run=dry_run, fresh=fresh, command=["pretrain"])
+        run(parse(["--config", str(path), *flags]), command=["pretrain"])
         return tmp_path / name
 
     return go
@@ -109,6 +108,13 @@ def test_the_grown_stage_continues_the_data_where_the_base_stopped(finish):
     grown = records(finish("grown"))
     scratch = records(finish("scratch", stages=[{"name": "scratch", "max_steps": 14}]))
     assert [m["position"] for m in grown] == [m["position"] for m in scratch]
+
+
+def test_the_baseline_spends_the_flops_of_all_stages_on_the_last_model(finish):
+    stacked, scratch = records(finish("stacked")), records(finish("scratch", "--scratch"))
+    assert {m["stage_name"] for m in scratch} == {"scratch"}
+    one_step = scratch[0]["flops_total"]
+    assert abs(scratch[-1]["flops_total"] - stacked[-1]["flops_total"]) <= one_step / 2
 
 
 def test_moments_survive_growth_when_they_are_mapped(finish):
