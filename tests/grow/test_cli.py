@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -190,6 +191,20 @@ def test_what_cannot_be_grown_exits_with_one_message_and_writes_nothing(
     assert (found, out) == (code, "")
     assert err.startswith("error: ") and message in err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_disk_that_fills_up_at_the_last_moment_leaves_nothing_behind(capsys, model_folder, tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = sorted(tmp_path.rglob("*"))
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", full)
+        code, out, err = grow(capsys, "apply", model_folder, tmp_path / "grown", "--operator=stack", "--factor=2")
+    assert code == 3 and "wrote" not in out and "disk is full" in err
+    assert sorted(tmp_path.rglob("*")) == before
+
+    assert grow(capsys, "apply", model_folder, tmp_path / "grown", "--operator=stack", "--factor=2")[0] == 0
 
 
 def test_inspect_says_what_a_checkpoint_is(capsys, run_folder, model_folder):
