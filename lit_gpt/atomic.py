@@ -21,7 +21,7 @@ from lit_gpt.errors import DataError
 MANIFEST = "MANIFEST.json"
 MANIFEST_FORMAT = 1
 CHUNK_BYTES = 1 << 22
-_TEMPORARY = re.compile(r"\..+\.lit-tmp-[0-9a-f]{8}")
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.lit-(?P<kind>tmp|old)-[0-9a-f]{8}")
 
 _FULL_DISK = re.compile(r"No space left|os error (28|122)|unexpected pos")  # of C, of Rust, of PyTorchFileWriter
 
@@ -36,7 +36,8 @@ def atomic_directory(path: str | Path, form: str = "", *, replace: bool = False)
     Args:
         path: where the directory shall appear. Missing parents are made.
         form: what the directory is, for the manifest.
-        replace: whether a directory that is there already may go. It goes after the new one is complete.
+        replace: whether a directory that is there already may go. It goes after the new one is complete; a kill
+            between the two renames leaves it for `prune_temporaries` to put back.
 
     Raises:
         FileExistsError: `path` exists, is not an empty directory, and `replace` is False.
@@ -44,7 +45,7 @@ def atomic_directory(path: str | Path, form: str = "", *, replace: bool = False)
     path = Path(path)
     _check_target(path, replace)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary_name(path)
+    temporary = _temporary_name(path, "tmp")
     temporary.mkdir()
     try:
         with _locked(temporary):
@@ -63,8 +64,8 @@ def _check_target(path: Path, replace: bool) -> None:
         raise FileExistsError(errno.EEXIST, "exists already; choose another name or remove it first", str(path))
 
 
-def _temporary_name(path: Path) -> Path:
-    return path.parent / f".{path.name}.lit-tmp-{secrets.token_hex(4)}"
+def _temporary_name(path: Path, kind: str) -> Path:
+    return path.parent / f".{path.name}.lit-{kind}-{secrets.token_hex(4)}"
 
 
 def _publish(temporary: Path, path: Path) -> None:
@@ -72,7 +73,7 @@ def _publish(temporary: Path, path: Path) -> None:
         sync_directory(directory)
     aside = None
     if path.is_dir() and any(path.iterdir()):
-        aside = _temporary_name(path)
+        aside = _temporary_name(path, "old")
         path.rename(aside)
     temporary.rename(path)
     sync_directory(path.parent)
@@ -119,11 +120,19 @@ def _locked(directory: Path) -> Iterator[None]:
 
 
 def prune_temporaries(directory: str | Path) -> list[Path]:
-    """Remove what killed processes left half-built in `directory` and in its sub-directories; returns what went."""
+    """Remove what killed processes left half-built in `directory` and in its sub-directories; returns what went.
+
+    A directory that was moved aside for a successor that never came is put back.
+    """
     found = [entry for pattern in (".*", "*/.*") for entry in Path(directory).glob(pattern)]
     removed = []
     for entry in sorted(found):
-        if _TEMPORARY.fullmatch(entry.name) and entry.is_dir() and not entry.is_symlink() and _is_abandoned(entry):
+        match = _TEMPORARY.fullmatch(entry.name)
+        if match is None or entry.is_symlink() or not entry.is_dir() or not _is_abandoned(entry):
+            continue
+        if match["kind"] == "old" and not entry.with_name(match["name"]).exists():
+            entry.rename(entry.with_name(match["name"]))
+        else:
             shutil.rmtree(entry, ignore_errors=True)
             removed.append(entry)
     return removed
@@ -132,7 +141,7 @@ def prune_temporaries(directory: str | Path) -> list[Path]:
 def remove_directory(path: str | Path) -> None:
     """Remove a directory so that it is never there in part: it is renamed to a temporary first."""
     path = Path(path)
-    temporary = _temporary_name(path)
+    temporary = _temporary_name(path, "tmp")
     path.rename(temporary)
     shutil.rmtree(temporary, ignore_errors=True)
 
