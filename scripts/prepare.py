@@ -73,6 +73,8 @@ def check_args(args: argparse.Namespace) -> None:
         problems.append(f"--validation-fraction {args.validation_fraction} must be in [0, 1)")
     if args.no_separator and args.separator_id is not None:
         problems.append("--separator-id and --no-separator exclude each other")
+    if Path(args.out).exists() and not Path(args.out).is_dir():
+        problems.append(f"--out {args.out} is a file; give a folder")
     if args.workers < 1:
         problems.append(f"--workers {args.workers} must be at least 1")
     if args.document_bytes < 0:
@@ -339,8 +341,8 @@ def prepare(args: argparse.Namespace, out: Path) -> tuple[dict[str, Any], Tokeni
         return finish(out, plan, units, tokenizer, args.max_bad), tokenizer
 
 
-def main() -> int:
-    args = parse_args(sys.argv[1:])
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(sys.argv[1:] if argv is None else argv)
     check_args(args)
     out = Path(args.out)
     try:

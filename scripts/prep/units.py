@@ -126,7 +126,7 @@ class SplitWriter:
             "table_bytes": None if self.byte_lengths is None else self.table_bytes,
             "crc32": self.writer.crc32 if self.writer else 0,
             "text_sha256": self.digest.hexdigest(),
-            "counters": dict(sorted(counters.items())),
+            "counters": dict(sorted((+counters).items())),
         }
 
 
