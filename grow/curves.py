@@ -251,6 +251,8 @@ class Speedup:
     flops_baseline: float | None
     flops_grown: float | None
     """The base model's FLOPs included."""
+    reached: bool = False
+    """Whether the grown model came down to the baseline's final loss; if not, its own final loss is the target."""
     lower_bound: bool = False
     """The grown curve was below the target from its first point on, so the true value is at least this."""
     reason: str | None = None
@@ -262,15 +264,16 @@ def speedup(grown: Curve, baseline: Curve) -> Speedup:
     The target is the baseline's final loss if the grown model reached it, else the grown model's final loss.
     """
     target = float(baseline.loss[-1])
-    reached = first_crossing(grown, target)
-    if reached is None:
+    spent = first_crossing(grown, target)
+    reached = spent is not None
+    if not reached:
         target = float(grown.loss[-1])
-        reached = first_crossing(grown, target)
+        spent = first_crossing(grown, target)
     needed = first_crossing(baseline, target)
-    if needed is None or reached is None or needed.at_most:
+    if needed is None or spent is None or needed.at_most:
         ranges = [f"{curve.loss[0]:.4f} to {curve.loss[-1]:.4f}" for curve in (baseline, grown)]
         return no_speedup(f"the loss ranges do not overlap: baseline {ranges[0]}, grown model {ranges[1]}")
-    return Speedup(needed.flops / reached.flops - 1, target, needed.flops, reached.flops, reached.at_most)
+    return Speedup(needed.flops / spent.flops - 1, target, needed.flops, spent.flops, reached, spent.at_most)
 
 
 def no_speedup(reason: str) -> Speedup:

@@ -1,0 +1,155 @@
+"""Which models are compared with which, on what curve, and what came out: the numbers behind the headline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from grow.curves import Curve, Speedup, default_window, no_speedup, smooth, speedup, validation_curve
+from grow.report.gather import Gathered, TrainedModel
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One grown model against the baseline."""
+
+    grown: TrainedModel
+    baseline: TrainedModel
+    train: dict[str, Any]
+    validation: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    """All comparisons of a report, under one smoothing window."""
+
+    window_tokens: float
+    primary_curve: str
+    """"train" or "validation"."""
+    set_name: str | None
+    """The validation set that stands in tables and figures."""
+    pairs: tuple[Comparison, ...]
+    """The headline's first."""
+    reason: str | None
+    """Why there is no pair."""
+
+    def smoothed(self, model: TrainedModel) -> Curve:
+        """A model's training losses in the common window; a shorter curve in one of its whole length."""
+        return smooth(model.curve, min(self.window_tokens, model.curve.length_tokens))
+
+
+def compare(gathered: Gathered) -> Comparisons:
+    """Every grown model against the first baseline. The headline is the first run's growth, its last one."""
+    grown, baselines = _headline_first(gathered.of_role("grown")), gathered.of_role("baseline")
+    compared = [*grown, *baselines] or list(gathered.models)
+    window = default_window([model.curve for model in compared])
+    pairs = tuple(_comparison(model, baselines[0], window) for model in grown) if baselines else ()
+    return Comparisons(
+        window_tokens=window,
+        primary_curve=_primary_curve(pairs),
+        set_name=_set_name(pairs, gathered.models),
+        pairs=pairs,
+        reason=None if pairs else _why_no_pair(grown, baselines),
+    )
+
+
+def _headline_first(grown: Sequence[TrainedModel]) -> list[TrainedModel]:
+    """A run that grew several times is represented by what it ended with; the hops between follow."""
+    if not grown:
+        return []
+    first = [model for model in grown if model.run_dir == grown[0].run_dir][-1]
+    return [first, *(model for model in grown if model is not first)]
+
+
+def _why_no_pair(grown: Sequence[TrainedModel], baselines: Sequence[TrainedModel]) -> str:
+    if not grown and not baselines:
+        return "there is only a base model here; train the run to its end, and one from scratch to compare it with"
+    if not grown:
+        return "no run in this report grew; give a run with growth, and one from scratch to compare it with"
+    return "no run in this report trained from scratch; give one to compare the grown model with"
+
+
+def _primary_curve(pairs: Sequence[Comparison]) -> str:
+    """Above one epoch a training loss also rewards memory, so the validation loss decides, where there is one."""
+    models = [model for pair in pairs for model in (pair.grown, pair.baseline)]
+    repeats = any(model.epochs is not None and model.epochs > 1 for model in models)
+    measured = any(pair.validation["speedup"] is not None for pair in pairs)
+    return "validation" if repeats and measured else "train"
+
+
+def _set_name(pairs: Sequence[Comparison], models: Sequence[TrainedModel]) -> str | None:
+    if pairs and pairs[0].validation["set"] is not None:
+        return pairs[0].validation["set"]
+    names = [evaluation.set for model in models for evaluation in model.evaluations]
+    return names[0] if names else None
+
+
+def _comparison(grown: TrainedModel, baseline: TrainedModel, window: float) -> Comparison:
+    return Comparison(grown, baseline, _train_speedup(grown, baseline, window), _validation_speedup(grown, baseline))
+
+
+def _differing_tokenizers(grown: TrainedModel, baseline: TrainedModel) -> str | None:
+    if grown.tokenizer == baseline.tokenizer or None in (grown.tokenizer, baseline.tokenizer):
+        return None
+    return (
+        f"{grown.name} and {baseline.name} use different tokenizers, so a token is not the same amount of text and "
+        f"their losses are not comparable; compare their bits per byte"
+    )
+
+
+def _differing_data(grown: TrainedModel, baseline: TrainedModel) -> str | None:
+    if grown.data_fingerprints == baseline.data_fingerprints:
+        return None
+    if not grown.data_fingerprints or not baseline.data_fingerprints:
+        return None
+    return f"{grown.name} and {baseline.name} were trained on different data, so their training losses do not compare"
+
+
+def _train_speedup(grown: TrainedModel, baseline: TrainedModel, window: float) -> dict[str, Any]:
+    refusal = _differing_tokenizers(grown, baseline) or _differing_data(grown, baseline)
+    if refusal:
+        return {**_as_dict(no_speedup(refusal)), "window": window, "range": None}
+    result, *others = (
+        speedup(smooth(grown.curve, tokens), smooth(baseline.curve, tokens))
+        for tokens in (window, window / 2, window * 2)
+    )
+    values = [other.speedup for other in (result, *others) if other.speedup is not None]
+    spread = [min(values), max(values)] if result.speedup is not None else None
+    return {**_as_dict(result), "window": window, "range": spread}
+
+
+def _validation_speedup(grown: TrainedModel, baseline: TrainedModel) -> dict[str, Any]:
+    set_name, refusal = _common_set(grown, baseline)
+    refusal = _differing_tokenizers(grown, baseline) or refusal
+    curves = [validation_curve(model.evaluations, set_name or "") for model in (grown, baseline)]
+    if refusal or None in curves:
+        return {**_as_dict(no_speedup(refusal or "")), "window": None, "set": set_name, "points": None}
+    points = {model.name: len(curve) for model, curve in zip((grown, baseline), curves, strict=True)}
+    return {**_as_dict(speedup(*curves)), "window": None, "set": set_name, "points": points}
+
+
+def _common_set(grown: TrainedModel, baseline: TrainedModel) -> tuple[str | None, str | None]:
+    """The first validation set both were measured on in the same way, or None and why there is none."""
+    ways = [{e.set: (e.data, e.limit) for e in model.evaluations if e.metric == "loss"} for model in (grown, baseline)]
+    shared = [name for name in ways[0] if name in ways[1]]
+    same = [name for name in shared if ways[0][name] == ways[1][name]]
+    if same:
+        return same[0], None
+    if shared:
+        return None, f"the validation set {shared[0]!r} was not the same, or not as long, for both models"
+    return None, f"{grown.name} and {baseline.name} have no validation set in common"
+
+
+def _as_dict(result: Speedup) -> dict[str, Any]:
+    flops = (result.flops_baseline, result.flops_grown)
+    return {
+        "speedup": result.speedup,
+        "target_loss": result.target_loss,
+        "flops_scratch": result.flops_baseline,
+        "flops_grown": result.flops_grown,
+        "flops_saved": None if result.speedup is None else 1 - flops[1] / flops[0],
+        "reached": result.reached,
+        "lower_bound": result.lower_bound,
+        "reason": result.reason,
+    }

@@ -1,0 +1,170 @@
+"""The one dict behind a report: report.json is this dict, and page and figures show nothing that is not in it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from fractions import Fraction
+from typing import Any
+
+from grow.layer_map import format_layer_map
+from grow.report.charts import build_charts, line_styles
+from grow.report.compare import Comparisons
+from grow.report.gather import Gathered, TrainedModel
+from grow.report.headline import claim, definitions, headline, notes
+from lit_gpt.config import Config
+from lit_gpt.errors import DataError
+from lit_gpt.packed_dataset import load_manifest
+
+FORMAT = 1
+FINAL = ("end", "before_growth", "every")  # moments whose last evaluation is that of the finished model
+
+
+def build_report(gathered: Gathered, comparisons: Comparisons, samples: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything the report says; JSON values only."""
+    pair = comparisons.pairs[0] if comparisons.pairs else None
+    primary = getattr(pair, comparisons.primary_curve) if pair else {}
+    styles = line_styles(gathered.models)
+    return {
+        "format": FORMAT,
+        "headline": headline(comparisons),
+        "target_loss": primary.get("target_loss"),
+        "speedup_at_equal_loss": primary.get("speedup"),
+        "reason": primary.get("reason") if pair else comparisons.reason,
+        "primary_curve": comparisons.primary_curve,
+        "pair": {"grown": pair.grown.name, "scratch": pair.baseline.name} if pair else None,
+        "speedup_train": pair.train if pair else None,
+        "speedup_validation": pair.validation if pair else None,
+        "window_tokens": comparisons.window_tokens,
+        "claim": claim([pair.grown, pair.baseline] if pair else gathered.models[::-1]),
+        "runs": [_row(model, comparisons, styles[model.name]) for model in gathered.models],
+        "growths": [_growth(model, gathered, comparisons) for model in gathered.of_role("grown")],
+        "charts": build_charts(gathered.models, comparisons, styles),
+        "samples": dict(samples),
+        "definitions": definitions(comparisons),
+        "reproduction": _reproduction(gathered.models),
+        "corpora": _corpora(gathered.models),
+        "notes": notes(gathered, comparisons),
+    }
+
+
+def _row(model: TrainedModel, comparisons: Comparisons, style: int) -> dict[str, Any]:
+    """What the table says about one model."""
+    validation, bpb = (model.evaluation(metric, comparisons.set_name, FINAL) for metric in ("loss", "bpb"))
+    train_loss = float(comparisons.smoothed(model).loss[-1])
+    use_validation = comparisons.primary_curve == "validation" and validation is not None
+    pair = next((pair for pair in comparisons.pairs if pair.grown is model), None)
+    result = getattr(pair, comparisons.primary_curve) if pair else {}
+    return {
+        "name": model.name,
+        "run": model.run,
+        "stage": model.stage,
+        "role": model.role,
+        "grown_from": model.parent,
+        "style": style,
+        "n_layer": model.config.n_layer if model.config else None,
+        "n_embd": model.config.n_embd if model.config else None,
+        "parameters": model.parameters,
+        "non_embedding": model.non_embedding,
+        "steps": model.end.stage_step,
+        "tokens": model.tokens,
+        "tokens_cumulative": model.behind.tokens + model.tokens,
+        "epochs": model.epochs,
+        "flops_total": model.end.flops_total,
+        "seconds": model.seconds,
+        "seconds_cumulative": model.total_seconds,
+        "final_loss": validation.value if use_validation else train_loss,
+        "final_train_loss": train_loss,
+        "final_validation_loss": validation.value if validation else None,
+        "validation_stderr": validation.stderr if validation else None,
+        "bpb": bpb.value if bpb else model.end.bpb,
+        "bpb_of": "validation" if bpb else "training",
+        "speedup": result.get("speedup"),
+        "speedup_reason": result.get("reason"),
+    }
+
+
+def _growth(model: TrainedModel, gathered: Gathered, comparisons: Comparisons) -> dict[str, Any]:
+    """How a model came out of a smaller one: layer by layer, and what it did to the loss."""
+    by_name = {other.name: other for other in gathered.models}
+    parent = by_name.get(model.parent or "")
+    before = parent.evaluation("loss", comparisons.set_name, ("before_growth", "end")) if parent else None
+    after = model.evaluation("loss", comparisons.set_name, ("after_growth",))
+    plan = (model.growth or {}).get("plan") or {}
+    layer_map = plan.get("layer_map") or []
+    rate = (model.growth or {}).get("connection_rate")
+    return {
+        "name": model.name,
+        "grown_from": model.parent,
+        "operator": plan.get("operator"),
+        "layer_map": layer_map,
+        "layer_map_text": format_layer_map(layer_map) if layer_map else None,
+        "n_layer_src": Config.from_dict(plan["src"]).n_layer if plan else None,
+        "blocks": [
+            {"layer": i + 1, "source": source + 1, "connected": i > 0 and source == layer_map[i - 1] + 1}
+            for i, source in enumerate(layer_map)
+        ],
+        "connection_rate": rate,
+        "connection_share": float(Fraction(rate)) if rate else None,
+        "optimizer_policy": (model.growth or {}).get("optimizer_policy"),
+        "tokens": (model.growth or {}).get("tokens"),
+        "loss_before": before.value if before else None,
+        "loss_after": after.value if after else None,
+    }
+
+
+def _reproduction(models: Sequence[TrainedModel]) -> list[dict[str, Any]]:
+    """What repeats each run."""
+    last_of_run = {model.run_dir: model for model in models}
+    first_of_run = {model.run_dir: model for model in reversed(models)}
+    return [
+        {
+            "run": model.run,
+            "folder": str(run_dir),
+            "command": shlex.join(model.state.get("command") or []) or None,
+            "seed": model.state.get("seed"),
+            "started": _utc(first_of_run[run_dir].metrics[0].time),
+            "ended": _utc(model.end.time),
+            "checkpoint": str(model.checkpoint) if model.checkpoint else None,
+            "checkpoint_sha256": model.manifest_sha256,
+            "versions": dict(model.state.get("versions") or {}),
+        }
+        for run_dir, model in last_of_run.items()
+    ]
+
+
+def _utc(seconds: float | None) -> str | None:
+    if seconds is None:
+        return None
+    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _corpora(models: Sequence[TrainedModel]) -> list[dict[str, Any]]:
+    """Every training set, once, with what identifies it."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for model in models:
+        for name, fingerprint in model.data_fingerprints.items():
+            folder = model.train_folders.get(name)
+            manifest = read_corpus_manifest(folder)
+            train = (manifest.get("splits") or {}).get("train") or {}
+            found[name, fingerprint] = {
+                "name": name,
+                "folder": folder,
+                "fingerprint": fingerprint,
+                "corpus_sha256": manifest.get("corpus_sha256"),
+                "tokens": train.get("tokens"),
+                "documents": train.get("documents"),
+                "text_bytes": train.get("text_bytes"),
+                "tokenizer_sha256": model.tokenizer,
+                "vocab_size": (model.state.get("tokenizer") or {}).get("vocab_size"),
+            }
+    return list(found.values())
+
+
+def read_corpus_manifest(folder: str | None) -> dict[str, Any]:
+    """manifest.json of a prepared folder; empty when it is not where the run found it."""
+    try:
+        return load_manifest(folder) if folder else {}
+    except (OSError, DataError):
+        return {}

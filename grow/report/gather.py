@@ -1,0 +1,306 @@
+"""From run directories to the models that were trained in them: curves, checkpoints, how each came to be."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from grow.curves import Curve, Evaluation, Metric, RunLog, read_run_log, training_curve
+from lit_gpt.atomic import MANIFEST, read_manifest
+from lit_gpt.config import Config
+from lit_gpt.errors import DataError
+from lit_gpt.flops import count_non_embedding, count_parameters
+
+CONFIG_FILE = "config.yaml"
+
+
+@dataclass(frozen=True)
+class Behind:
+    """What was spent before this model's own training began; None where nobody wrote it down."""
+
+    tokens: int
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """One model: a stage of a run."""
+
+    name: str
+    """Unique in the report: the stage's name, with the run's before it where two runs use the same."""
+    run: str
+    run_dir: Path
+    stage: int
+    metrics: Sequence[Metric]
+    evaluations: Sequence[Evaluation]
+    start: Metric | None
+    """The last line of the stage before, where this one's training begins; None for the first."""
+    behind: Behind
+    state: Mapping[str, Any] = field(default_factory=dict)
+    """state.json of the stage's last valid checkpoint; empty when there is none."""
+    checkpoint: Path | None = None
+    parent: str | None = None
+    """Name of the model it grew from, where that is in the report."""
+    growth: Mapping[str, Any] | None = None
+    """The growth this model came from; an empty record when a stage before shows that there was one."""
+    is_base: bool = False
+    """Whether another model of the report grew from this one, or was to."""
+    run_config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def role(self) -> str:
+        return "grown" if self.growth is not None else "base" if self.is_base else "baseline"
+
+    @property
+    def end(self) -> Metric:
+        return self.metrics[-1]
+
+    @cached_property
+    def curve(self) -> Curve:
+        """Logged training losses."""
+        return training_curve(self.metrics, self.start.tokens if self.start else 0)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that this model itself was trained on."""
+        return self.curve.length_tokens
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of this model's own training steps."""
+        return self.end.seconds - (self.start.seconds if self.start else 0.0)
+
+    @property
+    def total_seconds(self) -> float | None:
+        """Wall time of this model's training and of everything behind it."""
+        return None if self.behind.seconds is None else self.behind.seconds + self.seconds
+
+    @cached_property
+    def config(self) -> Config | None:
+        values = self.state.get("model_config")
+        return None if values is None else Config.from_dict(values)
+
+    @property
+    def parameters(self) -> int | None:
+        """All parameters. Without a checkpoint they follow from the log: FLOPs are six per parameter and token."""
+        if self.config is not None:
+            return count_parameters(self.config)
+        if len(self.metrics) < 2:
+            return None
+        first, last = self.metrics[0], self.metrics[-1]
+        return round((last.flops_total - first.flops_total) / (last.tokens - first.tokens) / 6)
+
+    @property
+    def non_embedding(self) -> int | None:
+        return None if self.config is None else count_non_embedding(self.config)
+
+    @property
+    def tokenizer(self) -> str | None:
+        """Identity of the tokenizer behind the data."""
+        return (self.state.get("tokenizer") or {}).get("sha256")
+
+    @property
+    def data_fingerprints(self) -> dict[str, str]:
+        """Name of a training set -> fingerprint."""
+        sources = (self.state.get("data") or {}).get("sources") or {}
+        return {name: source.get("fingerprint") for name, source in sources.items()}
+
+    @property
+    def train_folders(self) -> dict[str, str]:
+        """Name of a training set -> the prepared folder it was read from."""
+        train = (self.run_config.get("data") or {}).get("train") or {}
+        return dict(train) if isinstance(train, Mapping) else {Path(train).name: train}
+
+    @property
+    def manifest_sha256(self) -> str | None:
+        """Identity of the checkpoint."""
+        if self.checkpoint is None:
+            return None
+        return hashlib.sha256((self.checkpoint / MANIFEST).read_bytes()).hexdigest()
+
+    @cached_property
+    def epochs(self) -> float | None:
+        """How often the most-read training set was read through by the end of this model's training."""
+        return _epochs(self.state.get("data") or {})
+
+    def seconds_at(self) -> np.ndarray | None:
+        """(n,) wall time behind each logged loss, that of the models before included."""
+        if self.behind.seconds is None:
+            return None
+        return np.array([metric.seconds for metric in self.metrics]) - self.end.seconds + (self.total_seconds or 0.0)
+
+    def tokens_at(self, tokens: np.ndarray) -> np.ndarray:
+        """Tokens as the run counts them -> tokens with those of the models before."""
+        return tokens - self.curve.start_tokens + self.behind.tokens
+
+    def evaluation(self, metric: str, set_name: str | None, whens: Sequence[str]) -> Evaluation | None:
+        """The last record of one metric on one set at one of these moments."""
+        found = [e for e in self.evaluations if e.metric == metric and e.set == set_name and e.when in whens]
+        return found[-1] if found else None
+
+
+def _epochs(data: Mapping[str, Any]) -> float | None:
+    samples = {name: source.get("samples") for name, source in (data.get("sources") or {}).items()}
+    position = data.get("position")
+    if not samples or position is None or not all(samples.values()):
+        return None
+    segments = data.get("segments") or []
+    if not segments or not all(isinstance(weights, Mapping) for _, weights in segments):
+        return position / sum(samples.values())  # proportional: every set is read equally often
+    ends = [start for start, _ in segments[1:]] + [position]
+    read = Counter[str]()
+    for (start, weights), end in zip(segments, ends, strict=True):
+        for name, weight in weights.items():
+            read[name] += max(0, min(end, position) - start) * weight / sum(weights.values())
+    return max(read[name] / samples[name] for name in samples)
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Everything that was found in the run directories."""
+
+    models: tuple[TrainedModel, ...]
+    notes: tuple[str, ...]
+
+    def of_role(self, role: str) -> list[TrainedModel]:
+        return [model for model in self.models if model.role == role]
+
+
+def gather(run_dirs: Sequence[Path]) -> Gathered:
+    """Read run directories.
+
+    Raises:
+        FileNotFoundError: a directory is not there. DataError: it holds no run, or a damaged one.
+        ValueError: the same directory is given twice.
+    """
+    resolved = Counter(path.resolve() for path in run_dirs)
+    twice = [path for path in run_dirs if resolved[path.resolve()] > 1]
+    if twice:
+        raise ValueError(f"{twice[0]} is given twice; name every run once")
+    notes: list[str] = []
+    models: list[TrainedModel] = []
+    run_names = _distinct([path.resolve() for path in run_dirs])
+    for path, name in zip(run_dirs, run_names, strict=True):
+        log = read_run_log(path)
+        notes += log.notes
+        models += _models_of_run(path, name, log, notes)
+    return Gathered(tuple(_with_parents(_with_unique_names(models))), tuple(notes))
+
+
+def _distinct(paths: Sequence[Path]) -> list[str]:
+    """The last part of each path; more of it where that is not enough to tell them apart."""
+    depth = 1
+    longest = max(len(path.parts) for path in paths)
+    while depth < longest and len({path.parts[-depth:] for path in paths}) < len(paths):
+        depth += 1
+    return ["/".join(path.parts[-depth:]) for path in paths]
+
+
+def _models_of_run(run_dir: Path, run: str, log: RunLog, notes: list[str]) -> list[TrainedModel]:
+    stages = sorted({metric.stage for metric in log.metrics})
+    run_config = _read_run_config(run_dir)
+    planned = len(run_config.get("stages") or stages)
+    models: list[TrainedModel] = []
+    for stage in stages:
+        checkpoint, state = _last_checkpoint(run_dir, stage, notes)
+        history = state.get("history") or []
+        metrics = [metric for metric in log.metrics if metric.stage == stage]
+        before = models[-1] if models else None
+        if before is None:
+            behind = Behind(state.get("parent_tokens") or 0, None if history else 0.0)
+        else:
+            behind = Behind(before.behind.tokens + before.tokens, before.total_seconds)
+        models.append(
+            TrainedModel(
+                name=metrics[-1].stage_name,
+                run=run,
+                run_dir=run_dir,
+                stage=stage,
+                metrics=metrics,
+                evaluations=[evaluation for evaluation in log.evaluations if evaluation.stage == stage],
+                start=before.end if before else None,
+                behind=behind,
+                state=state,
+                checkpoint=checkpoint,
+                growth=history[-1] if history else {} if before else None,
+                is_base=stage != stages[-1] or len(stages) < planned,
+                run_config=run_config,
+            )
+        )
+    notes += _unfinished(run, models[-1], planned)
+    return models
+
+
+def _unfinished(run: str, last: TrainedModel, planned: int) -> list[str]:
+    if last.stage < planned:
+        return [f"{run}: only {last.stage} of {planned} stages have begun; the rest of the run is missing here"]
+    if last.evaluations and not any(evaluation.when == "end" for evaluation in last.evaluations):
+        return [f"{run}: the run has not reached its end; its last logged values stand where final ones would"]
+    return []
+
+
+def _read_run_config(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / CONFIG_FILE
+    if not path.is_file():
+        return {}
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise DataError(f"{path} is not YAML: {error}; the file was damaged") from error
+    return values if isinstance(values, dict) else {}
+
+
+def _last_checkpoint(run_dir: Path, stage: int, notes: list[str]) -> tuple[Path | None, dict[str, Any]]:
+    """The newest checkpoint of a stage with a valid manifest, and its state.json."""
+    folder = run_dir / "checkpoints" / f"stage-{stage:02d}"
+    paths = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
+    for path in sorted(paths, key=lambda path: int(path.name[5:]), reverse=True):
+        try:
+            read_manifest(path)
+            return path, json.loads((path / "state.json").read_text(encoding="utf-8"))
+        except (DataError, OSError, json.JSONDecodeError) as error:
+            notes.append(f"a checkpoint was passed over: {error}")
+    notes.append(
+        f"{run_dir.name}: no checkpoint of stage {stage} was found, so its layer map, seed and versions are not known"
+    )
+    return None, {}
+
+
+def _with_parents(models: list[TrainedModel]) -> list[TrainedModel]:
+    """Link each grown model to the one it grew from: the stage before, or a checkpoint of another run."""
+    by_stage = {(model.run_dir, model.stage): model for model in models}
+    by_digest = {digest: model for model in models for digest in _manifest_digests(model)}
+    linked = []
+    for model in models:
+        parent = by_stage.get((model.run_dir, model.stage - 1))
+        if parent is None and model.growth is not None:
+            parent = by_digest.get(model.growth.get("parent", ""))
+            seconds = None if parent is None else parent.total_seconds
+            model = dataclasses.replace(model, behind=Behind(model.behind.tokens, seconds))
+        linked.append(dataclasses.replace(model, parent=None if parent is None else parent.name))
+    parents = {model.parent for model in linked}
+    return [dataclasses.replace(model, is_base=model.is_base or model.name in parents) for model in linked]
+
+
+def _manifest_digests(model: TrainedModel) -> list[str]:
+    folder = model.run_dir / "checkpoints" / f"stage-{model.stage:02d}"
+    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob(f"step-*/{MANIFEST}"))]
+
+
+def _with_unique_names(models: list[TrainedModel]) -> list[TrainedModel]:
+    used = Counter(model.name for model in models)
+    return [
+        dataclasses.replace(model, name=f"{model.run}/{model.name}") if used[model.name] > 1 else model
+        for model in models
+    ]

@@ -1,0 +1,156 @@
+"""The report's sentences: what came out, what it does not show, and how each quantity is defined."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from grow.report import text
+from grow.report.compare import Comparison, Comparisons
+from grow.report.gather import Gathered, TrainedModel
+
+EVEN = 0.005  # speed-ups below half a per cent are called none
+CURVE_NAMES = {"train": "training", "validation": "validation"}
+
+
+def headline(comparisons: Comparisons) -> dict[str, Any]:
+    """The number, the sentence that says it, and what lies behind it. The same place for good and for bad news."""
+    curve = CURVE_NAMES[comparisons.primary_curve]
+    pair = comparisons.pairs[0] if comparisons.pairs else None
+    result = getattr(pair, comparisons.primary_curve) if pair else {"speedup": None, "reason": comparisons.reason}
+    if result["speedup"] is None:
+        return {
+            "verdict": "none",
+            "number": text.NOTHING,
+            "label": f"speed-up at equal {curve} loss",
+            "sentence": "There is no speed-up to report.",
+            "detail": _as_sentence(result["reason"]),
+            "more": [_other_curve(pair, comparisons.primary_curve)] if pair else [],
+        }
+    verdict = "even" if abs(result["speedup"]) < EVEN else "won" if result["speedup"] > 0 else "lost"
+    return {
+        "verdict": verdict,
+        "number": ("≥ " if result["lower_bound"] else "") + text.percent(result["speedup"]),
+        "label": f"speed-up at equal {curve} loss",
+        "sentence": _sentence(verdict, result),
+        "detail": (
+            f"Loss {text.loss(result['target_loss'])} took {text.flops(result['flops_scratch'])} FLOPs from scratch "
+            f"and {text.flops(result['flops_grown'])} by growing, the base model's included."
+        ),
+        "more": [*_spread(result), _other_curve(pair, comparisons.primary_curve)],
+    }
+
+
+def _sentence(verdict: str, result: Mapping[str, Any]) -> str:
+    if verdict == "even":
+        return "Growing made no difference here: equal loss took as many FLOPs as training from scratch."
+    if verdict == "lost":
+        more = text.percent(-result["flops_saved"], signed=False)
+        return f"Growing did not help here: equal loss took {more} more FLOPs than training from scratch."
+    fewer = text.percent(result["flops_saved"], signed=False)
+    fewer = f"at least {fewer}" if result["lower_bound"] else fewer
+    if result["reached"]:
+        return f"The grown model reached the scratch model's final loss with {fewer} fewer FLOPs."
+    return f"The grown model reached its own final loss with {fewer} fewer FLOPs than training from scratch."
+
+
+def _spread(result: Mapping[str, Any]) -> list[str]:
+    if not result.get("range"):
+        return []
+    low, high = (text.percent(value) for value in result["range"])
+    return [f"With half and twice the smoothing window: {low} to {high}."]
+
+
+def _other_curve(pair: Comparison, primary_curve: str) -> str:
+    name = "validation" if primary_curve == "train" else "train"
+    other = getattr(pair, name)
+    if other["speedup"] is None:
+        return f"At equal {CURVE_NAMES[name]} loss: none, because {other['reason']}."
+    at_least = "at least " if other["lower_bound"] else ""
+    loss, share = text.loss(other["target_loss"]), text.percent(other["speedup"])
+    return f"At equal {CURVE_NAMES[name]} loss ({loss}): {at_least}{share}."
+
+
+def _as_sentence(reason: str) -> str:
+    return f"{reason[:1].upper()}{reason[1:]}."
+
+
+def claim(models: Sequence[TrainedModel]) -> str:
+    """What the result does not show."""
+    seeds = sorted({str(model.state["seed"]) for model in models if model.state.get("seed") is not None})
+    corpora = sorted({name for model in models for name in model.data_fingerprints})
+    sizes = [text.count(model.parameters) for model in models if model.parameters]
+    seed = f"One seed ({seeds[0]})" if len(seeds) == 1 else "One run of each"
+    corpus = f"one corpus ({', '.join(corpora)})" if corpora else "one corpus"
+    size = f"one size ({sizes[0]} parameters)" if sizes else "one size"
+    return (
+        f"{seed}, {corpus}, {size}: this is what happened here. Another seed, corpus or size may give another number, "
+        f"and nothing more is claimed."
+    )
+
+
+def definitions(comparisons: Comparisons) -> list[dict[str, str]]:
+    """What each quantity in the report means."""
+    window = text.count(comparisons.window_tokens)
+    return [
+        {
+            "term": "Speed-up",
+            "text": (
+                "FLOPs from scratch / FLOPs of the grown model − 1 at equal loss (arXiv 2405.15319, eq. 48). The grown "
+                "model is charged for its base. The loss is the scratch model's final one if the grown model reached "
+                "it, else the grown model's final one, and the speed-up is then mostly negative. Between logged points "
+                "log FLOPs is interpolated; nothing is extrapolated."
+            ),
+        },
+        {
+            "term": "FLOPs",
+            "text": "6 × all parameters × training tokens, embeddings in, validation out; parents are included.",
+        },
+        {
+            "term": "Training loss",
+            "text": (
+                f"Nats per token, the mean of the last {window} tokens at every point of every curve; a shorter stage "
+                f"is averaged over its whole length."
+            ),
+        },
+        {
+            "term": "Tokens",
+            "text": "What the model itself was trained on; the line below adds those of the models it grew from.",
+        },
+        {"term": "Time", "text": "Wall time of training steps, without validation and checkpoints."},
+        {
+            "term": "Connection rate",
+            "text": "R_c: the share of neighbouring layers that also followed each other in the base.",
+        },
+    ]
+
+
+def notes(gathered: Gathered, comparisons: Comparisons) -> list[str]:
+    """What a reader has to know before using the numbers."""
+    found = list(gathered.notes)
+    for pair in comparisons.pairs:
+        found += _pair_notes(pair)
+    for model in gathered.models:
+        if model.epochs is not None and model.epochs > 1:
+            found.append(
+                f"{model.name} read its data {text.epochs(model.epochs)} times; its training loss rewards memory"
+            )
+        if model.total_seconds is None:
+            found.append(f"{model.name} has no line against wall time, because the time of its base is not known here")
+    limits = {e.limit for model in gathered.models for e in model.evaluations if e.set == comparisons.set_name}
+    if limits - {None}:
+        tokens = text.count(max(limit for limit in limits if limit is not None))
+        found.append(f"validation was limited to the first {tokens} tokens of the set")
+    return list(dict.fromkeys(found))
+
+
+def _pair_notes(pair: Comparison) -> list[str]:
+    grown, baseline = pair.grown, pair.baseline
+    found = []
+    if None not in (grown.parameters, baseline.parameters) and grown.parameters != baseline.parameters:
+        sizes = f"{text.count(grown.parameters)} and {text.count(baseline.parameters)}"
+        found.append(f"{grown.name} and {baseline.name} differ in size ({sizes} parameters)")
+    seeds = [model.state.get("seed") for model in (grown, baseline)]
+    if None not in seeds and seeds[0] != seeds[1]:
+        found.append(f"{grown.name} and {baseline.name} have different seeds ({seeds[0]} and {seeds[1]})")
+    return found
