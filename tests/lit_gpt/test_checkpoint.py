@@ -98,7 +98,7 @@ def contents(directory: Path) -> set[str]:
     return {path.name for path in directory.iterdir()}
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(
     n_layer=st.integers(1, 3),
     groups=st.sampled_from([(2, 2), (4, 2), (4, 1)]),
@@ -313,7 +313,7 @@ def start_writing(name, before=lambda: None):
     child = os.fork()
     if child == 0:
         before()
-        given.write_training(target / name, model, moments, given.state_of(given.CONFIG))
+        given.write_training(target / name, model, moments, given.state_of(given.CONFIG), replace=True)
         os._exit(0)
     return child
 
@@ -339,22 +339,29 @@ event_number = status = 1
 while status:
     _, status = os.waitpid(start_writing(f"step-2{event_number:09d}", lambda: kill_at(event_number)), 0)
     event_number += 1
-print(event_number)
+n_events = event_number
+
+last = f"step-2{n_events - 1:09d}"
+for event_number in range(n_events - 8, n_events + 8):  # now the renames and removals of replacing a whole one
+    os.waitpid(start_writing(last, lambda: kill_at(event_number)), 0)
+    given.prune_temporaries(target)
+    assert not given.verify(target / last, deep=False), event_number
+print(n_events)
 """
 
 
 def test_a_kill_at_any_moment_leaves_nothing_or_a_whole_checkpoint(tmp_path):
-    """Killed at random moments, then before every single call to the file system that Python makes."""
+    """Killed at random moments, then before every single call to the file system that Python makes, then while one
+    checkpoint takes the place of another."""
     stage = tmp_path / "stage-01"
 
-    command = [sys.executable, "-c", KILLED_WRITERS, str(Path(__file__).parent), str(stage), "12"]
+    command = [sys.executable, "-c", KILLED_WRITERS, str(Path(__file__).parent), str(stage), "8"]
     done = subprocess.run(command, check=True, cwd=Path(__file__).parents[2], timeout=120, stdout=subprocess.PIPE)
 
-    published = {path for path in stage.iterdir() if path.name.startswith("step-")}
+    published = set(stage.iterdir())  # the script has pruned
+    assert all(path.name.startswith("step-") for path in published)
     assert all(verify(path) == [] for path in published)
     assert latest(tmp_path) == max(published)
-    assert len(prune_temporaries(tmp_path)) > 10
-    assert set(stage.iterdir()) == published
     assert int(done.stdout) > 10
 
 
@@ -601,7 +608,7 @@ def test_metadata_cannot_reach_outside_or_ask_for_more_memory_than_there_is_data
             read_training(checkpoint)
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(chance=st.randoms(use_true_random=False))
 def test_damaged_metadata_is_an_error_of_ours_or_harmless(pristine, tmp_path, chance: random.Random):
     """Without the manifest's protection: whatever the bytes, reading ends in a DataError or in tensors."""
