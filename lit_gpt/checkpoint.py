@@ -47,7 +47,7 @@ from lit_gpt.exchange import (
     read_exchange_config,
     write_exchange,
 )
-from lit_gpt.problems import bounded_shapes, raise_problems, shape_problems
+from lit_gpt.problems import bounded_shapes, raise_problems, read_json, shape_problems
 
 if TYPE_CHECKING:
     from lit_gpt.sharded import StoredTensors
@@ -152,7 +152,7 @@ def read_training(path: str | Path, *, verify: bool = True) -> TrainingCheckpoin
     directory = Path(path)
     manifest = _training_manifest(directory)
     raise_problems(directory_problems(directory, manifest, deep=verify), EARLIER)
-    state = _read_state(directory)
+    state = read_json(directory / STATE, EARLIER)
     config = _stored_config(directory, state)
     tensors = _stored_tensors(directory, manifest)
     shapes = {name: tensors.shape(name) for name in tensors}
@@ -225,16 +225,6 @@ def _read_rng(path: Path) -> dict[str, Any]:
         raise DataError(f"{path} cannot be read: {error}; {EARLIER}") from error
 
 
-def _read_state(directory: Path) -> dict[str, Any]:
-    try:
-        state = json.loads((directory / STATE).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{directory / STATE} cannot be read: {error}; {EARLIER}") from error
-    if not isinstance(state, dict):
-        raise DataError(f"{directory / STATE} does not hold a JSON object; {EARLIER}")
-    return state
-
-
 def _config_in(state: dict[str, Any]) -> Config:
     if "model_config" not in state:
         raise ValueError("state has no model_config; put Config.to_dict() there")
@@ -301,7 +291,7 @@ def read_config(path: str | Path) -> Config:
     if detect_form(directory) == EXCHANGE:
         return read_exchange_config(directory)
     raise_problems([file_problem(directory, _training_manifest(directory), STATE, deep=True)], EARLIER)
-    return _stored_config(directory, _read_state(directory))
+    return _stored_config(directory, read_json(directory / STATE, EARLIER))
 
 
 def read_weights(path: str | Path, *, verify: bool = True) -> Mapping[str, Tensor]:

@@ -49,6 +49,7 @@ class Config:
     """Whether lm_head shares the embedding matrix."""
 
     def __post_init__(self) -> None:
+        head_size_given = self.head_size is not None
         defaults = {
             "padded_vocab_size": round_up(self.vocab_size, VOCAB_MULTIPLE),
             "n_query_groups": self.n_head,
@@ -59,6 +60,10 @@ class Config:
             if getattr(self, field) is None:
                 object.__setattr__(self, field, value)  # the dataclass is frozen
         problems = self._problems()
+        if self.n_head > 0 and self.n_embd % self.n_head and not head_size_given:
+            problems.append(
+                f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}, or head_size must be given"
+            )
         if problems:
             raise ValueError("\n".join(problems))
 
@@ -67,10 +72,6 @@ class Config:
         problems = [f"{size}={getattr(self, size)} must be at least 1" for size in sizes if getattr(self, size) < 1]
         if problems:
             return problems
-        if self.n_embd % self.n_head and self.head_size == self.n_embd // self.n_head:
-            problems.append(
-                f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}, or head_size must be given"
-            )
         if self.n_head % self.n_query_groups:
             problems.append(
                 f"n_head={self.n_head} must be a multiple of n_query_groups={self.n_query_groups}: "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Callable
 
@@ -30,11 +31,14 @@ def _exit_code(error: BaseException) -> int:
 
 
 def _explain(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"{error}. The disk is full; nothing was published. Free some space and repeat the command"
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return f"{error}. Choose a folder that can be written, or change its permissions"
-    return str(error)
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if error.errno == errno.ENOSPC:
+        return f"{what}. The disk is full; nothing was published. Free some space and repeat the command"
+    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return f"{what}. Choose a folder that can be written, or change its permissions"
+    return what
 
 
 def run_command(main: Callable[[], int | None]) -> int:
@@ -45,6 +49,9 @@ def run_command(main: Callable[[], int | None]) -> int:
     """
     try:
         return main() or EXIT_OK
+    except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the interpreter flushes it at exit)
+        return EXIT_OK
     except (ValueError, DataError, NonFiniteError, OSError) as error:
         sys.stderr.write(f"error: {_explain(error)}\n")
         return _exit_code(error)

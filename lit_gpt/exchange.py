@@ -28,7 +28,7 @@ from lit_gpt.axes import HEAD, parameter_shapes
 from lit_gpt.config import Config
 from lit_gpt.errors import DataError
 from lit_gpt.hf import LLAMA, config_from_hf, config_to_hf, from_hf, hf_names, hf_shapes, to_hf
-from lit_gpt.problems import bounded_shapes, check_names, raise_problems, shape_problems
+from lit_gpt.problems import bounded_shapes, check_names, raise_problems, read_json, shape_problems
 
 EXCHANGE = "exchange"
 MODEL = "model.safetensors"
@@ -119,7 +119,7 @@ def read_exchange(path: str | Path, *, verify: bool = True) -> ExchangeCheckpoin
     files = _TensorFiles(directory, _manifest(directory) if verify else None)
     problems = _tensor_problems(files, config)
     raise_problems(problems, "convert the folder again, or take its weights from where they came")
-    provenance = _read_json(directory / PROVENANCE) if (directory / PROVENANCE).is_file() else None
+    provenance = read_json(directory / PROVENANCE) if (directory / PROVENANCE).is_file() else None
     return ExchangeCheckpoint(config, _LitWeights(files, config), provenance)
 
 
@@ -137,7 +137,7 @@ def read_exchange_config(path: str | Path, *, verify: bool = True) -> Config:
     for name in (HF_CONFIG, LIT_CONFIG):
         if manifest is not None and (directory / name).is_file():
             raise_problems([file_problem(directory, manifest, name, deep=True)], ACCEPT_CHANGES)
-    config = config_from_hf(_read_json(directory / HF_CONFIG), str(directory / HF_CONFIG))
+    config = config_from_hf(read_json(directory / HF_CONFIG), str(directory / HF_CONFIG))
     if not (directory / LIT_CONFIG).is_file():
         return config
     ours = _our_config(directory / LIT_CONFIG)
@@ -152,7 +152,7 @@ def read_exchange_config(path: str | Path, *, verify: bool = True) -> Config:
 
 def _our_config(path: Path) -> Config:
     try:
-        return Config.from_dict(_read_json(path)["model_config"])
+        return Config.from_dict(read_json(path)["model_config"])
     except (ValueError, TypeError, KeyError) as error:
         raise DataError(f"{path}: {error}; remove the file to use {HF_CONFIG} alone") from error
 
@@ -291,7 +291,7 @@ class _TensorFiles(Mapping[str, Tensor]):
     def _indexed(self) -> dict[str, str]:
         if self._manifest is not None:
             raise_problems([file_problem(self.directory, self._manifest, INDEX, deep=True)], ACCEPT_CHANGES)
-        weight_map = _read_json(self.directory / INDEX).get("weight_map")
+        weight_map = read_json(self.directory / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not all(
             isinstance(name, str) and Path(name).name == name for name in weight_map.values()
         ):
@@ -385,15 +385,3 @@ def _manifest(directory: Path) -> dict[str, Any] | None:
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing; the folder is not a complete checkpoint") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON: {error}; restore the file") from error
-    if not isinstance(values, dict):
-        raise DataError(f"{path} does not hold a JSON object; restore the file")
-    return values

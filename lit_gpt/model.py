@@ -250,7 +250,7 @@ def init_std(name: str, config: Config) -> float:
 
 
 def init_tensor(name: str, config: Config, seed: int) -> Tensor:
-    """The initial value of one parameter, a function of (seed, name, shape) alone: fp32, on the CPU.
+    """The initial value of one parameter, a function of seed, name and sizes alone: fp32, on the CPU.
 
     Any process can make any part of a model, so every world size starts from identical weights.
     """

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lit_gpt.axes import parameter_shapes
@@ -55,3 +57,20 @@ def raise_problems(problems: Sequence[str | None], way_out: str) -> None:
     if len(real) > SHOWN_PROBLEMS:
         lines.append(f"... and {len(real) - SHOWN_PROBLEMS} more")
     raise DataError("\n".join(lines) + f"; {way_out}")
+
+
+def read_json(path: Path, way_out: str = "restore the file") -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        DataError: the file is missing or holds something else.
+    """
+    try:
+        values = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing, the checkpoint is not complete; {way_out}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON: {error}; {way_out}") from error
+    if not isinstance(values, dict):
+        raise DataError(f"{path} does not hold a JSON object; {way_out}")
+    return values
