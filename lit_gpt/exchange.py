@@ -134,14 +134,14 @@ def read_exchange_config(path: str | Path, *, verify: bool = True) -> Config:
     if not directory.is_dir():
         raise FileNotFoundError(errno.ENOENT, "no such directory", str(directory))
     manifest = _manifest(directory) if verify else None
-    for name in (HF_CONFIG, LIT_CONFIG):
+    for name in (HF_CONFIG, LIT_CONFIG, PROVENANCE):
         if manifest is not None and (directory / name).is_file():
             raise_problems([file_problem(directory, manifest, name, deep=True)], ACCEPT_CHANGES)
     config = config_from_hf(read_json(directory / HF_CONFIG), str(directory / HF_CONFIG))
     if not (directory / LIT_CONFIG).is_file():
         return config
     ours = _our_config(directory / LIT_CONFIG)
-    for field in LLAMA.fields:
+    for field in (*LLAMA.fields, "rope_base", "rotary_percentage"):
         if getattr(ours, field) != getattr(config, field):
             raise DataError(
                 f"{directory}: {field} is {getattr(ours, field)} in {LIT_CONFIG} and {getattr(config, field)} in "
@@ -319,8 +319,9 @@ class _TensorFiles(Mapping[str, Tensor]):
             raise DataError(f"{path} is not a whole safetensors file: {error}; get it again") from error
 
     def __getitem__(self, name: str) -> Tensor:
+        file = self._file(self._file_of[name])
         try:
-            return self._file(self._file_of[name]).get_tensor(name).clone()  # what it hands out maps the file
+            return file.get_tensor(name).clone()  # safetensors hands out views of one mapping of the file
         except (SafetensorError, RuntimeError, TypeError) as error:
             raise DataError(f"{name} in {self.directory / self._file_of[name]}: {error}; get it again") from error
 
