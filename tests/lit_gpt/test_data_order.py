@@ -7,15 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_gpt.data_order import (
-    BLOCK_POSITIONS,
-    LARGE_BLOCK_POSITIONS,
-    DataOrder,
-    PackedData,
-    Permutation,
-    derive_keys,
-    quotas,
-)
+from lit_gpt.data_order import BLOCK_POSITIONS, LARGE_BLOCK_POSITIONS, DataOrder, PackedData, quotas
+from lit_gpt.permutation import Permutation, derive_keys
 
 
 class CountingSource:
@@ -168,6 +161,14 @@ def test_every_block_has_the_exact_shares():
     blocks = [np.bincount(block).tolist() for block in source.reshape(3, -1)]
     assert blocks == [[2867, 819, 410]] * 3
     assert not np.array_equal(source[:BLOCK_POSITIONS], source[BLOCK_POSITIONS : 2 * BLOCK_POSITIONS])
+
+
+def test_more_blocks_than_are_kept_and_back_again():
+    settings = {"a": 50_000, "b": 50_000}, 1, {"a": 0.5, "b": 0.5}
+    order = DataOrder(*settings)
+    whole = np.array(order.locate(np.arange(12 * BLOCK_POSITIONS)))
+    assert np.array_equal(order.locate(np.arange(100)), whole[:, :100])
+    assert np.array_equal(DataOrder(*settings).locate(np.arange(45_000, 45_100)), whole[:, 45_000:45_100])
 
 
 @given(st.integers(1, 9000), st.integers(1, 9000), st.integers(0, 2**31))
