@@ -17,6 +17,7 @@ from lit_gpt.errors import DataError
 METRICS_FILE = "metrics.jsonl"
 EVALS_FILE = "evals.jsonl"
 WINDOW_SHARE = 0.05  # of the shortest curve: long enough to average the noise of a batch out, short beside the run
+WINDOW_INTERVALS = 2  # at least this many log intervals, or the smoothed curve would be the logged one
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,11 @@ class Curve:
         """Tokens from the start of this model's training to the last loss."""
         return int(self.tokens[-1] - self.start_tokens)
 
+    @property
+    def interval_tokens(self) -> int:
+        """The most tokens between two losses."""
+        return int(np.diff(self.tokens, prepend=self.start_tokens).max())
+
 
 def training_curve(metrics: Sequence[Metric], start_tokens: int) -> Curve:
     """The logged losses of one stage, in order."""
@@ -209,8 +215,10 @@ def smooth(curve: Curve, window_tokens: float) -> Curve:
 
 
 def default_window(curves: Sequence[Curve]) -> float:
-    """The one window, in tokens, in which all these curves are smoothed."""
-    return WINDOW_SHARE * min(curve.length_tokens for curve in curves)
+    """The one window, in tokens, in which all these curves are smoothed; at most half of the shortest."""
+    shortest = min(curve.length_tokens for curve in curves)
+    wanted = max(WINDOW_SHARE * shortest, WINDOW_INTERVALS * max(curve.interval_tokens for curve in curves))
+    return min(wanted, shortest / 2)
 
 
 @dataclass(frozen=True)

@@ -154,6 +154,7 @@ class SyntheticRun:
             "stage_name": stage.name,
             "seed": self.seed,
             "tokenizer": self.tokenizer,
+            "compute": {"precision": "fp32", "compile": "none", "reason": "made up"},
             "parent_tokens": 0,
             "data": {
                 "position": self.step * 8,

@@ -14,8 +14,6 @@ from grow.report.compare import Comparisons
 from grow.report.gather import Gathered, TrainedModel
 from grow.report.headline import claim, definitions, headline, notes
 from lit_gpt.config import Config
-from lit_gpt.errors import DataError
-from lit_gpt.packed_dataset import load_manifest
 
 FORMAT = 1
 FINAL = ("end", "before_growth", "every")  # moments whose last evaluation is that of the finished model
@@ -124,6 +122,7 @@ def _reproduction(models: Sequence[TrainedModel]) -> list[dict[str, Any]]:
             "folder": str(run_dir),
             "command": shlex.join(model.state.get("command") or []) or None,
             "seed": model.state.get("seed"),
+            "compute": dict(model.state.get("compute") or {}),
             "started": _utc(first_of_run[run_dir].metrics[0].time),
             "ended": _utc(model.end.time),
             "checkpoint": str(model.checkpoint) if model.checkpoint else None,
@@ -145,12 +144,12 @@ def _corpora(models: Sequence[TrainedModel]) -> list[dict[str, Any]]:
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for model in models:
         for name, fingerprint in model.data_fingerprints.items():
-            folder = model.train_folders.get(name)
-            manifest = read_corpus_manifest(folder)
+            manifest = model.corpora[name]
             train = (manifest.get("splits") or {}).get("train") or {}
             found[name, fingerprint] = {
                 "name": name,
-                "folder": folder,
+                "folder": model.train_folders.get(name),
+                "source": manifest.get("source"),
                 "fingerprint": fingerprint,
                 "corpus_sha256": manifest.get("corpus_sha256"),
                 "tokens": train.get("tokens"),
@@ -160,11 +159,3 @@ def _corpora(models: Sequence[TrainedModel]) -> list[dict[str, Any]]:
                 "vocab_size": (model.state.get("tokenizer") or {}).get("vocab_size"),
             }
     return list(found.values())
-
-
-def read_corpus_manifest(folder: str | None) -> dict[str, Any]:
-    """manifest.json of a prepared folder; empty when it is not where the run found it."""
-    try:
-        return load_manifest(folder) if folder else {}
-    except (OSError, DataError):
-        return {}

@@ -19,6 +19,7 @@ from lit_gpt.atomic import MANIFEST, read_manifest
 from lit_gpt.config import Config
 from lit_gpt.errors import DataError
 from lit_gpt.flops import count_non_embedding, count_parameters
+from lit_gpt.packed_dataset import load_manifest
 
 CONFIG_FILE = "config.yaml"
 
@@ -121,6 +122,11 @@ class TrainedModel:
         return dict(train) if isinstance(train, Mapping) else {Path(train).name: train}
 
     @property
+    def corpora(self) -> dict[str, dict[str, Any]]:
+        """Name of a training set -> what its folder's manifest says."""
+        return {name: read_corpus_manifest(self.train_folders.get(name)) for name in self.data_fingerprints}
+
+    @property
     def manifest_sha256(self) -> str | None:
         """Identity of the checkpoint."""
         if self.checkpoint is None:
@@ -146,6 +152,14 @@ class TrainedModel:
         """The last record of one metric on one set at one of these moments."""
         found = [e for e in self.evaluations if e.metric == metric and e.set == set_name and e.when in whens]
         return found[-1] if found else None
+
+
+def read_corpus_manifest(folder: str | None) -> dict[str, Any]:
+    """manifest.json of a prepared folder; empty when it is not where the run found it."""
+    try:
+        return load_manifest(folder) if folder else {}
+    except (OSError, DataError):
+        return {}
 
 
 def _epochs(data: Mapping[str, Any]) -> float | None:

@@ -78,7 +78,7 @@ def _as_sentence(reason: str) -> str:
 def claim(models: Sequence[TrainedModel]) -> str:
     """What the result does not show."""
     seeds = sorted({str(model.state["seed"]) for model in models if model.state.get("seed") is not None})
-    corpora = sorted({name for model in models for name in model.data_fingerprints})
+    corpora = sorted({said.get("source") or name for model in models for name, said in model.corpora.items()})
     sizes = [text.count(model.parameters) for model in models if model.parameters]
     seed = f"One seed ({seeds[0]})" if len(seeds) == 1 else "One run of each"
     corpus = f"one corpus ({', '.join(corpora)})" if corpora else "one corpus"

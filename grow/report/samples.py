@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grow.report.facts import read_corpus_manifest
-from grow.report.gather import TrainedModel
+from grow.report.gather import TrainedModel, read_corpus_manifest
 from lit_gpt.errors import DataError
 
 if TYPE_CHECKING:
     from lit_gpt.model import GPT
     from lit_gpt.tokenizer import Tokenizer
 
-PROMPTS = ("def __init__(self", "import ", "The ")
+PROMPTS = ("def __init__(self,", "import os\n", "# The")
 SETTINGS: dict[str, Any] = {"max_new_tokens": 96, "temperature": 0.8, "top_k": 50, "seed": 0}
 MAX_PARAMETERS = 2_000_000_000  # larger models would keep a CPU busy for minutes and need 8 GB
 

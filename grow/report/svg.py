@@ -44,8 +44,8 @@ def chart_svg(chart: dict[str, Any], width: int, height: int) -> Markup:
     parts = [
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(_description(chart))}" '
         f'data-chart="{escape(chart["id"])}" data-plot="{LEFT} {TOP} {frame.right:g} {frame.bottom:g}">',
-        f'<clipPath id="{clip}"><rect x="{LEFT}" y="0" width="{frame.right - LEFT:g}" height="{frame.bottom:g}"/>'
-        f"</clipPath>",
+        f'<clipPath id="{clip}"><rect x="{LEFT}" y="{TOP // 2}" width="{frame.right - LEFT:g}" '
+        f'height="{frame.bottom - TOP // 2:g}"/></clipPath>',
         *_axes(frame),
         f'<g clip-path="url(#{clip})">',
         *_lines(frame),

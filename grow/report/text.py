@@ -34,13 +34,13 @@ def power_of_ten(exponent: int) -> str:
 
 
 def flops(value: float | None) -> str:
-    """2.4e12 -> "2.40 × 10¹²"."""
+    """2.4e12 -> "2.40×10¹²"."""
     if value is None:
         return NOTHING
     if not value:
         return "0"
     mantissa, exponent = f"{value:.2e}".split("e")
-    return f"{mantissa}{NARROW}×{NARROW}{power_of_ten(int(exponent))}"
+    return f"{mantissa}×{power_of_ten(int(exponent))}"
 
 
 def count(value: float | None) -> str:

@@ -13,7 +13,7 @@
   }
 
   var WRITE = {
-    flops: function (value) { return value.toExponential(2).replace("e+", " × 10^") + " FLOPs"; },
+    flops: function (value) { return value.toExponential(2).replace("e+", "×10^") + " FLOPs"; },
     tokens: function (value) { return count(value) + " tokens"; },
     seconds: function (value) { return value.toFixed(value < 100 ? 1 : 0) + " s"; }
   };
