@@ -50,7 +50,8 @@ class Evaluation:
     flops_total: float
     set: str
     metric: str
-    value: float
+    value: float | None
+    """None only for bits per byte of text that has no bytes."""
     stderr: float | None
     n: int | None
     """Tokens that were counted."""
@@ -120,9 +121,9 @@ def _record(values: Any, kind: type[Record], value_field: str, where: str) -> Re
         if not isinstance(values[name], int | float):
             raise DataError(f"{where}: {name} is {values[name]!r}, not a number; the file was damaged")
     value = values[value_field]
-    if not isinstance(value, int | float) or not math.isfinite(value):
+    if values.get("metric", "loss") == "loss" and not (isinstance(value, int | float) and math.isfinite(value)):
         raise DataError(
-            f"{where}: the {values.get('metric', 'loss')} of step {values['step']} is {value}; the run diverged "
+            f"{where}: the loss of step {values['step']} is {value}; the run diverged "
             f"there, so its curve ends in no loss to compare. Leave this run out or train it again"
         )
     return kind(**{name: values.get(name) for name in fields})

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from typing import TYPE_CHECKING, Any
 
 from grow.report import text
 from grow.report.svg import chart_svg
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 # Viridis: ordered, and told apart by lightness alone
 LAYER_COLOURS = ((68, 1, 84), (65, 68, 135), (42, 120, 142), (34, 168, 132), (122, 209, 81), (253, 231, 37))
@@ -22,6 +23,8 @@ def render(report: dict[str, Any]) -> str:
 
 @cache
 def _environment() -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     environment = Environment(
         loader=PackageLoader("grow.report"),
         autoescape=True,

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from html import escape
 from typing import Any
-
-from markupsafe import Markup, escape
 
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 16, 44  # margins in drawing units; a unit is a pixel at the drawn size
 MAX_DOTS = 80  # beyond that the dots of a line touch
@@ -37,7 +36,7 @@ class Frame:
         return self.bottom - (value - axis["min"]) / (axis["max"] - axis["min"]) * (self.bottom - TOP)
 
 
-def chart_svg(chart: dict[str, Any], width: int, height: int) -> Markup:
+def chart_svg(chart: dict[str, Any], width: int, height: int) -> str:
     """One chart as an <svg> element of these proportions; text has the page's size at `width` pixels."""
     frame = Frame(chart, width, height)
     clip = f"clip-{chart['id']}-{width}"
@@ -54,7 +53,7 @@ def chart_svg(chart: dict[str, Any], width: int, height: int) -> Markup:
         *_arrow(frame),
         "</svg>",
     ]
-    return Markup("\n".join(parts))
+    return "\n".join(parts)
 
 
 def _description(chart: dict[str, Any]) -> str:

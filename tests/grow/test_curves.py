@@ -243,7 +243,7 @@ def test_a_log_whose_tokens_go_back_is_damaged(tmp_path):
 
 
 def test_a_validation_curve_holds_the_losses_of_one_set(tmp_path):
-    def evaluation(step: int, value: float, **changes: object) -> dict:
+    def evaluation(step: int, value: float | None, **changes: object) -> dict:
         base = {"step": step, "stage": 1, "stage_name": "main", "when": "every", "tokens": step * 100}
         return {**base, "flops_total": step * 1e6, "set": "a", "metric": "loss", "value": value, **changes}
 
@@ -252,7 +252,7 @@ def test_a_validation_curve_holds_the_losses_of_one_set(tmp_path):
         evaluation(0, 8.0, when="start"),
         evaluation(5, 4.0),
         evaluation(5, 3.9, when="end"),
-        evaluation(5, 1.2, metric="bpb"),
+        evaluation(5, None, metric="bpb"),
         evaluation(5, 7.0, set="b"),
     ]
     (run_dir / "evals.jsonl").write_text("\n".join(map(json.dumps, lines)))
