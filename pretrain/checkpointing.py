@@ -45,14 +45,14 @@ class RunCheckpoints:
     def save(self, model: GPT, optimizer: torch.optim.Optimizer, state: TrainState, **changing: Any) -> str:
         """Write a checkpoint of this moment; returns the sha256 of its manifest. `changing` goes into state.json."""
         path = checkpoint_path(self.folder, state.stage, state.step_count)
-        if not path.exists():
-            write_training(
-                path,
-                model=model.state_dict(),
-                optimizer=named_state(model, optimizer),
-                state={"format": 1, **self.metadata, **changing, **state.to_dict(), "versions": versions()},
-                rng={"torch": torch.get_rng_state()},
-            )
+        write_training(
+            path,
+            model=model.state_dict(),
+            optimizer=named_state(model, optimizer),
+            state={"format": 1, **self.metadata, **changing, **state.to_dict(), "versions": versions()},
+            rng={"torch": torch.get_rng_state()},
+            replace=True,  # what is there already was found damaged on resume
+        )
         self.last = path
         self._remove_superseded(state.stage)
         return manifest_sha256(path)
@@ -60,8 +60,8 @@ class RunCheckpoints:
     def resume(self) -> TrainingCheckpoint | None:
         """The newest valid checkpoint, None when there is none."""
         prune_temporaries(self.folder)
-        self.last = latest(self.folder, on_skip=report_skipped)
-        return None if self.last is None else read_training(self.last)
+        self.last = latest(self.folder, deep=True, on_skip=report_skipped)
+        return None if self.last is None else read_training(self.last, verify=False)
 
     def _remove_superseded(self, stage: int) -> None:
         """Keep the newest of the current stage, multiples of keep_every_steps, and every earlier stage's last one."""

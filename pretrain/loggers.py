@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lit_gpt.atomic import write_atomically
 
 if TYPE_CHECKING:
     from lightning_fabric.loggers import TensorBoardLogger
@@ -29,9 +30,7 @@ def cut_back(path: Path, stage: int, step: int) -> None:
             break  # a killed run may leave half a line, always the last
         if (record["stage"], record["step"]) <= (stage, step):
             kept.append(line)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
 
 
 class RunLog:

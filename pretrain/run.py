@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from grow.plan import differing_sizes
+from lit_gpt.atomic import write_atomically
 from lit_gpt.checkpoint import (
     TrainingCheckpoint,
     detect_form,
@@ -162,16 +163,10 @@ def remove_run(out_dir: Path) -> None:
         (out_dir / name).unlink(missing_ok=True)
 
 
-def write_config(config: RunConfig, out_dir: Path) -> None:
-    temporary = out_dir / "config.yaml.tmp"
-    temporary.write_text(yaml.safe_dump(to_plain(config), sort_keys=False), encoding="utf-8")
-    os.replace(temporary, out_dir / "config.yaml")
-
-
 def start(this_run: Run, stage: Stage, state: TrainState) -> Trained:
     """Step 0: initial weights, or those of `init_from`; `state` takes over what the latter brings along."""
     config = this_run.config
-    write_config(config, Path(config.out_dir))
+    write_atomically(Path(config.out_dir) / "config.yaml", yaml.safe_dump(to_plain(config), sort_keys=False).encode())
     model = GPT(stage.config)
     state.position = config.data.start_position or 0
     if config.init_from is None:

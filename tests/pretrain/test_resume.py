@@ -107,14 +107,17 @@ def test_a_finished_run_is_left_alone(settings, pretrain, copied):
     assert {path for path in copied.rglob("*") if path.is_file()} - set(before) <= {copied / "run.lock"}
 
 
-def test_a_damaged_last_checkpoint_is_passed_over_loudly(settings, pretrain, copied, finished_run):
+@pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: content[:-1] + b"?"])
+def test_a_damaged_last_checkpoint_is_passed_over_loudly_and_written_again(
+    settings, pretrain, copied, finished_run, damage
+):
     last = latest(copied / "checkpoints")
     victim = max((path for path in last.iterdir() if path.is_file()), key=lambda path: path.stat().st_size)
-    victim.write_bytes(victim.read_bytes()[:-1])
+    victim.write_bytes(damage(victim.read_bytes()))
     again = pretrain(settings)
     assert again.returncode == 0, again.stderr
-    assert last.name in again.stderr
-    assert "resumed from" in again.stdout
+    assert f"warning: {last}" in again.stderr
+    assert_same_end(copied, finished_run)
 
 
 @pytest.mark.parametrize(
