@@ -145,7 +145,7 @@ def test_the_demo_installs_then_runs_its_steps_in_order(checkout: Checkout):
     assert calls[3] == "scripts/prepare.py --stdlib --out out/demo/data"
     assert [call.split()[:2] for call in calls[4:]] == [["-m", "pretrain"], ["-m", "pretrain"], ["-m", "grow"]]
     assert "out/demo/stacked" in calls[4] and "out/demo/scratch" in calls[5]
-    assert "configs/scratch.yaml" in calls[5] and "configs/scratch.yaml" not in calls[4]
+    assert "--scratch" in calls[5] and "--scratch" not in calls[4]
     assert calls[6].startswith("-m grow report out/demo/stacked out/demo/scratch")
 
 
