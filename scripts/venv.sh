@@ -21,6 +21,7 @@ trap 'signal_name=TERM; if [ -n "$child" ]; then kill -TERM "$child" 2>/dev/null
 # run_child COMMAND...: the exit status of COMMAND; does not return when a signal came meanwhile.
 run_child() {
   local status=0 latest
+  if [ -n "$signal_name" ]; then stopped 0; fi
   (
     trap - INT # a shell starts background commands deaf to it
     exec "$@"
@@ -40,9 +41,7 @@ run_child() {
     fi
   done
   child=
-  if [ -n "$signal_name" ]; then
-    stopped "$status"
-  fi
+  if [ -n "$signal_name" ]; then stopped "$status"; fi
   return "$status"
 }
 
@@ -102,7 +101,7 @@ _pip_install() {
 
 # ensure_venv EXTRA...: .venv holds lit-grow, editable, with these extras at the versions of constraints.txt.
 ensure_venv() {
-  local fingerprint stamped='' installed='' wanted=' ' extra
+  local fingerprint stamped='' installed='' wanted='' extra
   fingerprint=$(_fingerprint)
   if [ -x "$VENV_PYTHON" ] && [ ! -e "$UNFINISHED" ]; then
     if [ -e "$STAMP" ]; then { read -r stamped && read -r installed; } <"$STAMP" || true; fi
@@ -115,16 +114,15 @@ ensure_venv() {
     _make_venv
   fi
   for extra in $installed "$@"; do
-    case "$wanted" in *" $extra "*) ;; *) wanted="$wanted$extra " ;; esac
+    case " $wanted " in *" $extra "*) ;; *) wanted="${wanted:+$wanted }$extra" ;; esac
   done
-  extra=$(echo $wanted) # without the spaces at the ends
   : >"$UNFINISHED"
   rm -f "$STAMP"
   _pip_install "installing setuptools" setuptools
   if [ -n "${TORCH_INDEX_URL:-}" ]; then
     _pip_install "installing torch from TORCH_INDEX_URL" --index-url "$TORCH_INDEX_URL" --no-deps torch
   fi
-  _pip_install "installing lit-grow with $extra (minutes the first time)" --no-build-isolation --editable ".[${extra// /,}]"
-  printf '%s\n' "$fingerprint" "$extra" >"$STAMP"
+  _pip_install "installing lit-grow with $wanted (minutes the first time)" --no-build-isolation --editable ".[${wanted// /,}]"
+  printf '%s\n' "$fingerprint" "$wanted" >"$STAMP"
   rm -f "$UNFINISHED"
 }
