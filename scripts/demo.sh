@@ -55,7 +55,7 @@ ensure_venv prep report
 
 pretrain=("$VENV_PYTHON" -m pretrain --config configs/demo.yaml ${smoke[@]+"${smoke[@]}"} --data.train "$out/data")
 
-step "corpus: Python's standard library" "$VENV_PYTHON" scripts/prepare.py --stdlib --out "$out/data"
+step "corpus: Python's standard library" "$VENV_PYTHON" scripts/prepare.py --stdlib --vocab-size 2048 --out "$out/data"
 step "base, stack, continue" "${pretrain[@]}" --out-dir "$out/stacked"
 step "the same model from scratch" "${pretrain[@]}" --out-dir "$out/scratch" --scratch
 step "comparison" "$VENV_PYTHON" -m grow report "$out/stacked" "$out/scratch" --out "$out"

@@ -142,7 +142,7 @@ def test_the_demo_installs_then_runs_its_steps_in_order(checkout: Checkout):
     assert calls[0] == "-m venv .venv"
     assert "--constraint constraints.txt" in calls[1] and "setuptools" in calls[1]
     assert "--constraint constraints.txt" in calls[2] and calls[2].endswith("--editable .[prep,report]")
-    assert calls[3] == "scripts/prepare.py --stdlib --out out/demo/data"
+    assert calls[3] == "scripts/prepare.py --stdlib --vocab-size 2048 --out out/demo/data"
     assert [call.split()[:2] for call in calls[4:]] == [["-m", "pretrain"], ["-m", "pretrain"], ["-m", "grow"]]
     assert "out/demo/stacked" in calls[4] and "out/demo/scratch" in calls[5]
     assert "--scratch" in calls[5] and "--scratch" not in calls[4]
