@@ -16,7 +16,7 @@ from lit_gpt.errors import DataError
 
 METRICS_FILE = "metrics.jsonl"
 EVALS_FILE = "evals.jsonl"
-WINDOW_SHARE = 0.05  # of the shortest curve: long enough to average the noise of a batch out, short beside the run
+WINDOW_SHARE = 0.1  # of the shortest curve: less leaves the noise of small batches in, more blurs the end of the run
 WINDOW_INTERVALS = 2  # at least this many log intervals, or the smoothed curve would be the logged one
 
 
@@ -103,7 +103,7 @@ def _read_records(path: Path, kind: type[Record], value_field: str) -> tuple[lis
         except json.JSONDecodeError as error:
             if number < len(lines):
                 raise DataError(f"{path}, line {number} is not JSON ({error.msg}); the file was damaged") from error
-            notes.append(f"{path.parent.name}/{path.name}: the last line is incomplete and was left out")
+            notes.append(f"{path.parent.name}/{path.name}: the last line is incomplete and was left out.")
             break
         records.append(_record(values, kind, value_field, f"{path}, line {number}"))
     return records, notes

@@ -256,9 +256,9 @@ def _models_of_run(run_dir: Path, run: str, log: RunLog, notes: list[str]) -> li
 
 def _unfinished(run: str, last: TrainedModel, planned: int) -> list[str]:
     if last.stage < planned:
-        return [f"{run}: only {last.stage} of {planned} stages have begun; the rest of the run is missing here"]
+        return [f"{run}: only {last.stage} of {planned} stages have begun; the rest of the run is missing here."]
     if last.evaluations and not any(evaluation.when == "end" for evaluation in last.evaluations):
-        return [f"{run}: the run has not reached its end; its last logged values stand where final ones would"]
+        return [f"{run}: the run has not reached its end; its last logged values stand where final ones would."]
     return []
 
 
@@ -284,9 +284,9 @@ def _last_checkpoint(run_dir: Path, stage: int, notes: list[str]) -> tuple[Path 
             read_manifest(path)
             return path, json.loads((path / "state.json").read_text(encoding="utf-8"))
         except (DataError, OSError, json.JSONDecodeError) as error:
-            notes.append(f"a checkpoint was passed over: {error}")
+            notes.append(f"A checkpoint was passed over: {error}.")
     notes.append(
-        f"{run_dir.name}: no checkpoint of stage {stage} was found, so its layer map, seed and versions are not known"
+        f"{run_dir.name}: no checkpoint of stage {stage} was found, so its layer map, seed and versions are not known."
     )
     return None, {}
 

@@ -25,7 +25,7 @@ def headline(comparisons: Comparisons) -> dict[str, Any]:
             "label": f"speed-up at equal {curve} loss",
             "sentence": "There is no speed-up to report.",
             "detail": _as_sentence(result["reason"]),
-            "more": [_other_curve(pair, comparisons.primary_curve)] if pair else [],
+            "more": [_other_curve(pair, comparisons.primary_curve), *_differences(pair)] if pair else [],
         }
     verdict = "even" if abs(result["speedup"]) < EVEN else "won" if result["speedup"] > 0 else "lost"
     return {
@@ -37,7 +37,7 @@ def headline(comparisons: Comparisons) -> dict[str, Any]:
             f"Loss {text.loss(result['target_loss'])} took {text.flops(result['flops_scratch'])} FLOPs from scratch "
             f"and {text.flops(result['flops_grown'])} by growing, the base model's included."
         ),
-        "more": [*_spread(result), _other_curve(pair, comparisons.primary_curve)],
+        "more": [*_spread(result), _other_curve(pair, comparisons.primary_curve), *_differences(pair)],
     }
 
 
@@ -69,6 +69,19 @@ def _other_curve(pair: Comparison, primary_curve: str) -> str:
     at_least = "at least " if other["lower_bound"] else ""
     loss, share = text.loss(other["target_loss"]), text.percent(other["speedup"])
     return f"At equal {CURVE_NAMES[name]} loss ({loss}): {at_least}{share}."
+
+
+def _differences(pair: Comparison) -> list[str]:
+    """In what the two models differ besides growth."""
+    grown, baseline = pair.grown, pair.baseline
+    found = []
+    if None not in (grown.parameters, baseline.parameters) and grown.parameters != baseline.parameters:
+        sizes = f"{text.count(grown.parameters)} and {text.count(baseline.parameters)} parameters"
+        found.append(f"But {grown.name} and {baseline.name} differ in size: {sizes}.")
+    seeds = [model.state.get("seed") for model in (grown, baseline)]
+    if None not in seeds and seeds[0] != seeds[1]:
+        found.append(f"But {grown.name} and {baseline.name} have different seeds: {seeds[0]} and {seeds[1]}.")
+    return found
 
 
 def _as_sentence(reason: str) -> str:
@@ -128,29 +141,17 @@ def definitions(comparisons: Comparisons) -> list[dict[str, str]]:
 def notes(gathered: Gathered, comparisons: Comparisons) -> list[str]:
     """What a reader has to know before using the numbers."""
     found = list(gathered.notes)
-    for pair in comparisons.pairs:
-        found += _pair_notes(pair)
+    for pair in comparisons.pairs[1:]:
+        found += _differences(pair)
     for model in gathered.models:
         if model.epochs is not None and model.epochs > 1:
             found.append(
-                f"{model.name} read its data {text.epochs(model.epochs)} times; its training loss rewards memory"
+                f"{model.name} read its data {text.epochs(model.epochs)} times, so its training loss also rewards memory."
             )
         if model.total_seconds is None:
-            found.append(f"{model.name} has no line against wall time, because the time of its base is not known here")
+            found.append(f"{model.name} has no line against wall time, because the time of its base is not known here.")
     limits = {e.limit for model in gathered.models for e in model.evaluations if e.set == comparisons.set_name}
     if limits - {None}:
         tokens = text.count(max(limit for limit in limits if limit is not None))
-        found.append(f"validation was limited to the first {tokens} tokens of the set")
+        found.append(f"Validation was limited to the first {tokens} tokens of the set.")
     return list(dict.fromkeys(found))
-
-
-def _pair_notes(pair: Comparison) -> list[str]:
-    grown, baseline = pair.grown, pair.baseline
-    found = []
-    if None not in (grown.parameters, baseline.parameters) and grown.parameters != baseline.parameters:
-        sizes = f"{text.count(grown.parameters)} and {text.count(baseline.parameters)}"
-        found.append(f"{grown.name} and {baseline.name} differ in size ({sizes} parameters)")
-    seeds = [model.state.get("seed") for model in (grown, baseline)]
-    if None not in seeds and seeds[0] != seeds[1]:
-        found.append(f"{grown.name} and {baseline.name} have different seeds ({seeds[0]} and {seeds[1]})")
-    return found

@@ -169,8 +169,8 @@ def test_a_window_that_does_not_fit_is_refused():
 
 
 def test_the_window_is_a_share_of_the_shortest_curve_but_no_shorter_than_two_log_intervals():
-    assert default_window([power_law(100), power_law(400)]) == pytest.approx(5000)
-    assert default_window([power_law(20), power_law(400)]) == pytest.approx(2000)
+    assert default_window([power_law(100), power_law(400)]) == pytest.approx(10_000)
+    assert default_window([power_law(15), power_law(400)]) == pytest.approx(2000)
     assert default_window([power_law(2)]) == pytest.approx(1000)
 
 

@@ -175,6 +175,15 @@ def test_different_tokenizers_refuse_a_speedup(tmp_path):
     assert "bits per byte" in report["reason"]
 
 
+def test_a_pair_that_differs_in_more_than_growth_says_so_beside_the_number(tmp_path):
+    smaller = SyntheticRun(tmp_path / "b", [Stage("scratch", SMALL, 390, scratch_loss)], seed=1)
+
+    report = facts_on(stacked_run(tmp_path / "a").write(), smaller.write())
+
+    beside = " ".join(report["headline"]["more"])
+    assert "differ in size" in beside and "different seeds" in beside
+
+
 def test_different_training_data_leaves_the_validation_loss_to_compare(tmp_path):
     runs = [stacked_run(tmp_path / "a").write(), scratch_run(tmp_path / "b", fingerprint="0b" * 32).write()]
 
@@ -207,12 +216,12 @@ def test_growth_from_a_checkpoint_of_another_run_is_linked_and_charged(tmp_path)
 
     assert [row["role"] for row in apart["runs"]] == ["base", "grown", "baseline"]
     assert apart["runs"][1]["grown_from"] == "base"
-    assert apart["speedup_at_equal_loss"] == together["speedup_at_equal_loss"]
+    assert apart["speedup_at_equal_loss"] == pytest.approx(together["speedup_at_equal_loss"])
     for key in ("tokens", "tokens_cumulative", "seconds_cumulative", "flops_total"):
         assert apart["runs"][1][key] == pytest.approx(together["runs"][1][key]), key
 
     alone = facts_on(grown, scratch)
-    assert alone["speedup_at_equal_loss"] == together["speedup_at_equal_loss"]
+    assert alone["speedup_at_equal_loss"] == pytest.approx(together["speedup_at_equal_loss"])
     assert alone["runs"][0]["seconds_cumulative"] is None
     assert any("wall time" in note for note in alone["notes"])
 
