@@ -146,7 +146,7 @@ def notes(gathered: Gathered, comparisons: Comparisons) -> list[str]:
     for model in gathered.models:
         if model.epochs is not None and model.epochs > 1:
             found.append(
-                f"{model.name} read its data {text.epochs(model.epochs)} times, so its training loss also rewards memory."
+                f"{model.name} read its data {text.epochs(model.epochs)} times; its training loss also rewards memory."
             )
         if model.total_seconds is None:
             found.append(f"{model.name} has no line against wall time, because the time of its base is not known here.")
