@@ -166,6 +166,7 @@ def test_bf16_computation_keeps_fp32_weights_and_stays_close(finish):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo looks
 def test_compiled_blocks_and_loss_agree_with_eager(finish):
     reference = records(finish("eager", compile="none"))
     compiled = records(finish("compiled", compile="block"))
