@@ -4,38 +4,51 @@ set -euo pipefail
 
 usage() {
   cat <<'HELP'
-usage: bash scripts/demo.sh [--smoke] [--fresh]
+usage: bash scripts/demo.sh [--smoke] [--fresh] [--out DIR]
 
 Trains a small base model on Python's own standard library, stacks its layers, trains on, trains the same model from
 scratch beside it, and writes out/demo/report.html. Takes minutes on two CPU cores; needs no GPU and no compiler.
 Repeating the command continues where it stopped.
 
   --smoke    the same path at toy size, in out/smoke
-  --fresh    remove what an earlier demo (or smoke) wrote and start over
+  --fresh    remove what an earlier demo (or smoke) wrote there and start over
+  --out DIR  write there instead; a path inside the checkout or an absolute one
 
   PYTHON             interpreter for a new .venv, 3.10 or newer (default python3)
   TORCH_INDEX_URL    package index for torch, when set
 HELP
 }
 
-out=out/demo
+out=
+name=demo
 smoke=()
 fresh=no
-for argument in "$@"; do
-  case "$argument" in
-    --smoke) out=out/smoke smoke=(--config configs/smoke.yaml) ;;
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --smoke) name=smoke smoke=(--config configs/smoke.yaml) ;;
     --fresh) fresh=yes ;;
+    --out=?*) out=${1#--out=} ;;
+    --out)
+      out=${2:-}
+      if [ -z "$out" ]; then
+        printf 'error: --out needs a folder\n' >&2
+        exit 2
+      fi
+      shift
+      ;;
     -h | --help)
       usage
       exit 0
       ;;
     *)
-      printf 'error: unknown option %s\n\n' "$argument" >&2
+      printf 'error: unknown option %s\n\n' "$1" >&2
       usage >&2
       exit 2
       ;;
   esac
+  shift
 done
+out=${out:-out/$name}
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/venv.sh
@@ -50,7 +63,7 @@ step() {
   [ "$status" -eq 0 ] || die "stopped with exit status $status: $*" "$status"
 }
 
-if [ "$fresh" = yes ]; then rm -rf "$out"; fi
+if [ "$fresh" = yes ]; then rm -rf "$out"/{data,stacked,scratch,figures} "$out"/report.{html,json}; fi
 ensure_venv prep report
 
 pretrain=("$VENV_PYTHON" -m pretrain --config configs/demo.yaml ${smoke[@]+"${smoke[@]}"} --data.train "$out/data")

@@ -280,14 +280,25 @@ def test_killing_the_demo_kills_its_step(checkout: Checkout):
 
 
 @pytest.mark.parametrize("smoke", [False, True])
-def test_fresh_removes_only_its_own_output(checkout: Checkout, smoke: bool):
+def test_fresh_removes_only_what_the_demo_writes(checkout: Checkout, smoke: bool):
+    written = ["data", "stacked", "scratch", "figures", "report.html", "report.json"]
     for name in ("demo", "smoke", "mine"):
-        (checkout.path / "out" / name).mkdir(parents=True)
+        for entry in (*written, "notes"):
+            (checkout.path / "out" / name / entry).mkdir(parents=True)
 
     checkout.run("demo.sh", "--fresh", *(["--smoke"] if smoke else []))
 
-    left = {path.name for path in (checkout.path / "out").iterdir()}
-    assert left == {"demo", "smoke", "mine"} - {"smoke" if smoke else "demo"}
+    fresh = "smoke" if smoke else "demo"
+    for name in ("demo", "smoke", "mine"):
+        left = {path.name for path in (checkout.path / "out" / name).iterdir()}
+        assert left == ({"notes"} if name == fresh else {*written, "notes"})
+
+
+def test_out_is_where_everything_goes(checkout: Checkout):
+    checkout.run("demo.sh", "--out", "elsewhere")
+    steps = [call for call in checkout.calls() if not call.startswith("-m pip") and not call.startswith("-m venv")]
+    assert steps
+    assert all("elsewhere" in call and "out/demo" not in call for call in steps)
 
 
 def test_a_checkout_that_was_moved_is_installed_again(checkout: Checkout):
