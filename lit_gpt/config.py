@@ -117,7 +117,7 @@ class Config:
         sizes = NAMED_SIZES.get(name) or _family_member(name)
         if sizes is None:
             near = get_close_matches(name, NAMED_SIZES, n=3, cutoff=0.5)
-            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            hint = f"; did you mean {' or '.join(near)}?" if near else "."
             raise ValueError(
                 f"unknown model name {name!r}{hint} Known: {', '.join(NAMED_SIZES)}, and the pattern <layers>L<width>H"
             )

@@ -11,6 +11,7 @@ EXIT_OK = 0
 EXIT_USAGE = 2
 EXIT_DATA = 3
 EXIT_NON_FINITE = 4
+EXIT_INTERRUPTED = 130  # what shells report after Ctrl-C
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped with a checkpoint saved, run the same command again
 
 
@@ -52,6 +53,9 @@ def run_command(main: Callable[[], int | None]) -> int:
     except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the interpreter flushes it at exit)
         return EXIT_OK
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return EXIT_INTERRUPTED
     except (ValueError, DataError, NonFiniteError, OSError) as error:
         sys.stderr.write(f"error: {_explain(error)}\n")
         return _exit_code(error)

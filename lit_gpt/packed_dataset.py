@@ -326,9 +326,22 @@ def load_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
         reason = "was not prepared to the end" if path.parent.is_dir() else "does not exist"
         raise FileNotFoundError(f"no {path}: the folder {reason}; run scripts/prepare.py --out {directory}")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({error}); prepare the data again") from error
+    if not _is_manifest(manifest):
+        raise DataError(f"{path} lacks what scripts/prepare.py writes into a manifest; prepare the data again")
+    return manifest
+
+
+def _is_manifest(value: Any) -> bool:
+    """Whether the entries are there that reading the folder relies on."""
+    parts = [value, *(value.get(key) for key in ("tokenizer", "splits"))] if isinstance(value, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts):
+        return False
+    splits = value["splits"].values()
+    whole = all(isinstance(split, dict) and {"files", "tokens", "text_bytes"} <= set(split) for split in splits)
+    return whole and {"sha256", "vocab_size"} <= set(value["tokenizer"])
 
 
 def find_token_files(directory: str | os.PathLike[str], split: str = "train") -> list[TokenFile]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from lit_gpt.errors import EXIT_OK, EXIT_STOPPED, run_command
+from lit_gpt.errors import EXIT_OK, EXIT_STOPPED, EXIT_USAGE, run_command
 
 
 def main() -> int:
@@ -17,7 +17,10 @@ def _main() -> int:
     from pretrain.command_line import build_parser, parse
 
     argv = sys.argv[1:]
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv:
+        build_parser().print_help(sys.stderr)
+        return EXIT_USAGE
+    if {"-h", "--help"} & set(argv):
         build_parser().print_help()
         return EXIT_OK
     invocation = parse(argv)

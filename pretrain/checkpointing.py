@@ -25,11 +25,17 @@ from pretrain.optim import named_state
 from pretrain.state import TrainState
 
 # Settings that may change between two sittings of a run: they do not touch what is trained on what
-FREE_TO_CHANGE = ("logging", "checkpoints", "validation", "out_dir")
-
-
-def report_skipped(path: Path, reason: str) -> None:
-    sys.stderr.write(f"warning: {path} is passed over: {reason}\n")
+# (what the data holds is checked by its fingerprint, wherever it lies)
+FREE_TO_CHANGE = (
+    "logging",
+    "checkpoints",
+    "validation",
+    "out_dir",
+    "data.train",
+    "data.validation",
+    "data.max_epochs",
+    "data.allow_order_change",
+)
 
 
 class RunCheckpoints:
@@ -41,6 +47,7 @@ class RunCheckpoints:
         self.metadata = metadata
         """Parts of state.json that do not change during the run."""
         self.last: Path | None = None
+        self._passed_over: list[Path] = []
 
     def save(self, model: GPT, optimizer: torch.optim.Optimizer, state: TrainState, **changing: Any) -> str:
         """Write a checkpoint of this moment; returns the sha256 of its manifest. `changing` goes into state.json."""
@@ -54,45 +61,51 @@ class RunCheckpoints:
             replace=True,  # what is there already was found damaged on resume
         )
         self.last = path
-        self._remove_superseded(state.stage)
+        self._remove_superseded(path)
         return manifest_sha256(path)
 
     def resume(self) -> TrainingCheckpoint | None:
-        """The newest valid checkpoint, None when there is none."""
+        """The newest valid checkpoint, None when there is none; those passed over go with the next save."""
         prune_temporaries(self.folder)
-        self.last = latest(self.folder, deep=True, on_skip=report_skipped)
+        self.last = latest(self.folder, deep=True, on_skip=self._pass_over)
         return None if self.last is None else read_training(self.last, verify=False)
 
-    def _remove_superseded(self, stage: int) -> None:
-        """Keep the newest of the current stage, multiples of keep_every_steps, and every earlier stage's last one."""
+    def _pass_over(self, path: Path, reason: str) -> None:
+        sys.stderr.write(f"warning: {path} is passed over: {reason}\n")
+        self._passed_over.append(path)
+
+    def _remove_superseded(self, written: Path) -> None:
+        """Keep the newest of this stage, multiples of keep_every_steps, and every earlier stage's last one."""
+        superseded = [path for path in self._passed_over if path.exists() and path != written]
+        self._passed_over = []
         for stage_folder in sorted(self.folder.glob("stage-*")):
-            paths = sorted(path for path in stage_folder.glob("step-*") if path.name[5:].isdigit())
-            keep_last = self.settings.keep_last if stage_folder.name == f"stage-{stage:02d}" else 1
-            for path in paths[:-keep_last]:
-                every = self.settings.keep_every_steps
-                if not every or int(path.name[5:]) % every:
-                    remove_directory(path)
+            paths = [path for path in sorted(stage_folder.glob("step-*")) if path not in superseded]
+            keep_last = self.settings.keep_last if stage_folder == written.parent else 1
+            every = self.settings.keep_every_steps
+            superseded += [path for path in paths[:-keep_last] if not every or int(path.name[5:]) % every]
+        for path in superseded:
+            remove_directory(path)
 
 
 def changed_settings(saved: dict[str, Any], config: RunConfig) -> list[str]:
     """One line for every setting that differs from the checkpoint's and decides what is trained on what."""
-    now = to_plain(config)
-    lines = []
-    for key in sorted(set(saved) | set(now)):
-        if key in FREE_TO_CHANGE:
-            continue
-        lines += _differences(key, saved.get(key), now.get(key))
-    return lines
+    differences = _differences("", saved, to_plain(config))
+    return [
+        f"{key}: {before!r} in the checkpoint, {after!r} now"
+        for key, before, after in differences
+        if not any(key == free or key.startswith(f"{free}.") for free in FREE_TO_CHANGE)
+    ]
 
 
-def _differences(key: str, before: Any, after: Any) -> list[str]:
+def _differences(key: str, before: Any, after: Any) -> list[tuple[str, Any, Any]]:
+    """(dotted key, value before, value after) of every leaf in which two trees of settings differ."""
     if isinstance(before, dict) and isinstance(after, dict):
-        keys = sorted(set(before) | set(after))
-        return [line for k in keys for line in _differences(f"{key}.{k}", before.get(k), after.get(k))]
-    if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
-        pairs = enumerate(zip(before, after, strict=True), 1)
-        return [line for number, (b, a) in pairs for line in _differences(f"{key}[{number}]", b, a)]
-    return [] if before == after else [f"{key}: {before!r} in the checkpoint, {after!r} now"]
+        parts = [(f"{key}.{k}" if key else k, before.get(k), after.get(k)) for k in sorted({*before, *after})]
+    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        parts = [(f"{key}[{n}]", b, a) for n, (b, a) in enumerate(zip(before, after, strict=True), 1)]
+    else:
+        return [] if before == after else [(key, before, after)]
+    return [leaf for part in parts for leaf in _differences(*part)]
 
 
 def check_settings(checkpoint: TrainingCheckpoint, config: RunConfig) -> None:

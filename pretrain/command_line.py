@@ -26,6 +26,8 @@ SWITCHES = {
     "scratch": "train the last stage's model from its first step, for the FLOPs of all stages together: the baseline",
 }
 
+OPEN_ENDED = ("data.train.", "data.weights.", "data.validation.")  # the user's names of folders follow
+
 
 @dataclass(frozen=True)
 class Invocation:
@@ -38,12 +40,14 @@ class Invocation:
 
 
 def normalise(argv: list[str]) -> list[str]:
-    """Dashes and underscores are equal in option names; jsonargparse knows the field's own spelling only."""
-    return [
-        "--" + name[2:].replace("-", "_") + equals + value if name.startswith("--") and len(name) > 2 else argument
-        for argument in argv
-        for name, equals, value in [argument.partition("=")]
-    ]
+    """Dashes and underscores are equal in option names; a folder's name in one, `--data.train.my-corpus`, stays."""
+    normalised = []
+    for argument in argv:
+        name, equals, value = argument.partition("=")
+        if name.startswith("--") and len(name) > 2 and not name[2:].startswith(OPEN_ENDED):
+            argument = "--" + name[2:].replace("-", "_") + equals + value
+        normalised.append(argument)
+    return normalised
 
 
 def build_parser() -> ArgumentParser:
@@ -89,7 +93,10 @@ def split_arguments(argv: list[str]) -> tuple[list[str], dict[str, str], set[str
         if not name.startswith("--"):
             raise ValueError(f"{argument!r} is not an option; settings are given as --section.key value")
         if name[2:] in SWITCHES:
-            switches.add(name[2:])
+            if value not in ("", "true", "false"):
+                raise ValueError(f"{argument!r}: {name} is a switch; give it alone, or as {name}=true or {name}=false")
+            if value != "false":
+                switches.add(name[2:])
             continue
         if not equals:
             value = next(rest, None)
@@ -107,8 +114,7 @@ def _flag_problems(flags: Iterable[str]) -> list[str]:
     nested = {key: section for key, section in known_keys(RunConfig).items() if section is not None}
     known = [*SWITCHES, "config", *known_keys(RunConfig)]
     known += [f"{key}.{name}" for key, section in nested.items() for name in known_keys(section)]
-    open_ended = ("data.train.", "data.weights.", "data.validation.")
-    unknown = [name for name in flags if name not in known and not name.startswith(open_ended)]
+    unknown = [name for name in flags if name not in known and not name.startswith(OPEN_ENDED)]
     return [f"--{name}: {unknown_key(name, known)}" for name in unknown]
 
 

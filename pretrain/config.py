@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +25,7 @@ def parse_token_count(text: int | float | str) -> int:
     match = _TOKEN_COUNT.fullmatch(str(text).strip().replace("_", ""))
     if match is None:
         raise ValueError(f"{text!r} is not a number of tokens; write 10B, 600M, 20k, 15e12 or plain digits")
-    count = float(match[1]) * TOKEN_SUFFIXES[match[2].lower()]
+    count = Decimal(match[1]) * TOKEN_SUFFIXES[match[2].lower()]  # binary fractions would make 4.1M no whole number
     if count < 1 or count != int(count):
         raise ValueError(f"{text!r} is not a whole, positive number of tokens")
     return int(count)
@@ -43,8 +44,10 @@ class ModelConfig:
     n_query_groups: int | None = None
     head_size: int | None = None
     intermediate_size: int | None = None
+    padded_vocab_size: int | None = None
     norm_eps: float | None = None
     rope_base: float | None = None
+    rotary_percentage: float | None = None
     tie_embeddings: bool | None = None
 
     def resolve(self, vocab_size: int) -> Config:
@@ -220,10 +223,11 @@ class RunConfig:
 def config_problems(config: RunConfig) -> list[str]:
     """Everything that is wrong with a run's settings on their own, one line each."""
     problems = [*_number_problems(config), *_stage_problems(config)]
-    try:
-        config.batch.iters_per_step(1)
-    except (ValueError, ZeroDivisionError) as error:
-        problems.append(str(error))
+    if min(config.batch.global_batch_size, config.batch.micro_batch_size) >= 1:
+        try:
+            config.batch.iters_per_step(1)
+        except ValueError as error:
+            problems.append(str(error))
     if config.schedule.kind == "cosine" and config.schedule.decay_steps:
         problems.append("schedule.decay_steps has no effect with kind=cosine; remove it or choose kind=wsd")
     if config.schedule.kind == "wsd" and config.schedule.horizon_steps is not None:
@@ -253,6 +257,9 @@ def _number_problems(config: RunConfig) -> list[str]:
         "optimizer.grad_clip": (config.optimizer.grad_clip, 0),
         "data.start_position": (config.data.start_position or 0, 0),
     }
+    for stage in config.stages:
+        for key in ("learning_rate", "min_learning_rate", "warmup_steps"):
+            at_least[f"stage {stage.name!r}: {key}"] = (getattr(stage, key) or 0, 0)
     problems = [f"{key}={value} must be at least {low}" for key, (value, low) in at_least.items() if value < low]
     for key in ("beta1", "beta2"):
         value = getattr(config.optimizer, key)

@@ -23,11 +23,12 @@ from lit_gpt.checkpoint import (
     detect_form,
     manifest_sha256,
     read_config,
+    read_exchange,
     read_training,
     read_weights,
 )
-from lit_gpt.config import Config
-from lit_gpt.flops import count_parameters
+from lit_gpt.errors import DataError
+from lit_gpt.flops import Flops, count_parameters
 from lit_gpt.model import GPT, init_weights
 from pretrain.checkpointing import RunCheckpoints, check_settings
 from pretrain.command_line import Invocation
@@ -41,13 +42,15 @@ from pretrain.data import (
     read_manifests,
     tokenizer_of,
 )
-from pretrain.loggers import RunLog, say
+from pretrain.loggers import EVALS_FILE, METRICS_FILE, TENSORBOARD_FOLDER, RunLog, say
 from pretrain.loop import Run, Trained, describe_stages, set_up, step_flops, train_in_stages
 from pretrain.optim import load_named_state
 from pretrain.parallel import choose_compute, launch
 from pretrain.signals import StopSignal
 from pretrain.stages import Stage, plan_stages
 from pretrain.state import TrainState
+
+CONFIG_FILE = "config.yaml"
 
 
 def run(invocation: Invocation, command: list[str]) -> None:
@@ -65,6 +68,8 @@ def run(invocation: Invocation, command: list[str]) -> None:
     check_vocabulary(model_config, tokenizer)
     stages = plan_stages(config, model_config)
     if invocation.scratch:
+        if config.init_from is not None:
+            raise ValueError("--scratch trains from the first step, init_from does not; give one of the two")
         config = scratch_config(config, stages)
         stages = plan_stages(config, model_config)
     train = open_train_data(config.data, model_config, manifests, config.seed)
@@ -72,15 +77,14 @@ def run(invocation: Invocation, command: list[str]) -> None:
     if invocation.dry_run:
         describe(config, stages)
         return
+    validation = open_validation_sets(config.data, model_config)
+    fabric = launch(config)
+    tokens = sum(stage.steps for stage in stages) * config.batch.global_batch_size * model_config.block_size
+    compute = choose_compute(config, fabric.device, tokens)
+    if config.init_from is not None:
+        check_init_from(config, stages[0], invocation.fresh)
     out_dir = Path(config.out_dir)
     with run_folder(out_dir, invocation.fresh):
-        validation = open_validation_sets(config.data, model_config)
-        fabric = launch(config)
-        compute = choose_compute(
-            config,
-            fabric.device,
-            sum(stage.steps for stage in stages) * config.batch.global_batch_size * model_config.block_size,
-        )
         metadata = {
             "run_config": to_plain(config),
             "seed": config.seed,
@@ -138,16 +142,21 @@ def run_folder(out_dir: Path, fresh: bool) -> Iterator[None]:
     """Make the folder, hold its lock, and refuse early what would only fail at the first save.
 
     Raises:
-        OSError: it cannot be written. ValueError: another process trains in it.
+        OSError: it cannot be written. DataError: another process trains in it.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     if not os.access(out_dir, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, "the run folder cannot be written", str(out_dir))
-    with (out_dir / "run.lock").open("w") as lock:
+    with (out_dir / "run.lock").open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system drops it with the process, however it dies
         except BlockingIOError as error:
-            raise ValueError(f"another process trains in {out_dir}; wait for it, stop it, or choose another") from error
+            lock.seek(0)
+            owner = lock.read().strip() or "unknown"
+            raise DataError(
+                f"another process ({owner}) trains in {out_dir}; wait for it, stop it, or choose another out_dir"
+            ) from error
+        lock.truncate(0)
         lock.write(f"{os.getpid()}\n")
         lock.flush()
         if fresh:
@@ -157,37 +166,44 @@ def run_folder(out_dir: Path, fresh: bool) -> Iterator[None]:
 
 def remove_run(out_dir: Path) -> None:
     """Delete what an earlier run left; other files in the folder stay."""
-    for name in ("checkpoints", "tensorboard"):
+    for name in ("checkpoints", TENSORBOARD_FOLDER):
         shutil.rmtree(out_dir / name, ignore_errors=True)
-    for name in ("metrics.jsonl", "evals.jsonl", "config.yaml"):
+    for name in (METRICS_FILE, EVALS_FILE, CONFIG_FILE):
         (out_dir / name).unlink(missing_ok=True)
 
 
 def start(this_run: Run, stage: Stage, state: TrainState) -> Trained:
     """Step 0: initial weights, or those of `init_from`; `state` takes over what the latter brings along."""
     config = this_run.config
-    write_atomically(Path(config.out_dir) / "config.yaml", yaml.safe_dump(to_plain(config), sort_keys=False).encode())
+    write_atomically(Path(config.out_dir) / CONFIG_FILE, yaml.safe_dump(to_plain(config), sort_keys=False).encode())
     model = GPT(stage.config)
     state.position = config.data.start_position or 0
     if config.init_from is None:
         init_weights(model, config.seed)
         return set_up(this_run, stage, model)
     source = Path(config.init_from)
-    check_same_model(read_config(source), stage.config, source)
     model.load_state_dict(dict(read_weights(source)))
     trained = set_up(this_run, stage, model)
     if detect_form(source) == "training":
         inherit(this_run, trained, state, read_training(source))
+    else:
+        inherit_history(state, read_exchange(source).provenance or {})
     say(f"weights from {source}, data from sample {state.position:,}")
     return trained
 
 
-def check_same_model(found: Config, wanted: Config, source: Path) -> None:
-    """Refuse a starting checkpoint of other sizes.
+def check_init_from(config: RunConfig, stage: Stage, fresh: bool) -> None:
+    """Refuse a starting checkpoint of other sizes, and one that --fresh would delete.
 
     Raises:
-        ValueError: naming every size that differs.
+        ValueError: naming every size that differs. DataError, OSError: it cannot be read.
     """
+    source = Path(config.init_from or "")
+    if fresh and Path(config.out_dir).resolve() in source.resolve().parents:
+        raise ValueError(
+            f"--fresh would delete init_from={source}, which lies in the run's folder; move one of the two"
+        )
+    found, wanted = read_config(source), stage.config
     sizes = differing_sizes(found, wanted)
     if sizes:
         lines = [
@@ -197,6 +213,14 @@ def check_same_model(found: Config, wanted: Config, source: Path) -> None:
             "\n".join([f"init_from {source} is another model than the first stage's:", *lines])
             + "\nAdapt `model`, or grow the checkpoint first: grow apply SRC DST"
         )
+
+
+def inherit_history(state: TrainState, provenance: dict[str, Any]) -> None:
+    """Take over what growth.json of an exchange form says of the models behind it; a foreign folder says nothing."""
+    state.history = list(provenance.get("history", []))
+    if state.history:
+        state.parent_tokens = state.history[-1]["tokens"] or 0
+        state.parent_flops = Flops(paper=state.history[-1]["flops_total"] or 0)
 
 
 def inherit(this_run: Run, trained: Trained, state: TrainState, parent: TrainingCheckpoint) -> None:

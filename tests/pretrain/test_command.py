@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -40,6 +41,13 @@ def test_a_truncated_token_file_is_refused_before_training(settings, pretrain, t
     victim = data / "train_000000.bin"
     victim.write_bytes(victim.read_bytes()[:-7])
     assert_refused(pretrain({**settings, "data": {"train": str(data)}}), 3, str(victim))
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"tokenizer": {}, "splits": {}}', "{"])
+def test_a_manifest_that_is_none_is_refused(settings, pretrain, tmp_path, content):
+    data = write_prepared(tmp_path / "data", np.arange(2000) % 200)
+    (data / "manifest.json").write_text(content)
+    assert_refused(pretrain({**settings, "data": {"train": str(data)}}), 3, "manifest.json", "prepare")
 
 
 def test_a_vocabulary_that_is_not_the_datas_is_refused_with_both_numbers(settings, pretrain):
@@ -80,7 +88,7 @@ def test_two_jobs_on_one_folder_are_refused(settings, pretrain):
     folder.mkdir()
     with (folder / "run.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert_refused(pretrain(settings), 2, "another process")
+        assert_refused(pretrain(settings), 3, "another process")
 
 
 def test_a_loss_that_is_no_number_stops_before_the_update_and_names_the_samples(settings, pretrain):
@@ -103,6 +111,25 @@ def test_starting_from_another_model_names_every_size(settings, pretrain, tmp_pa
         "init_from": str(checkpoint),
     }
     assert_refused(pretrain(other), 2, "n_layer: 1 in the checkpoint, 3 wanted", "grow apply")
+
+
+def test_fresh_deletes_nothing_before_everything_else_is_checked(settings, pretrain, finished_run):
+    folder = Path(shutil.copytree(finished_run, settings["out_dir"]))
+    inside = str(latest(folder / "checkpoints"))
+    assert_refused(pretrain({**settings, "init_from": inside}, "--fresh"), 2, "would delete")
+    assert_refused(pretrain({**settings, "init_from": "nowhere"}, "--fresh"), 3, "nowhere")
+    assert_refused(pretrain({**settings, "device": "tpu"}, "--fresh"), 2, "device")
+    assert latest(folder / "checkpoints") is not None
+
+
+def test_a_baseline_does_not_start_from_a_checkpoint(settings, pretrain):
+    assert_refused(pretrain({**settings, "init_from": "somewhere"}, "--scratch"), 2, "init_from")
+
+
+def test_help_is_given_wherever_it_is_asked_for(settings, pretrain):
+    result = pretrain(settings, "--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "Blocks during this stage" in result.stdout or "--stages" in result.stdout
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(settings, pretrain):

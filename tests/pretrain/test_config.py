@@ -36,6 +36,12 @@ def test_token_counts_are_read_with_their_suffix(text, tokens):
     assert parse_token_count(text) == tokens
 
 
+@given(st.integers(1, 999), st.integers(0, 999), st.sampled_from("MBT"))
+def test_decimals_with_a_suffix_are_exact(whole, thousandths, suffix):
+    unit = {"M": 10**6, "B": 10**9, "T": 10**12}[suffix]
+    assert parse_token_count(f"{whole}.{thousandths:03d}{suffix}") == whole * unit + thousandths * unit // 1000
+
+
 @given(st.integers(1, 10**13))
 def test_plain_digits_are_taken_as_they_are(tokens):
     assert parse_token_count(str(tokens)) == tokens
@@ -65,6 +71,20 @@ def test_a_later_file_replaces_stages_of_an_earlier_one(config_file, tmp_path):
     other.write_text("stages: [{name: scratch, max_tokens: 4k}]\n")
     config = parse([*config_file(), "--config", str(other)]).config
     assert [stage.name for stage in config.stages] == ["scratch"]
+
+
+@pytest.mark.parametrize(("flag", "fresh"), [("--fresh", True), ("--fresh=true", True), ("--fresh=false", False)])
+def test_a_switch_can_be_spelt_out(config_file, flag, fresh):
+    assert parse([*config_file(), flag]).fresh is fresh
+
+
+def test_a_switch_takes_no_other_value(config_file):
+    with pytest.raises(ValueError, match="is a switch"):
+        parse([*config_file(), "--scratch=no"])
+
+
+def test_a_folders_own_name_keeps_its_dashes(config_file):
+    assert parse([*config_file(), "--data.validation.my-corpus", "x"]).config.data.validation == {"my-corpus": "x"}
 
 
 def test_all_unknown_keys_are_named_with_the_nearest_known_one(config_file):

@@ -36,6 +36,39 @@ def test_a_log_that_cannot_be_written_warns_once_and_does_not_raise(tmp_path, ca
     assert capsys.readouterr().err.count("warning: evals.jsonl cannot be written") == 1
 
 
+def test_tensorboard_that_cannot_be_closed_warns_and_does_not_raise(tmp_path, capsys, monkeypatch):
+    log = RunLog(tmp_path, stage=0, step=0, tensorboard=True)
+
+    def full(*_):
+        raise OSError("no space")
+
+    monkeypatch.setattr(log._tensorboard, "finalize", full)
+    log.close()
+    assert "warning: TensorBoard cannot be written" in capsys.readouterr().err
+
+
+def scalars(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return [(event.step, round(event.value, 3)) for event in events.Scalars("train/loss")]
+
+
+def test_tensorboard_shows_each_step_once_after_a_resume_and_none_of_a_run_that_starts_anew(tmp_path):
+    record = {"lr": 1.0, "grad_norm": 1.0, "tokens_per_sec": 1.0, "tokens": 1, "flops_total": 1.0}
+    for stage, first, loss in ((0, 1, 3.0), (1, 2, 4.0)):
+        log = RunLog(tmp_path, stage=stage, step=first - 1, tensorboard=True)
+        for step in range(first, 4):
+            log.metrics({**record, "step": step, "stage": 1, "loss": loss})
+        log.close()
+    assert scalars(tmp_path) == [(1, 3.0), (2, 4.0), (3, 4.0)]
+    log = RunLog(tmp_path, stage=0, step=0, tensorboard=True)
+    log.metrics({**record, "step": 1, "stage": 1, "loss": 5.0})
+    log.close()
+    assert scalars(tmp_path) == [(1, 5.0)]
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(5, "5s"), (95, "1m35s"), (3700, "1h01m"), (float("inf"), "?")])
 def test_durations_read_as_people_write_them(seconds, text):
     assert format_seconds(seconds) == text

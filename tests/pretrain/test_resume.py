@@ -146,6 +146,28 @@ def test_other_data_is_refused_by_name_unless_allowed(settings, pretrain, tmp_pa
     assert again.returncode == 2
     assert "fingerprint" in again.stderr
     assert "allow_order_change" in again.stderr
+    with pytest.warns(UserWarning, match="fingerprint"):
+        allowed = pretrain(settings, "--data.allow_order_change", "true")
+    assert allowed.returncode == 0, allowed.stderr
+
+
+def test_data_that_moved_is_still_the_same_data(settings, pretrain, prepared, tmp_path):
+    settings = {**settings, "stages": [{"name": "main", "max_steps": 2}], "data": {"train": {"text": str(prepared)}}}
+    assert pretrain(settings).returncode == 0
+    moved = shutil.copytree(prepared, tmp_path / "moved")
+    again = pretrain({**settings, "data": {"train": {"text": str(moved)}, "max_epochs": 9}})
+    assert again.returncode == 0, again.stderr
+
+
+def test_damaged_checkpoints_do_not_push_out_the_good_ones(settings, pretrain, copied):
+    """Newer ones that are damaged are not counted among those that stay, and go with the next save."""
+    folder = copied / "checkpoints" / "stage-02"
+    for path in folder.iterdir():
+        (path / "MANIFEST.json").write_text("{}")
+    settings = {**settings, "checkpoints": {"every_steps": 1, "keep_last": 1}}
+    assert pretrain(settings).returncode == 0
+    assert [path.name for path in folder.iterdir()] == ["step-0000000014"]
+    assert latest(copied / "checkpoints").parent.name == "stage-02"
 
 
 def test_fresh_starts_over(settings, pretrain, copied):
