@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 METRICS_FILE = "metrics.jsonl"
 EVALS_FILE = "evals.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
 
 
 def cut_back(path: Path, stage: int, step: int) -> None:
@@ -37,8 +39,11 @@ class RunLog:
     """Appends to metrics.jsonl, evals.jsonl and TensorBoard; one that fails is reported once and stops no run."""
 
     def __init__(self, out_dir: Path, *, stage: int, step: int, tensorboard: bool) -> None:
+        """Continue the logs after (stage, step); stage 0 starts them anew."""
         self.out_dir = out_dir
         self._failed: set[str] = set()
+        if stage == 0:
+            shutil.rmtree(out_dir / TENSORBOARD_FOLDER, ignore_errors=True)
         for name in (METRICS_FILE, EVALS_FILE):
             cut_back(out_dir / name, stage, step)
         self._tensorboard = self._open_tensorboard(step) if tensorboard else None
@@ -57,8 +62,12 @@ class RunLog:
             self._scalars({name: record["value"]}, record["step"])
 
     def close(self) -> None:
-        if self._tensorboard is not None:
+        if self._tensorboard is None:
+            return
+        try:
             self._tensorboard.finalize("success")
+        except OSError as error:
+            self._report("TensorBoard", error)
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
         try:
@@ -71,7 +80,7 @@ class RunLog:
         from lightning_fabric.loggers import TensorBoardLogger
 
         try:
-            return TensorBoardLogger(self.out_dir, name="tensorboard", version="", purge_step=step + 1)
+            return TensorBoardLogger(self.out_dir, name=TENSORBOARD_FOLDER, version="", purge_step=step + 1)
         except (OSError, ModuleNotFoundError) as error:
             self._report("TensorBoard", error)
             return None
@@ -108,7 +117,12 @@ class Progress:
             from rich.progress import BarColumn, Progress, TextColumn
 
             columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}")
-            self._bar = Progress(*columns, TextColumn("{task.fields[status]}"), console=Console(stderr=True))
+            self._bar = Progress(
+                *columns,
+                TextColumn("{task.fields[status]}"),
+                console=Console(stderr=True),
+                redirect_stdout=sys.stdout.isatty(),
+            )
             self._task = self._bar.add_task(title, total=total_steps, completed=done_steps, status="")
 
     def __enter__(self) -> Progress:
