@@ -28,6 +28,9 @@ from torch import Tensor
 from lit_gpt.axes import EMBEDDING, WRITERS, name_in_block, parameter_shapes
 from lit_gpt.config import Config
 from lit_gpt.kernels.loss import ChunkLoss, chunk_loss, linear_cross_entropy
+from lit_gpt.kernels.norm import rms_norm
+from lit_gpt.kernels.products import causal_attention, cpu_multiplies_bf16, linear, product_dtype
+from lit_gpt.kernels.rope import apply_rope, cos_sin
 
 
 class KVStore(Protocol):
@@ -42,12 +45,13 @@ class Linear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
+        self.cpu_has_bf16 = cpu_multiplies_bf16()
 
     def reset_parameters(self) -> None:
         """Nothing: `init_weights` fills the weight, by name and seed."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return linear(x, self.weight, cpu_has_bf16=self.cpu_has_bf16)
 
 
 class RMSNorm(nn.Module):
@@ -59,8 +63,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # the weight in x's dtype keeps the fused kernel, which computes in fp32 inside
-        return F.rms_norm(x, (x.size(-1),), self.weight.to(x.dtype), self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class CausalSelfAttention(nn.Module):
@@ -70,33 +73,24 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.config = config
         self.layer = layer
+        self.cpu_has_bf16 = cpu_multiplies_bf16()
         self.attn = Linear(config.n_embd, config.qkv_size)
         self.proj = Linear(config.n_head * config.head_size, config.n_embd)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv_store: KVStore | None = None) -> Tensor:
-        """x (B, T, C); cos, sin (T, rope_n_elem / 2). Returns (B, T, C)."""
+        """x (B, T, C); cos, sin (T, 1, rope_n_elem). Returns (B, T, C)."""
         B, T, _ = x.shape
         config = self.config
         qkv = self.attn(x).view(B, T, config.n_query_groups, config.q_per_kv + 2, config.head_size)
         q, k, v = qkv.split((config.q_per_kv, 1, 1), dim=3)
-        q = q.reshape(B, T, config.n_head, config.head_size).transpose(1, 2)  # (B, H, T, D)
-        k, v = k.squeeze(3).transpose(1, 2), v.squeeze(3).transpose(1, 2)  # (B, G, T, D)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        q = apply_rope(q.reshape(B, T, config.n_head, config.head_size), cos, sin).transpose(1, 2)  # (B, H, T, D)
+        k, v = apply_rope(k.squeeze(3), cos, sin).transpose(1, 2), v.squeeze(3).transpose(1, 2)  # (B, G, T, D)
         if kv_store is not None:
             k, v = kv_store.extend(self.layer, k, v)
         if config.q_per_kv > 1:
             k, v = (t.repeat_interleave(config.q_per_kv, dim=1) for t in (k, v))  # (B, H, T, D)
-        y = causal_attention(q, k, v)
+        y = causal_attention(q, k, v, cpu_has_bf16=self.cpu_has_bf16)
         return self.proj(y.transpose(1, 2).reshape(B, T, -1))
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q (B, H, T, D), k and v (B, H, S, D) with S >= T: query t sees the keys up to S - T + t. Returns (B, H, T, D)."""
-    T, S = q.size(2), k.size(2)
-    if T == S or T == 1:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
-    mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 class SwiGLU(nn.Module):
@@ -210,7 +204,7 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(x)
         loss = linear_cross_entropy(
-            x.reshape(-1, x.size(-1)),
+            x.reshape(-1, x.size(-1)).to(product_dtype(x, self.lm_head.cpu_has_bf16)),
             self.lm_head.weight,
             targets.reshape(-1),
             reduction=reduction,
@@ -220,7 +214,7 @@ class GPT(nn.Module):
 
 
 def rope_cos_sin(config: Config, first_position: int, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin (length, rope_n_elem / 2) of RoPE (arXiv 2104.09864) on the device of `like`, in fp32 or float64.
+    """cos and sin (length, 1, rope_n_elem) for `apply_rope` on the device of `like`, in fp32 or float64.
 
     They are made in every forward: the cost is nothing beside a block, and a buffer would have to survive meta
     devices, casts and sharding.
@@ -229,17 +223,7 @@ def rope_cos_sin(config: Config, first_position: int, length: int, like: Tensor)
     exponents = torch.arange(0, config.rope_n_elem, 2, device=like.device, dtype=dtype) / config.rope_n_elem
     positions = torch.arange(first_position, first_position + length, device=like.device, dtype=dtype)
     angles = torch.outer(positions, config.rope_base**-exponents)
-    return angles.cos(), angles.sin()
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate channel t with channel t + n/2 (half-split layout); channels past n stay. x (B, H, T, D), cos (T, n/2)."""
-    half = cos.size(-1)
-    first, second = x[..., :half].to(cos.dtype), x[..., half : 2 * half].to(cos.dtype)
-    rotated = [(first * cos - second * sin).to(x.dtype), (second * cos + first * sin).to(x.dtype)]
-    if 2 * half < x.size(-1):
-        rotated.append(x[..., 2 * half :])
-    return torch.cat(rotated, dim=-1)
+    return cos_sin(angles)
 
 
 def init_std(name: str, config: Config) -> float:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lit_gpt.kernels.products import cpu_multiplies_bf16
 from lit_gpt.model import GPT
 from pretrain.config import RunConfig
 
@@ -54,11 +55,6 @@ def launch(config: RunConfig) -> Fabric:
     fabric = Fabric(accelerator=accelerator, devices=1, precision="32-true")
     fabric.launch()
     return fabric
-
-
-def cpu_multiplies_bf16() -> bool:
-    """Whether this CPU has AMX tiles or AVX512-bf16; without them bf16 is emulated and slower than fp32."""
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def find_cpp_compiler() -> str | None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_ROWS = 1024  # a chunk of logits at V=32000 in fp32 is 125 MiB; larger outputs are bound by page faults on a CPU
+MIN_CHUNK_ROWS, MAX_CHUNK_ROWS = 128, 1024  # at V=32000 in fp32 the largest chunk of logits is 125 MiB
 IGNORE_INDEX = -100
 ChunkLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -34,6 +34,14 @@ def chunk_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return losses, grads.scatter_add_(1, picked, grads.new_full(picked.shape, -1.0)).to(logits.dtype)
 
 
+def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total (m, n) += a (m, k) @ b (k, n), without a temporary where the dtypes are the same."""
+    if total.dtype == a.dtype:
+        torch.addmm(total, a, b, out=total)
+    else:
+        total += a @ b
+
+
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     """Mean loss. The gradients are made in forward, while a chunk's logits are there, and scaled in backward."""
 
@@ -53,9 +61,9 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             total += (losses * valid[rows]).sum()
             # rows that do not count are masked on the narrow side, C wide, not on the V wide logits
             if grad_hidden is not None:
-                grad_hidden[rows] = torch.mm(grad_logits, cast_weight) * valid[rows, None]
+                torch.mm(grad_logits, cast_weight, out=grad_hidden[rows]).mul_(valid[rows, None])
             if grad_weight is not None:
-                grad_weight += grad_logits.t() @ (hidden[rows] * valid[rows, None])
+                add_product_(grad_weight, grad_logits.t(), hidden[rows] * valid[rows, None])
         count = (targets != IGNORE_INDEX).sum().clamp(min=1)
         ctx.save_for_backward(grad_hidden, grad_weight, count)
         ctx.weight_dtype = weight.dtype
@@ -78,7 +86,7 @@ def linear_cross_entropy(
     targets: Tensor,
     *,
     reduction: str = "mean",
-    chunk_rows: int = CHUNK_ROWS,
+    chunk_rows: int | None = None,
     kernel: ChunkLoss = chunk_loss,
 ) -> Tensor:
     """Cross-entropy of `hidden @ weight.T` against `targets` in nats, without the (N, V) logits.
@@ -88,7 +96,8 @@ def linear_cross_entropy(
         weight: (V, C).
         targets: (N,) int64; -100 is left out of the loss, a batch of nothing else has loss 0.
         reduction: "mean" over the targets that count, differentiable; or "none", (N,) losses without gradients.
-        chunk_rows: rows of logits that exist at a time.
+        chunk_rows: rows of logits that exist at a time. Default: C, at most 1024, so that neither the logits of a
+            chunk nor the weight's gradient, which each chunk adds to, is much more to go through than the other.
         kernel: `chunk_loss`, or a compiled form of it.
 
     Returns:
@@ -99,6 +108,7 @@ def linear_cross_entropy(
     """
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction={reduction!r} must be 'mean' or 'none'")
+    chunk_rows = chunk_rows or min(max(hidden.size(1), MIN_CHUNK_ROWS), MAX_CHUNK_ROWS)
     if reduction == "mean" and torch.is_grad_enabled():
         return _ChunkedLinearCrossEntropy.apply(hidden, weight, targets, chunk_rows, kernel)
     with torch.no_grad():
