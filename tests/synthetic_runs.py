@@ -66,6 +66,10 @@ class SyntheticRun:
     fingerprint: str = "fa" * 32
     tokenizer: dict[str, Any] = field(default_factory=lambda: dict(TOKENIZER))
     validation_every: int = 50
+    init_from: str | None = None
+    """Checkpoint that the run began with."""
+    parent_tokens: int = 0
+    """Trained on by the time of that checkpoint."""
     checkpoints: bool = True
     write_weights: Callable[[Path, Config, dict[str, Any]], None] | None = None
     """Writes a real checkpoint instead of one with state.json alone."""
@@ -82,7 +86,7 @@ class SyntheticRun:
         (self.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in self.metrics))
         (self.path / "evals.jsonl").write_text("".join(json.dumps(line) + "\n" for line in self.evals))
         stages = [{"name": stage.name, "operator": stage.operator} for stage in self.stages]
-        config = {"data": {"train": self.data_folder}, "stages": stages, "seed": self.seed}
+        config = {"data": {"train": self.data_folder}, "stages": stages, "seed": self.seed, "init_from": self.init_from}
         (self.path / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
         return self.path
 
@@ -155,7 +159,8 @@ class SyntheticRun:
             "seed": self.seed,
             "tokenizer": self.tokenizer,
             "compute": {"precision": "fp32", "compile": "none", "reason": "made up"},
-            "parent_tokens": 0,
+            "parent_tokens": self.parent_tokens,
+            "run_config": {"init_from": self.init_from},
             "data": {
                 "position": self.step * 8,
                 "segments": [[0, "proportional"]],

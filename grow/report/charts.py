@@ -16,7 +16,8 @@ from grow.report.gather import TrainedModel
 MAX_POINTS = 320  # per line: more than a screen shows
 SPIKE_WIDTH_POINTS = 24  # first losses after growth, which are never thinned out
 N_STYLES = 8
-ROLE_STYLES = {"grown": 0, "baseline": 1, "base": 2}  # further models of a role take the styles after these
+# Further models of a role take the styles after these
+ROLE_STYLES = {"grown": 0, "baseline": 1, "base": 2, "continued": 3}
 UNITS = ((3600.0, "h"), (60.0, "min"), (1.0, "s"))
 
 

@@ -40,7 +40,10 @@ class Comparisons:
 
 
 def compare(gathered: Gathered) -> Comparisons:
-    """Every grown model against the first baseline. The headline is the first run's growth, its last one."""
+    """Every grown model against the first baseline. The headline is the first run's growth, its last one.
+
+    A model that continued a checkpoint is no baseline: it did not train from scratch.
+    """
     grown, baselines = _headline_first(gathered.of_role("grown")), gathered.of_role("baseline")
     compared = [*grown, *baselines] or list(gathered.models)
     window = default_window([model.curve for model in compared])
@@ -50,7 +53,7 @@ def compare(gathered: Gathered) -> Comparisons:
         primary_curve=_primary_curve(pairs),
         set_name=_set_name(pairs, gathered.models),
         pairs=pairs,
-        reason=None if pairs else _why_no_pair(grown, baselines),
+        reason=None if pairs else _why_no_pair(gathered),
     )
 
 
@@ -62,12 +65,15 @@ def _headline_first(grown: Sequence[TrainedModel]) -> list[TrainedModel]:
     return [first, *(model for model in grown if model is not first)]
 
 
-def _why_no_pair(grown: Sequence[TrainedModel], baselines: Sequence[TrainedModel]) -> str:
-    if not grown and not baselines:
+def _why_no_pair(gathered: Gathered) -> str:
+    grown, baselines, continued = (gathered.of_role(role) for role in ("grown", "baseline", "continued"))
+    if not grown and not baselines and not continued:
         return "there is only a base model here; train the run to its end, and one from scratch to compare it with"
     if not grown:
         return "no run in this report grew; give a run with growth, and one from scratch to compare it with"
-    return "no run in this report trained from scratch; give one to compare the grown model with"
+    names = ", ".join(model.name for model in continued)
+    but = f" ({names} began with the weights of a checkpoint)" if continued else ""
+    return f"no run in this report trained from scratch{but}; give one to compare the grown model with"
 
 
 def _primary_curve(pairs: Sequence[Comparison]) -> str:

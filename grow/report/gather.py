@@ -55,11 +55,18 @@ class TrainedModel:
     """The growth this model came from; an empty record when a stage before shows that there was one."""
     is_base: bool = False
     """Whether another model of the report grew from this one, or was to."""
+    began_from_checkpoint: bool = False
+    """Whether its run began with the weights of a checkpoint, not with random ones."""
     run_config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def role(self) -> str:
-        return "grown" if self.growth is not None else "base" if self.is_base else "baseline"
+        """One of "grown", "base", "continued" (a checkpoint's weights, no growth) and "baseline" (from scratch)."""
+        if self.growth is not None:
+            return "grown"
+        if self.is_base:
+            return "base"
+        return "continued" if self.began_from_checkpoint else "baseline"
 
     @property
     def end(self) -> Metric:
@@ -229,8 +236,9 @@ def _models_of_run(run_dir: Path, run: str, log: RunLog, notes: list[str]) -> li
         history = state.get("history") or []
         metrics = [metric for metric in log.metrics if metric.stage == stage]
         before = models[-1] if models else None
+        from_checkpoint = _began_from_checkpoint(state, run_config)
         if before is None:
-            behind = Behind(state.get("parent_tokens") or 0, None if history else 0.0)
+            behind = Behind(state.get("parent_tokens") or 0, None if history or from_checkpoint else 0.0)
         else:
             behind = Behind(before.behind.tokens + before.tokens, before.total_seconds)
         models.append(
@@ -247,11 +255,17 @@ def _models_of_run(run_dir: Path, run: str, log: RunLog, notes: list[str]) -> li
                 checkpoint=checkpoint,
                 growth=history[-1] if history else {} if before else None,
                 is_base=stage != stages[-1] or len(stages) < planned,
+                began_from_checkpoint=from_checkpoint,
                 run_config=run_config,
             )
         )
     notes += _unfinished(run, models[-1], planned)
     return models
+
+
+def _began_from_checkpoint(state: Mapping[str, Any], run_config: Mapping[str, Any]) -> bool:
+    settings = (state.get("run_config") or {}, run_config)
+    return bool(state.get("parent_tokens")) or any(values.get("init_from") for values in settings)
 
 
 def _unfinished(run: str, last: TrainedModel, planned: int) -> list[str]:
@@ -300,11 +314,17 @@ def _with_parents(models: list[TrainedModel]) -> list[TrainedModel]:
         parent = by_stage.get((model.run_dir, model.stage - 1))
         if parent is None and model.growth is not None:
             parent = by_digest.get(model.growth.get("parent", ""))
-            seconds = None if parent is None else parent.total_seconds
-            model = dataclasses.replace(model, behind=Behind(model.behind.tokens, seconds))
+            model = dataclasses.replace(model, behind=Behind(model.behind.tokens, _seconds_behind(model, parent)))
         linked.append(dataclasses.replace(model, parent=None if parent is None else parent.name))
     parents = {model.parent for model in linked}
     return [dataclasses.replace(model, is_base=model.is_base or model.name in parents) for model in linked]
+
+
+def _seconds_behind(model: TrainedModel, parent: TrainedModel | None) -> float | None:
+    """Those of the parent, unless the model began elsewhere than at its end: half-way, or some training later."""
+    if parent is None or parent.behind.tokens + parent.tokens != model.behind.tokens:
+        return None
+    return parent.total_seconds
 
 
 def _manifest_digests(model: TrainedModel) -> list[str]:

@@ -84,6 +84,21 @@ def _differences(pair: Comparison) -> list[str]:
     return found
 
 
+def _beginning(model: TrainedModel) -> list[str]:
+    """What a checkpoint that the model's run began with means for its numbers."""
+    if not model.began_from_checkpoint or model.start is not None:
+        return []
+    found = []
+    if model.role == "continued":
+        found.append(f"{model.name} began with the weights of a checkpoint, so no speed-up is measured against it.")
+    if not model.behind.tokens:
+        found.append(
+            f"How long the checkpoint that {model.name} began with had been trained is not known here, so its tokens "
+            f"and FLOPs may leave that out."
+        )
+    return found
+
+
 def _as_sentence(reason: str) -> str:
     return f"{reason[:1].upper()}{reason[1:]}."
 
@@ -128,7 +143,7 @@ def definitions(comparisons: Comparisons) -> list[dict[str, str]]:
         },
         {
             "term": "Tokens",
-            "text": "What the model itself was trained on; the line below adds those of the models it grew from.",
+            "text": "What the model itself was trained on; the line below adds those of the models before it.",
         },
         {"term": "Time", "text": "Wall time of training steps, without validation and checkpoints."},
         {
@@ -149,7 +164,9 @@ def notes(gathered: Gathered, comparisons: Comparisons) -> list[str]:
                 f"{model.name} read its data {text.epochs(model.epochs)} times; its training loss also rewards memory."
             )
         if model.total_seconds is None:
-            found.append(f"{model.name} has no line against wall time, because the time of its base is not known here.")
+            what = "its base" if model.role == "grown" else "the checkpoint it began with"
+            found.append(f"{model.name} has no line against wall time, because the time of {what} is not known here.")
+        found += _beginning(model)
     limits = {e.limit for model in gathered.models for e in model.evaluations if e.set == comparisons.set_name}
     if limits - {None}:
         tokens = text.count(max(limit for limit in limits if limit is not None))

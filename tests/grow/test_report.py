@@ -252,6 +252,68 @@ def split_run(both: Path, base: Path, grown: Path) -> tuple[Path, Path]:
     return base, grown
 
 
+@pytest.mark.parametrize(
+    "beginning",
+    [
+        {"init_from": "out/old/step-0000000100", "parent_tokens": 50_000},
+        {"parent_tokens": 50_000},  # config.yaml and run_config lost
+        {"init_from": "out/published"},  # weights alone: nothing is known of their training
+        {"init_from": "out/published", "checkpoints": False},
+    ],
+)
+def test_a_run_that_continues_a_checkpoint_is_shown_but_is_no_baseline(tmp_path, beginning):
+    stacked = stacked_run(tmp_path / "stacked").write()
+    continued = SyntheticRun(tmp_path / "more", [Stage("more", LARGE, 60, scratch_loss)], **beginning).write()
+
+    report = facts_on(stacked, continued)
+
+    row = by_name(report)["more"]
+    assert row["role"] == "continued"
+    assert row["seconds_cumulative"] is None and row["seconds"] > 0
+    assert row["tokens_cumulative"] == 60 * TOKENS_PER_STEP + beginning.get("parent_tokens", 0)
+    assert report["pair"] is None and report["speedup_at_equal_loss"] is None
+    assert "no run in this report trained from scratch (more began with" in report["reason"]
+    drawn = {chart["id"]: {series["name"] for series in chart["series"]} for chart in report["charts"]}
+    assert "more" in drawn["train-flops"] & drawn["validation-flops"] & drawn["train-tokens"]
+    assert "more" not in drawn["train-seconds"]
+    assert any("no speed-up is measured against it" in note for note in report["notes"])
+    is_unknown = any("How long the checkpoint that more began with" in note for note in report["notes"])
+    assert is_unknown == ("parent_tokens" not in beginning)
+
+
+def test_a_true_baseline_is_preferred_to_a_continued_run_before_it(tmp_path):
+    continued = SyntheticRun(tmp_path / "more", [Stage("more", LARGE, 60, scratch_loss)], parent_tokens=9).write()
+    stacked, scratch = stacked_run(tmp_path / "stacked").write(), scratch_run(tmp_path / "scratch").write()
+
+    report = facts_on(continued, stacked, scratch)
+
+    assert report["pair"] == {"grown": "grown", "scratch": "scratch"}
+    assert report["speedup_at_equal_loss"] == facts_on(stacked, scratch)["speedup_at_equal_loss"]
+    assert "no run in this report grew" in facts_on(continued)["reason"]
+
+
+def test_growth_in_a_run_that_began_with_a_checkpoint_has_no_wall_time(tmp_path):
+    stacked = stacked_run(tmp_path / "stacked", init_from="out/old", parent_tokens=5000).write()
+
+    report = facts_on(stacked, scratch_run(tmp_path / "scratch").write())
+
+    assert [row["role"] for row in report["runs"]] == ["base", "grown", "baseline"]
+    assert [row["seconds_cumulative"] is None for row in report["runs"]] == [True, True, False]
+    assert by_name(report)["grown"]["tokens_cumulative"] == 5000 + (146 + 341) * TOKENS_PER_STEP
+
+
+def test_the_time_behind_a_grown_run_is_unknown_when_it_did_not_begin_at_its_parents_end(tmp_path):
+    both = stacked_run(tmp_path / "both").write()
+    base, grown = split_run(both, tmp_path / "base_run", tmp_path / "grown_run")
+    (path,) = grown.glob("checkpoints/*/*/state.json")
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps({**state, "parent_tokens": state["parent_tokens"] + 1}))  # trained on between the two
+
+    row = by_name(facts_on(base, grown))["grown"]
+
+    assert row["grown_from"] == "base" and row["seconds_cumulative"] is None
+
+
 def test_a_killed_run_is_reported_with_notes(tmp_path):
     stacked = stacked_run(tmp_path / "stacked").write()
     metrics = (stacked / "metrics.jsonl").read_text()
