@@ -10,13 +10,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grow.curves import EVALS_FILE, METRICS_FILE
 from lit_gpt.atomic import write_atomically
 
 if TYPE_CHECKING:
     from lightning_fabric.loggers import TensorBoardLogger
 
-METRICS_FILE = "metrics.jsonl"
-EVALS_FILE = "evals.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 
 
