@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import shlex
 import statistics
 import subprocess
@@ -30,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.machine import describe
+from lit_gpt.axes import parameter_shapes
 from lit_gpt.config import Config
 from lit_gpt.hf import config_to_hf, to_hf
 from lit_gpt.model import GPT, init_tensor, init_weights
@@ -38,9 +40,10 @@ from pretrain.optim import build_optimizer
 from pretrain.parallel import Compute, choose_compute, find_cpp_compiler, prepare_model
 
 RESULT = Path(__file__).parent / "results" / "cpu_training.json"
+FREE = ("turns", "json", "out")  # arguments that change nothing about what is measured
 RUN_TOKENS = 1_000_000  # `auto` depends on the length of the run: this is the demo's, a few minutes
 LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
-FLOOR = 1.4  # times transformers eager, under the same policy
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_dot_product")
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,8 @@ class Measured:
     first_loss: float
     cpu_secs: list[float]
     secs: list[float]
+    products_share: float = 0.0
+    """Share of a step in matrix products and attention: torch's own, the same for every variant of one precision."""
 
 
 class NaiveNorm(nn.Module):
@@ -179,10 +184,10 @@ def transformers_llama(config: Config) -> nn.Module:
 
 def load_hf_names(model: nn.Module, config: Config) -> None:
     """The weights of seed 0 under transformers' names."""
-    names = [name for name, _ in GPT(config).named_parameters()]
-    model.load_state_dict(
-        {k: v for name in names for k, v in to_hf(name, init_tensor(name, config, 0), config).items()}
-    )
+    weights: dict[str, Tensor] = {}
+    for name in parameter_shapes(config):
+        weights |= to_hf(name, init_tensor(name, config, seed=0), config)
+    model.load_state_dict(weights)
 
 
 def training_step(variant: Variant, config: Config) -> Callable[[Tensor], float]:
@@ -234,7 +239,19 @@ def measure(variants: list[Variant], config: Config, batch_size: int, turns: int
             steps[variant](rows)
             measured[variant].cpu_secs.append(time.process_time() - cpu)
             measured[variant].secs.append(time.perf_counter() - wall)
+    for variant in variants:
+        measured[variant].products_share = products_share(steps[variant], next(data))
     return measured
+
+
+def products_share(step: Callable[[Tensor], float], rows: Tensor) -> float:
+    """Share of one step that torch spends in products and attention, forward and backward; slightly low, as profiling
+    makes the many small operations slower."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step(rows)
+    events = profile.key_averages()
+    products = sum(event.self_cpu_time_total for event in events if event.key.startswith(PRODUCTS))
+    return products / sum(event.self_cpu_time_total for event in events)
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -273,6 +290,7 @@ def record(arguments: argparse.Namespace, config: Config, measured: dict[Variant
                 "tokens_per_sec": spread([tokens / secs for secs in m.secs]),
                 "first_step_secs": m.first_secs,
                 "first_loss": m.first_loss,
+                "products_share": m.products_share,
                 "cpu_secs": m.cpu_secs,
                 "secs": m.secs,
             }
@@ -280,7 +298,7 @@ def record(arguments: argparse.Namespace, config: Config, measured: dict[Variant
         ],
         "ratios_cpu_secs": ratios(measured, "cpu_secs"),
         "ratios_secs": ratios(measured, "secs"),
-        "machine": {**describe(), **software()},
+        "machine": {**describe(), **software(), "load_average": os.getloadavg()},
     }
 
 
@@ -300,14 +318,16 @@ def software() -> dict[str, str | None]:
 
 
 def print_table(result: dict[str, Any]) -> None:
-    print(f"{'tokens per':34}{'CPU-second':>10}{'quartiles':>16}{'second':>9}{'quartiles':>16}{'first step':>12}")
+    units = f"{'CPU-second':>10}{'quartiles':>16}{'second':>9}{'quartiles':>16}"
+    print(f"{'tokens per':34}{units}{'products':>10}{'first step':>12}")
     for row in result["variants"]:
         cells = (
             f"{row[unit]['median']:>{width},.0f}{row[unit]['q1']:>9,.0f} -{row[unit]['q3']:>5,.0f}"
             for unit, width in (("tokens_per_cpu_sec", 10), ("tokens_per_sec", 9))
         )
         mark = "*" if row["name"] == result["auto"]["variant"] else ""
-        print(f"{row['name'] + mark:34}{''.join(cells)}{row['first_step_secs']:>10.1f} s")
+        rest = f"{row['products_share']:>10.0%}{row['first_step_secs']:>10.1f} s"
+        print(f"{row['name'] + mark:34}{''.join(cells)}{rest}")
     print(f"* what precision=auto compile=auto gives here: {result['auto']['why']}\n")
     print(f"{'times faster, by':60}{'CPU time':>9}{'quartiles':>14}{'clock':>9}")
     for by_cpu, by_clock in zip(result["ratios_cpu_secs"], result["ratios_secs"], strict=True):
@@ -338,10 +358,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--block-size", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--turns", type=int, default=9, help="timed steps of every variant")
+    parser.add_argument("--turns", type=int, default=7, help="timed steps of every variant")
     parser.add_argument("--only", nargs="+", default=[""], help="run the variants whose name contains one of these")
     parser.add_argument("--json", action="store_true", help="print the result as JSON and nothing else")
-    parser.add_argument("--out", type=Path, default=None, help=f"default: {RESULT.name}, if the default shape is run")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=None,
+        help=f"file to add the result to; default: {RESULT.name}, for a run of the default shape and all variants",
+    )
     return parser.parse_args(arguments)
 
 
@@ -358,8 +383,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps(result))
     else:
         print_table(result)
-    if args.out:
-        write(result, args.out)
+    is_default = all(getattr(args, key) == value for key, value in vars(parse([])).items() if key not in FREE)
+    if args.out or is_default:
+        write(result, args.out or RESULT)
     return 0
 
 
