@@ -261,7 +261,9 @@ def test_the_index_finds_every_sample(n_tokens, block_size):
 
 
 def write_manifest(folder, **splits):
-    (folder / "manifest.json").write_text(json.dumps({"splits": splits}))
+    whole = {name: {"text_bytes": 0, **split} for name, split in splits.items()}
+    manifest = {"tokenizer": {"sha256": "0", "vocab_size": 99}, "splits": whole}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_files_are_found_by_manifest(tmp_path):
