@@ -18,6 +18,6 @@ fi
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/venv.sh
-ensure_venv test
+ensure_venv prep report test
 export OMP_NUM_THREADS=1
 exec "$VENV_PYTHON" -m pytest "$@"
