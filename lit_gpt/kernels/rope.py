@@ -19,10 +19,11 @@ def cos_sin(angles: Tensor) -> tuple[Tensor, Tensor]:
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the first n channels of x (B, T, H, D) in the dtype of cos and sin (T, 1, n); the others stay."""
+    rotate = _rotate if torch.compiler.is_compiling() else _Rotation.apply  # the compiler saves the passes by itself
     n = cos.size(-1)
     if n == x.size(-1):
-        return _Rotation.apply(x, cos, sin)
-    return torch.cat((_Rotation.apply(x[..., :n], cos, sin), x[..., n:]), dim=-1)
+        return rotate(x, cos, sin)
+    return torch.cat((rotate(x[..., :n], cos, sin), x[..., n:]), dim=-1)
 
 
 class _Rotation(torch.autograd.Function):
