@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=1 python -m benchmarks.cpu_training
 
 One step is forward, backward, clipping and AdamW on one batch. Every variant starts from the same weights, sees the
-same batches and must have the same first loss. The variants take turns, a step each, so that whatever else the
-machine does hits them alike; ratios are taken within a turn. Tokens per CPU-second hardly depend on neighbours, tokens
-per second do. Results are added to results/cpu_training.json under their number of threads. docs/performance.md
-explains the numbers.
+same batches and must have the same first loss. The variants take turns, a step each in changing order, so that
+whatever else the machine does hits them alike; ratios are taken within a turn. Tokens per CPU-second hardly depend on
+neighbours, tokens per second do. Results are added to results/cpu_training.json under their number of threads.
+docs/performance.md explains the numbers.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import json
 import os
+import random
 import shlex
 import statistics
 import subprocess
@@ -234,7 +235,7 @@ def measure(variants: list[Variant], config: Config, batch_size: int, turns: int
     for turn in range(turns):
         say(f"turn {turn + 1} of {turns}")
         rows = next(data)
-        for variant in variants:
+        for variant in random.Random(turn).sample(variants, len(variants)):  # so that none always follows the same one
             cpu, wall = time.process_time(), time.perf_counter()
             steps[variant](rows)
             measured[variant].cpu_secs.append(time.process_time() - cpu)

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MIN_CHUNK_ROWS, MAX_CHUNK_ROWS = 128, 1024  # at V=32000 in fp32 the largest chunk of logits is 125 MiB
+CHUNK_ROWS = 1024  # 125 MiB of logits at V=32000 in fp32; larger outputs are bound by page faults on a CPU
+CPU_CHUNK_ROWS = 128  # at V=4096 2 MiB, which a cache holds: benchmarks/cpu_training.py
 IGNORE_INDEX = -100
 ChunkLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -32,6 +33,14 @@ def chunk_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     losses = -log_probs.gather(1, picked).squeeze(1)
     grads = log_probs.exp_()
     return losses, grads.scatter_add_(1, picked, grads.new_full(picked.shape, -1.0)).to(logits.dtype)
+
+
+def default_chunk_rows(hidden: Tensor, weight: Tensor) -> int:
+    """Few where the cache of a CPU counts, but not so few that adding a chunk's part to the weight's gradient does."""
+    adds_in_place = hidden.dtype == loss_dtype(weight.dtype)
+    if hidden.device.type != "cpu" or not adds_in_place:
+        return CHUNK_ROWS
+    return min(max(hidden.size(1) // 2, CPU_CHUNK_ROWS), CHUNK_ROWS)
 
 
 def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -55,9 +64,11 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=loss_dtype(weight.dtype)) if wants_weight else None
         valid = (targets != IGNORE_INDEX).to(hidden.dtype)
         total = torch.zeros((), dtype=loss_dtype(hidden.dtype), device=hidden.device)
+        space = hidden.new_empty(min(chunk_rows, len(targets)), len(weight))  # each chunk's logits replace the last
         for start in range(0, len(targets), chunk_rows):
             rows = slice(start, start + chunk_rows)
-            losses, grad_logits = kernel(F.linear(hidden[rows], cast_weight), targets[rows])
+            logits = torch.mm(hidden[rows], cast_weight.t(), out=space[: len(targets[rows])])
+            losses, grad_logits = kernel(logits, targets[rows])
             total += (losses * valid[rows]).sum()
             # rows that do not count are masked on the narrow side, C wide, not on the V wide logits
             if grad_hidden is not None:
@@ -96,9 +107,8 @@ def linear_cross_entropy(
         weight: (V, C).
         targets: (N,) int64; -100 is left out of the loss, a batch of nothing else has loss 0.
         reduction: "mean" over the targets that count, differentiable; or "none", (N,) losses without gradients.
-        chunk_rows: rows of logits that exist at a time. Default: C, at most 1024, so that neither the logits of a
-            chunk nor the weight's gradient, which each chunk adds to, is much more to go through than the other.
-        kernel: `chunk_loss`, or a compiled form of it.
+        chunk_rows: rows of logits that exist at a time. Default: `default_chunk_rows`.
+        kernel: `chunk_loss`, or a compiled form of it. It must not return its first argument, which is used again.
 
     Returns:
         fp32 (float64 for float64 inputs).
@@ -108,7 +118,7 @@ def linear_cross_entropy(
     """
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction={reduction!r} must be 'mean' or 'none'")
-    chunk_rows = chunk_rows or min(max(hidden.size(1), MIN_CHUNK_ROWS), MAX_CHUNK_ROWS)
+    chunk_rows = chunk_rows or default_chunk_rows(hidden, weight)
     if reduction == "mean" and torch.is_grad_enabled():
         return _ChunkedLinearCrossEntropy.apply(hidden, weight, targets, chunk_rows, kernel)
     with torch.no_grad():
