@@ -279,6 +279,8 @@ def speedup(grown: Curve, baseline: Curve) -> Speedup:
         target = float(grown.loss[-1])
         spent = first_crossing(grown, target)
     needed = first_crossing(baseline, target)
+    if np.count_nonzero(baseline.flops > 0) < 2:
+        return no_speedup("the baseline was measured only once after its start; set validation.every_steps")
     if needed is None or spent is None or needed.at_most:
         ranges = [f"{curve.loss[0]:.4f} to {curve.loss[-1]:.4f}" for curve in (baseline, grown)]
         return no_speedup(f"the loss ranges do not overlap: baseline {ranges[0]}, grown model {ranges[1]}")

@@ -324,7 +324,7 @@ def load_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(directory) / MANIFEST
     if not path.is_file():
         reason = "was not prepared to the end" if path.parent.is_dir() else "does not exist"
-        raise FileNotFoundError(f"no {path}: the folder {reason}; run scripts/prepare.py --out {directory}")
+        raise FileNotFoundError(f"no {path}: the folder {reason}; run scripts/prepare.py --out {directory} with --input PATH... or --stdlib")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -366,7 +366,10 @@ def _files_of_manifest(directory: Path, split: str) -> list[TokenFile]:
     splits = load_manifest(directory)["splits"]
     if not splits.get(split, {}).get("files"):
         held = ", ".join(name for name, each in splits.items() if each["files"])
-        raise FileNotFoundError(f"{directory} holds no {split} data; it holds {held}")
+        raise FileNotFoundError(
+            f"{directory} holds no {split} data; it holds {held}. Name a folder that does, or prepare the text again: "
+            f"scripts/prepare.py --document-bytes cuts long files, --validation-input names held-out ones"
+        )
     files = [read_header(directory / name) for name in splits[split]["files"]]
     _check_total(directory, files, splits[split]["tokens"])
     return files

@@ -20,6 +20,8 @@ def _main() -> int:
     if not argv:
         build_parser().print_help(sys.stderr)
         return EXIT_USAGE
+    if "--stages.help" in argv:
+        build_parser().parse_args(["--stages.help"])  # prints the fields of a stage and exits
     if {"-h", "--help"} & set(argv):
         build_parser().print_help()
         return EXIT_OK

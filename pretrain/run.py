@@ -7,7 +7,7 @@ import errno
 import fcntl
 import os
 import shutil
-import warnings
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -211,7 +211,8 @@ def check_init_from(config: RunConfig, stage: Stage, fresh: bool) -> None:
         ]
         raise ValueError(
             "\n".join([f"init_from {source} is another model than the first stage's:", *lines])
-            + "\nAdapt `model`, or grow the checkpoint first: grow apply SRC DST"
+            + "\nAdapt `model`, or grow the checkpoint first (grow apply SRC DST); for another vocabulary, prepare the "
+            + "data with the checkpoint's tokenizer (scripts/prepare.py --tokenizer PATH)"
         )
 
 
@@ -230,9 +231,23 @@ def inherit(this_run: Run, trained: Trained, state: TrainState, parent: Training
     state.parent_tokens = before.parent_tokens + before.tokens
     state.parent_flops = before.total_flops
     load_named_state(trained.model, trained.optimizer.optimizer, parent.optimizer)
+    check_tokenizer(parent.state.get("tokenizer"), this_run.checkpoints.metadata["tokenizer"])
     if this_run.config.data.start_position is None and parent.state.get("data"):
         check_data(parent.state["data"], this_run.train, this_run.config)
         state.position = parent.state["data"]["position"]
+
+
+def check_tokenizer(before: dict[str, Any] | None, now: dict[str, Any]) -> None:
+    """Refuse data whose token ids mean something else than those the checkpoint was trained on.
+
+    Raises:
+        ValueError: with both fingerprints.
+    """
+    if before and before["sha256"] != now["sha256"]:
+        raise ValueError(
+            f"init_from was trained with another tokenizer ({before['sha256'][:12]}) than the data's "
+            f"({now['sha256'][:12]}); prepare the data with the checkpoint's own: scripts/prepare.py --tokenizer PATH"
+        )
 
 
 def check_data(saved: dict[str, Any], train: TrainData, config: RunConfig) -> None:
@@ -246,7 +261,7 @@ def check_data(saved: dict[str, Any], train: TrainData, config: RunConfig) -> No
     except ValueError as error:
         if not config.data.allow_order_change:
             raise
-        warnings.warn(f"data.allow_order_change: {error}", stacklevel=2)
+        sys.stderr.write(f"warning: data.allow_order_change: {str(error).splitlines()[0]}\n")
 
 
 def resumed_state(

@@ -71,4 +71,7 @@ pretrain=("$VENV_PYTHON" -m pretrain --config configs/demo.yaml ${smoke[@]+"${sm
 step "corpus: Python's standard library" "$VENV_PYTHON" scripts/prepare.py --stdlib --vocab-size 2048 --out "$out/data"
 step "base, stack, continue" "${pretrain[@]}" --out-dir "$out/stacked"
 step "the same model from scratch" "${pretrain[@]}" --out-dir "$out/scratch" --scratch
+if [ "$name" = smoke ]; then
+  printf '\nAt this toy size the comparison only shows that everything runs: it is too short for growth to help.\n'
+fi
 step "comparison" "$VENV_PYTHON" -m grow report "$out/stacked" "$out/scratch" --out "$out"

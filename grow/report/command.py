@@ -89,7 +89,7 @@ def summary(report: dict[str, Any], folder: Path) -> str:
     """What came out, for a terminal: the headline, a table of the models, where the page is."""
     from grow.report import text
 
-    head = ("model", "parameters", "tokens", "FLOPs", "time", "loss", "bits/byte", "speed-up")
+    head = ("model", "parameters", "own tokens", "FLOPs with base", "own time", "loss", "bits/byte", "speed-up")
     rows = [
         (
             row["name"],

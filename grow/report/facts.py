@@ -36,7 +36,7 @@ def build_report(gathered: Gathered, comparisons: Comparisons, samples: Mapping[
         "speedup_validation": pair.validation if pair else None,
         "window_tokens": comparisons.window_tokens,
         "claim": claim([pair.grown, pair.baseline] if pair else gathered.models[::-1]),
-        "runs": [_row(model, comparisons, styles[model.name]) for model in gathered.models],
+        "runs": _of_one_kind([_row(model, comparisons, styles[model.name]) for model in gathered.models]),
         "growths": [_growth(model, gathered, comparisons) for model in gathered.of_role("grown")],
         "charts": build_charts(gathered.models, comparisons, styles),
         "samples": dict(samples),
@@ -45,6 +45,13 @@ def build_report(gathered: Gathered, comparisons: Comparisons, samples: Mapping[
         "corpora": _corpora(gathered.models),
         "notes": notes(gathered, comparisons),
     }
+
+
+def _of_one_kind(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Bits per byte of held-out text and estimates from training text do not stand in one column."""
+    if {row["bpb_of"] for row in rows} == {"training", "validation"}:
+        return [row if row["bpb_of"] == "validation" else {**row, "bpb": None, "bpb_of": None} for row in rows]
+    return rows
 
 
 def _row(model: TrainedModel, comparisons: Comparisons, style: int) -> dict[str, Any]:

@@ -261,3 +261,13 @@ def test_a_validation_curve_holds_the_losses_of_one_set(tmp_path):
 
     assert curve.loss.tolist() == [8.0, 3.9] and curve.tokens.tolist() == [0, 500]
     assert validation_curve([], "a") is None
+
+
+def test_a_baseline_with_one_paid_measurement_cannot_be_compared_and_the_reason_says_why():
+    def curve(*losses):
+        at = np.arange(len(losses))
+        return Curve(at * 100, at * 1e9, np.array(losses, dtype=np.float64))
+
+    result = speedup(curve(8.0, 6.0, 5.0), curve(8.0, 5.5))
+    assert result.speedup is None
+    assert "validation.every_steps" in result.reason

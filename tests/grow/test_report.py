@@ -661,3 +661,11 @@ def test_a_browser_that_prefers_dark_gets_a_dark_page(demo, tmp_path):
 
     brightness = [sum(map(int, re.findall(r"\d+", seen["background"])[:3])) for seen in (light, dark)]
     assert brightness[0] > 700 > 100 > brightness[1]
+
+
+def test_bits_per_byte_of_training_and_of_held_out_text_do_not_stand_in_one_column():
+    from grow.report.facts import _of_one_kind
+
+    held_out, estimate = {"bpb": 2.0, "bpb_of": "validation"}, {"bpb": 1.5, "bpb_of": "training"}
+    assert _of_one_kind([held_out, estimate]) == [held_out, {"bpb": None, "bpb_of": None}]
+    assert _of_one_kind([estimate, estimate]) == [estimate, estimate]

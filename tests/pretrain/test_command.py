@@ -132,6 +132,19 @@ def test_help_is_given_wherever_it_is_asked_for(settings, pretrain):
     assert "Blocks during this stage" in result.stdout or "--stages" in result.stdout
 
 
+def test_starting_with_another_tokenizer_is_refused(settings, pretrain, finished_run, tmp_path):
+    other = write_prepared(tmp_path / "other", np.arange(2000) % 200, sha256="f" * 64)
+    change = {"init_from": str(latest(finished_run / "checkpoints")), "data": {"train": str(other)}}
+    result = pretrain({**settings, **change, "stages": [{"name": "main", "max_steps": 2}]})
+    assert_refused(result, 2, "another tokenizer", "--tokenizer")
+
+
+def test_the_fields_of_a_stage_can_be_asked_for(settings, pretrain, capsys):
+    with pytest.raises(SystemExit):
+        pretrain(settings, "--stages.help")
+    assert "--stages.optimizer_policy" in capsys.readouterr().out
+
+
 def test_a_dry_run_prints_the_plan_and_writes_nothing(settings, pretrain):
     result = pretrain(settings, "--dry-run")
     assert result.returncode == 0
