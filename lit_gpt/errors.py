@@ -48,6 +48,8 @@ def run_command(main: Callable[[], int | None]) -> int:
     ValueError is a setting (2), DataError and OSError a file (3), NonFiniteError a diverged run (4). Any other
     exception is a fault of ours and keeps its traceback.
     """
+    # OpenMP threads that spin at barriers lose most of their speed to any other busy process; read when torch loads it
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return main() or EXIT_OK
     except BrokenPipeError:  # the reader of our output, `head` say, has seen enough

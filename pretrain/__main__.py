@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 from lit_gpt.errors import EXIT_OK, EXIT_STOPPED, EXIT_USAGE, run_command
@@ -26,8 +25,6 @@ def _main() -> int:
         build_parser().print_help()
         return EXIT_OK
     invocation = parse(argv)
-    # OpenMP threads that spin at barriers lose most of their speed to any other busy process; read when torch loads it
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # torch takes seconds to import: only now, when the settings are known to be good
     from pretrain.run import run
     from pretrain.signals import StopRequested
