@@ -324,7 +324,9 @@ def load_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(directory) / MANIFEST
     if not path.is_file():
         reason = "was not prepared to the end" if path.parent.is_dir() else "does not exist"
-        raise FileNotFoundError(f"no {path}: the folder {reason}; run scripts/prepare.py --out {directory} with --input PATH... or --stdlib")
+        raise FileNotFoundError(
+            f"no {path}: the folder {reason}; run scripts/prepare.py --out {directory} with --input PATH... or --stdlib"
+        )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
