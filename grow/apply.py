@@ -29,9 +29,8 @@ from lit_gpt.checkpoint import (
 from lit_gpt.config import Config
 from lit_gpt.errors import DataError
 from lit_gpt.flops import Flops, count_parameters
+from lit_gpt.tokenizer import FILE_NAMES
 from lit_gpt.versions import versions
-
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_bytes.json")
 
 OptimizerState = Mapping[str, Mapping[str, Tensor]]
 """Parameter name -> "exp_avg", "exp_avg_sq" (shaped like the parameter) and "step" (a scalar)."""
@@ -295,7 +294,7 @@ def _grow_exchange(
         dst_path,
         plan.dst,
         GrownWeights(plan, source.weights),
-        tokenizer_dir=src_path if any((src_path / name).is_file() for name in TOKENIZER_FILES) else None,
+        tokenizer_dir=src_path if any((src_path / name).is_file() for name in FILE_NAMES) else None,
         provenance={**before, "history": [*before.get("history", []), record]},
     )
     return record

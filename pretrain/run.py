@@ -21,6 +21,7 @@ from lit_gpt.atomic import write_atomically
 from lit_gpt.checkpoint import (
     TrainingCheckpoint,
     detect_form,
+    latest,
     manifest_sha256,
     read_config,
     read_exchange,
@@ -81,9 +82,10 @@ def run(invocation: Invocation, command: list[str]) -> None:
     fabric = launch(config)
     tokens = sum(stage.steps for stage in stages) * config.batch.global_batch_size * model_config.block_size
     compute = choose_compute(config, fabric.device, tokens)
-    if config.init_from is not None:
-        check_init_from(config, stages[0], invocation.fresh)
     out_dir = Path(config.out_dir)
+    resumes = not invocation.fresh and latest(out_dir / "checkpoints", on_skip=lambda *_: None) is not None
+    if config.init_from is not None and not resumes:  # a run that has checkpoints of its own needs its parent no more
+        check_init_from(config, stages[0], invocation.fresh)
     with run_folder(out_dir, invocation.fresh):
         metadata = {
             "run_config": to_plain(config),

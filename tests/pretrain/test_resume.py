@@ -170,6 +170,16 @@ def test_damaged_checkpoints_do_not_push_out_the_good_ones(settings, pretrain, c
     assert latest(copied / "checkpoints").parent.name == "stage-02"
 
 
+def test_a_run_with_checkpoints_of_its_own_needs_its_parent_no_more(settings, pretrain, finished_run, tmp_path):
+    parent = shutil.copytree(latest(finished_run / "checkpoints"), tmp_path / "parent")
+    settings = {**settings, "init_from": str(parent), "stages": [{"name": "main", "max_steps": 2}]}
+    assert pretrain(settings).returncode == 0
+    shutil.rmtree(parent)
+    again = pretrain(settings)
+    assert again.returncode == 0, again.stderr
+    assert "is finished" in again.stdout
+
+
 def test_fresh_starts_over(settings, pretrain, copied):
     assert pretrain({**settings, "seed": 1}, "--fresh").returncode == 0
     assert read_training(latest(copied / "checkpoints")).state["seed"] == 1
