@@ -29,7 +29,7 @@ from lit_gpt.axes import EMBEDDING, WRITERS, name_in_block, parameter_shapes
 from lit_gpt.config import Config
 from lit_gpt.kernels.loss import ChunkLoss, chunk_loss, linear_cross_entropy
 from lit_gpt.kernels.norm import rms_norm
-from lit_gpt.kernels.products import causal_attention, cpu_multiplies_bf16, linear, product_dtype
+from lit_gpt.kernels.products import causal_attention, cpu_multiplies_bf16, document_mask, linear, product_dtype
 from lit_gpt.kernels.rope import apply_rope, cos_sin
 
 
@@ -77,8 +77,10 @@ class CausalSelfAttention(nn.Module):
         self.attn = Linear(config.n_embd, config.qkv_size)
         self.proj = Linear(config.n_head * config.head_size, config.n_embd)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv_store: KVStore | None = None) -> Tensor:
-        """x (B, T, C); cos, sin (T, 1, rope_n_elem). Returns (B, T, C)."""
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, kv_store: KVStore | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """x (B, T, C); cos, sin (T, 1, rope_n_elem); mask (B, 1, T, T) instead of causal. Returns (B, T, C)."""
         B, T, _ = x.shape
         config = self.config
         qkv = self.attn(x).view(B, T, config.n_query_groups, config.q_per_kv + 2, config.head_size)
@@ -89,7 +91,7 @@ class CausalSelfAttention(nn.Module):
             k, v = kv_store.extend(self.layer, k, v)
         if config.q_per_kv > 1:
             k, v = (t.repeat_interleave(config.q_per_kv, dim=1) for t in (k, v))  # (B, H, T, D)
-        y = causal_attention(q, k, v, cpu_has_bf16=self.cpu_has_bf16)
+        y = causal_attention(q, k, v, cpu_has_bf16=self.cpu_has_bf16, mask=mask)
         return self.proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -128,9 +130,11 @@ class Block(nn.Module):
         self.norm_2 = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = LLaMAMLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv_store: KVStore | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, kv_store: KVStore | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         """x (B, T, C). Returns (B, T, C)."""
-        x = x + self.attn(self.norm_1(x), cos, sin, kv_store)
+        x = x + self.attn(self.norm_1(x), cos, sin, kv_store, mask)
         return x + self.mlp(self.norm_2(x))
 
 
@@ -172,6 +176,7 @@ class GPT(nn.Module):
         reduction: str = "mean",
         first_position: int = 0,
         kv_store: KVStore | None = None,
+        separator_id: int | None = None,
     ) -> Tensor:
         """Logits, or the loss when targets are given.
 
@@ -181,6 +186,8 @@ class GPT(nn.Module):
             reduction: of the loss: "mean", or "none" for one value per target, without gradients.
             first_position: position of idx[:, 0], for generation with a cache.
             kv_store: keys and values of the tokens before idx.
+            separator_id: token that ends a document; tokens of other documents are not seen. None: they are. Not
+                with a kv_store.
 
         Returns:
             Without targets logits (B, T, V); with targets the cross-entropy in nats, fp32 (float64 for float64
@@ -194,12 +201,14 @@ class GPT(nn.Module):
             raise ValueError(
                 f"{first_position + T} tokens do not fit block_size={self.config.block_size}; shorten the input"
             )
+        assert separator_id is None or kv_store is None, "the mask covers idx alone"
         x = self.transformer.wte(idx)  # (B, T, C)
         cos, sin = rope_cos_sin(self.config, first_position, T, x)
         if self.compute_dtype is not None:
             x = x.to(self.compute_dtype)
+        mask = None if separator_id is None else document_mask(idx, separator_id)
         for block in self.transformer.h:
-            x = block(x, cos, sin, kv_store)
+            x = block(x, cos, sin, kv_store, mask)
         x = self.transformer.ln_f(x)
         if targets is None:
             return self.lm_head(x)

@@ -42,6 +42,23 @@ def test_the_rows_of_a_batch_do_not_see_each_other():
     torch.testing.assert_close(model(idx)[1:], model(idx[1:]), rtol=1e-12, atol=1e-12)
 
 
+@GROUPS
+@given(lengths=st.lists(st.integers(1, 5), min_size=1, max_size=4))
+def test_with_a_separator_a_row_of_documents_is_as_if_each_stood_alone(n_query_groups, lengths):
+    config = toy_config(n_query_groups=n_query_groups)
+    model, separator_id = toy_model(config, dtype=torch.float64), 0
+    documents = []
+    for number, length in enumerate(lengths):
+        body = 1 + (torch.arange(length) * 7 + number) % (config.vocab_size - 1)
+        documents.append(torch.cat([body, torch.tensor([separator_id])]))
+    row = torch.cat(documents)[None, : config.block_size]
+
+    together = model(row, separator_id=separator_id)
+
+    alone = torch.cat([model(document[None]) for document in documents], dim=1)[:, : config.block_size]
+    torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-12)
+
+
 def hf_weights(weights: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
     """Hugging Face's names, with q, k and v picked row by row: row (g (q+2) + s) D + t is slot s of group g."""
     names = {
