@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks.machine import describe
 from lit_gpt.data_order import DataOrder
-from lit_gpt.packed_dataset import SampleIndex
+from lit_gpt.token_source import SampleIndex
 
 TOKENS = 10**12
 BLOCK_SIZE = 2048

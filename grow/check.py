@@ -19,8 +19,9 @@ from lit_gpt.checkpoint import verify as checkpoint_problems
 from lit_gpt.config import Config
 from lit_gpt.flops import count_non_embedding, count_parameters
 from lit_gpt.model import GPT
-from lit_gpt.packed_dataset import TokenSource, read_header
+from lit_gpt.packed_dataset import read_header
 from lit_gpt.problems import raise_problems, shape_problems
+from lit_gpt.token_source import TokenSource
 
 MAX_TOKENS = 128  # of one sequence in a comparison: enough for positions to matter, cheap for any model
 PROGRESS = ("stage", "step_count", "tokens", "parent_tokens")

@@ -20,7 +20,7 @@ import numpy as np
 from lit_gpt.permutation import Permutation
 
 if TYPE_CHECKING:
-    from lit_gpt.packed_dataset import TokenSource
+    from lit_gpt.token_source import TokenSource
 
 STATE_VERSION = 1
 PROPORTIONAL = "proportional"

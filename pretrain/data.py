@@ -13,7 +13,9 @@ from torch import Tensor
 
 from lit_gpt.config import Config
 from lit_gpt.data_order import DataOrder, PackedData
-from lit_gpt.packed_dataset import TokenSource, find_token_files, load_manifest
+from lit_gpt.packed_dataset import load_manifest
+from lit_gpt.token_files import find_token_files
+from lit_gpt.token_source import TokenSource
 from lit_gpt.tokenizer import Tokenizer
 from pretrain.config import DataConfig
 
@@ -47,7 +49,7 @@ def read_manifests(data: DataConfig) -> dict[str, dict[str, Any]]:
     Raises:
         FileNotFoundError: a folder is not there. DataError: it was not prepared. ValueError: two tokenizers.
     """
-    folders = [*data.train_folders().values(), *data.validation_folders().values()]
+    folders = [*data.train_paths().values(), *data.validation_paths().values()]
     manifests = {folder: load_manifest(Path(folder)) for folder in dict.fromkeys(folders)}
     tokenizers = {folder: manifest["tokenizer"]["sha256"] for folder, manifest in manifests.items()}
     if len(set(tokenizers.values())) > 1:
@@ -83,10 +85,10 @@ def open_train_data(data: DataConfig, config: Config, manifests: Mapping[str, di
     """
     sources = {
         name: TokenSource(find_token_files(Path(folder), "train"), config.block_size, config.vocab_size)
-        for name, folder in data.train_folders().items()
+        for name, folder in data.train_paths().items()
     }
     order = DataOrder({name: source.n_samples for name, source in sources.items()}, seed=seed, weights=data.weights)
-    splits = [manifests[folder]["splits"]["train"] for folder in data.train_folders().values()]
+    splits = [manifests[folder]["splits"]["train"] for folder in data.train_paths().values()]
     tokens, text_bytes = (sum(split[key] for split in splits) for key in ("tokens", "text_bytes"))
     return TrainData(
         packed=PackedData(sources, order),
@@ -101,7 +103,7 @@ def open_validation_sets(data: DataConfig, config: Config) -> list[ValidationSet
         FileNotFoundError: a folder has no validation split. DataError: a damaged file.
     """
     sets = []
-    for name, folder in data.validation_folders().items():
+    for name, folder in data.validation_paths().items():
         source = TokenSource(find_token_files(Path(folder), "validation"), config.block_size, config.vocab_size)
         sets.append(ValidationSet(name, source, Tokenizer.load(Path(folder)).byte_lengths()))
     return sets

@@ -12,18 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lit_gpt.packed_dataset as packed_dataset
+import lit_gpt.token_source as token_source
 from lit_gpt.errors import DataError
 from lit_gpt.packed_dataset import (
-    SampleIndex,
     TokenFile,
     TokenFileWriter,
-    TokenSource,
-    find_token_files,
     load_manifest,
     read_header,
     token_dtype,
     write_token_file,
 )
+from lit_gpt.token_files import find_token_files
+from lit_gpt.token_source import SampleIndex, TokenSource
 
 VOCAB_SIZE = 32000
 
@@ -212,7 +212,7 @@ def test_a_file_cut_short_before_the_run_is_named(tmp_path):
 
 
 def test_more_files_than_may_be_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(packed_dataset, "OPEN_FILES", 2)
+    monkeypatch.setattr(token_source, "OPEN_FILES", 2)
     source = TokenSource(write_files(tmp_path, *[9] * 6), 4, VOCAB_SIZE)
     order = np.random.default_rng(0).permutation(source.n_samples)
     assert source.read(order)[:, 0].tolist() == [int(i) // 2 * 9 + int(i) % 2 * 4 for i in order]
@@ -222,7 +222,7 @@ def test_more_files_than_may_be_open(tmp_path, monkeypatch):
 def test_reading_without_preadv(tmp_path, monkeypatch):
     source = TokenSource(write_files(tmp_path, 100), 4, VOCAB_SIZE)
     expected = source.read(np.arange(source.n_samples))
-    monkeypatch.delattr(packed_dataset.os, "preadv")
+    monkeypatch.delattr(token_source.os, "preadv")
     assert np.array_equal(source.read(np.arange(source.n_samples)), expected)
 
 
@@ -231,7 +231,7 @@ def test_reads_that_come_in_parts_are_put_together(tmp_path, monkeypatch):
     expected = source.read(np.arange(source.n_samples))
     preadv = os.preadv
     monkeypatch.setattr(
-        packed_dataset.os, "preadv", lambda descriptor, parts, offset: preadv(descriptor, [parts[0][:3]], offset)
+        token_source.os, "preadv", lambda descriptor, parts, offset: preadv(descriptor, [parts[0][:3]], offset)
     )
     assert np.array_equal(source.read(np.arange(source.n_samples)), expected)
 

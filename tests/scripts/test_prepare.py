@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 
 from lit_gpt.errors import EXIT_DATA, EXIT_USAGE, run_command
-from lit_gpt.packed_dataset import find_token_files, load_manifest
+from lit_gpt.packed_dataset import load_manifest
+from lit_gpt.token_files import find_token_files
 from lit_gpt.tokenizer import Tokenizer
 
 WORDS = "the of and to in a is that for it was on are as with his they at be this from have or by one had not".split()
