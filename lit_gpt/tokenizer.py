@@ -7,14 +7,15 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from lit_gpt.atomic import write_atomically
 from lit_gpt.errors import DataError
+from lit_gpt.text_cuts import SPACE_PIECE, can_cut, parts
 
-SPACE_PIECE = "\u2581"  # how SentencePiece writes a space
 BOS_NAMES = ("<s>", "<|begin_of_text|>", "<|startoftext|>", "<bos>")
 EOS_NAMES = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>")
 BYTES_MARKER = "tokenizer_bytes.json"
@@ -131,8 +132,19 @@ class SentencePieceTokenizer(Tokenizer):
         self.bytes_added_per_text = int(bool(first) and first[0].startswith(SPACE_PIECE))
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encoded = self._processor.encode([well_formed(text) for text in texts], num_threads=1)
-        return [np.array(ids, dtype=np.int64) for ids in encoded]
+        return [np.array(self._ids(well_formed(text)), dtype=np.int64) for text in texts]
+
+    def _ids(self, text: str) -> list[int]:
+        if not self._can_cut:
+            return self._processor.encode(text)
+        ids: list[int] = []
+        for part in parts(text):
+            ids += self._processor.encode(part)
+        return ids
+
+    @cached_property
+    def _can_cut(self) -> bool:
+        return can_cut(self._processor)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._processor.decode([int(i) for i in ids])
