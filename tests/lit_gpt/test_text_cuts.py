@@ -13,24 +13,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from lit_gpt.text_cuts import PART_CHARACTERS, can_cut, parts
 from lit_gpt.tokenizer import SentencePieceTokenizer
 
-FRAGMENTS = [*("the", " ", "  ", "a", "\n", "\u2581", "é", "中", "\U0001f600", "\t"), *("ing", "\u3000", "</s>", "\0", "7", ".")]
-    "the",
-    " ",
-    "  ",
-    "a",
-    "\n",
-    "\u2581",
-    "é",
-    "中",
-    "\U0001f600",
-    "\t",
-    "ing",
-    "\u3000",
-    "</s>",
-    "\0",
-    "7",
-    ".",
-]
+FRAGMENTS = ["the", " ", "  ", "a", "\n", "\u2581", "é", "中", "\U0001f600", "\t", "ing", "</s>", "\0", "7", "."]
 TEXTS = st.lists(st.sampled_from(FRAGMENTS), max_size=40).map("".join)
 
 
