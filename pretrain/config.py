@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from decimal import Decimal
-from pathlib import Path
 from typing import Any, Literal
 
 from lit_gpt.config import Config, unknown_key
+from pretrain.data_config import DataConfig, SegmentConfig, data_problems
 
 TOKEN_SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 _TOKEN_COUNT = re.compile(r"(\d+(?:\.\d+)?(?:e\d+)?)\s*([kmbt]?)", re.IGNORECASE)
@@ -58,30 +58,6 @@ class ModelConfig:
         """
         given = {key: value for key, value in dataclasses.asdict(self).items() if value is not None and key != "name"}
         return Config.from_name(self.name, **{"vocab_size": vocab_size, **given})
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Folders that scripts/prepare.py wrote."""
-
-    train: str | dict[str, str]
-    """One folder, or named folders, whose train split is read."""
-    weights: dict[str, float] | None = None
-    """Share of each named folder; default: proportional to their sizes."""
-    validation: dict[str, str] = field(default_factory=dict)
-    """Named folders whose validation split is measured. Default: those of `train`."""
-    start_position: int | None = None
-    """First sample of the global order; by hand only, a continued run takes it from its checkpoint."""
-    allow_order_change: bool = False
-    """Continue although the data differs from what the checkpoint was trained on."""
-    max_epochs: float = 4.0
-    """Refuse a run that would read any part of the data more often."""
-
-    def train_folders(self) -> dict[str, str]:
-        return self.train if isinstance(self.train, dict) else {Path(self.train).name or "train": self.train}
-
-    def validation_folders(self) -> dict[str, str]:
-        return self.validation or self.train_folders()
 
 
 @dataclass(frozen=True)
@@ -222,7 +198,7 @@ class RunConfig:
 
 def config_problems(config: RunConfig) -> list[str]:
     """Everything that is wrong with a run's settings on their own, one line each."""
-    problems = [*_number_problems(config), *_stage_problems(config)]
+    problems = [*_number_problems(config), *_stage_problems(config), *data_problems(config.data)]
     if min(config.batch.global_batch_size, config.batch.micro_batch_size) >= 1:
         try:
             config.batch.iters_per_step(1)
@@ -232,11 +208,6 @@ def config_problems(config: RunConfig) -> list[str]:
         problems.append("schedule.decay_steps has no effect with kind=cosine; remove it or choose kind=wsd")
     if config.schedule.kind == "wsd" and config.schedule.horizon_steps is not None:
         problems.append("schedule.horizon_steps has no effect with kind=wsd; remove it or choose kind=cosine")
-    if config.data.weights is not None and set(config.data.weights) != set(config.data.train_folders()):
-        problems.append(
-            f"data.weights names {sorted(config.data.weights)}, data.train names {sorted(config.data.train_folders())};"
-            " give a weight to every folder and to no other"
-        )
     return problems
 
 
@@ -295,6 +266,10 @@ def _stage_problems(config: RunConfig) -> list[str]:
     return problems
 
 
+LISTS = {(RunConfig, "stages"): ("stage", StageConfig), (DataConfig, "segments"): ("segment", SegmentConfig)}
+"""Settings that are lists of sections: what one is called in a message, and its class."""
+
+
 def known_keys(section: type) -> dict[str, type | None]:
     """Keys of a settings class; the value is the class of a nested section or None."""
     sections = {
@@ -319,10 +294,11 @@ def unknown_key_problems(values: Mapping[str, Any], section: type = RunConfig, w
             problems.append(f"{where}{unknown_key(str(key), list(known))}")
         elif known[key] is not None and isinstance(value, Mapping):
             problems += unknown_key_problems(value, known[key], f"{where}{key}: ")
-        elif section is RunConfig and key == "stages" and isinstance(value, list):
-            for number, stage in enumerate(value, 1):
-                if isinstance(stage, Mapping):
-                    problems += unknown_key_problems(stage, StageConfig, f"stage {number}: ")
+        elif isinstance(value, list) and (section, key) in LISTS:
+            what, item_section = LISTS[section, key]
+            for number, item in enumerate(value, 1):
+                if isinstance(item, Mapping):
+                    problems += unknown_key_problems(item, item_section, f"{where}{what} {number}: ")
     return problems
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from lit_gpt.token_files import find_token_files
 from lit_gpt.token_source import TokenSource
 from lit_gpt.tokenizer import Tokenizer
 from pretrain.config import DataConfig
+from pretrain.held_out import ValidationSet
 
 
 @dataclass(frozen=True)
@@ -33,23 +33,13 @@ class TrainData:
         return torch.from_numpy(self.packed.samples(position, count))
 
 
-@dataclass(frozen=True)
-class ValidationSet:
-    """Held-out rows, read in file order."""
-
-    name: str
-    source: TokenSource
-    byte_lengths: np.ndarray
-    """(vocab_size,) int64: UTF-8 bytes that each token stands for; 0 for separators and other controls."""
-
-
 def read_manifests(data: DataConfig) -> dict[str, dict[str, Any]]:
     """Folder -> manifest of every folder the run reads.
 
     Raises:
         FileNotFoundError: a folder is not there. DataError: it was not prepared. ValueError: two tokenizers.
     """
-    folders = [*data.train_paths().values(), *data.validation_paths().values()]
+    folders = [*data.train_paths().values(), *(data.validation_paths() or data.train_paths()).values()]
     manifests = {folder: load_manifest(Path(folder)) for folder in dict.fromkeys(folders)}
     tokenizers = {folder: manifest["tokenizer"]["sha256"] for folder, manifest in manifests.items()}
     if len(set(tokenizers.values())) > 1:
@@ -103,7 +93,7 @@ def open_validation_sets(data: DataConfig, config: Config) -> list[ValidationSet
         FileNotFoundError: a folder has no validation split. DataError: a damaged file.
     """
     sets = []
-    for name, folder in data.validation_paths().items():
+    for name, folder in (data.validation_paths() or data.train_paths()).items():
         source = TokenSource(find_token_files(Path(folder), "validation"), config.block_size, config.vocab_size)
         sets.append(ValidationSet(name, source, Tokenizer.load(Path(folder)).byte_lengths()))
     return sets

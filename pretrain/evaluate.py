@@ -1,17 +1,23 @@
-"""Validation loss, perplexity and bits per byte on named sets: every row once, in order, weighted by tokens."""
+"""Validation loss, perplexity and bits per byte on named sets: every target once, the same number on any world size."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lit_gpt.kernels.loss import IGNORE_INDEX
-from pretrain.data import ValidationSet
+from pretrain.held_out import ValidationSet
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+TARGETS, NATS, TEXT_NATS, TEXT_BYTES = range(4)
+"""Columns of a table of measured rows: targets, their loss, the loss of those that stand for text, and its bytes."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +28,7 @@ class Evaluation:
     stderr: float | None
     """Standard error of nats_per_token over rows; None for a single row. Tokens within a row are not independent."""
     bits_per_byte: float | None
-    """None when no counted token stands for text."""
+    """None when no counted token stands for text, or nobody knows whether it does."""
     n_tokens: int
     limited: bool
     """Whether a part of the set was left out."""
@@ -32,51 +38,82 @@ class Evaluation:
         return math.exp(min(self.nats_per_token, 700.0))
 
 
-def _batches(rows: int, micro_batch_size: int) -> Iterator[np.ndarray]:
-    for start in range(0, rows, micro_batch_size):
-        yield np.arange(start, min(start + micro_batch_size, rows))
-
-
-@torch.no_grad()
 def evaluate(
     module: nn.Module,
     validation_set: ValidationSet,
     micro_batch_size: int,
     max_tokens: int | None,
-    device: torch.device,
+    fabric: Fabric,
 ) -> Evaluation:
-    """Measure a set. The result does not depend on micro_batch_size, except for the last bits of the sum.
+    """Measure a set on all ranks; every rank gets the same result, to the bit for every number of ranks.
 
-    Bits per byte follow data.md: a target counts if its token stands for at least one byte of text.
+    It does not depend on micro_batch_size, except for the last bits.
     """
-    source = validation_set.source
-    block_size = source.block_size
-    rows = source.n_samples if max_tokens is None else min(source.n_samples, max(1, max_tokens // block_size))
-    row_nats: list[Tensor] = []
-    text_nats, text_bytes = 0.0, 0
-    for indices in _batches(rows, micro_batch_size):
-        samples = source.read(indices)
-        losses = _losses(module, samples, micro_batch_size, device)
-        lengths = validation_set.byte_lengths[samples[:, 1:]]
-        row_nats.append(losses.sum(1))
-        text_nats += float(losses[torch.from_numpy(lengths > 0)].sum())
-        text_bytes += int(lengths.sum())
-    nats = torch.cat(row_nats) / block_size
+    n_rows = validation_set.rows_within(max_tokens)
+    table = measure(
+        module, validation_set, micro_batch_size, n_rows, fabric.device, fabric.global_rank, fabric.world_size
+    )
+    if fabric.world_size > 1:
+        table = fabric.all_reduce(torch.from_numpy(table).to(fabric.device), reduce_op="sum").cpu().numpy()
+    return summarise(table, limited=n_rows < validation_set.n_rows)
+
+
+@torch.no_grad()
+def measure(
+    module: nn.Module,
+    validation_set: ValidationSet,
+    micro_batch_size: int,
+    n_rows: int,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+) -> np.ndarray:
+    """(n_rows, 4) float64: the columns above for the rows of one rank, 0 for those of the others.
+
+    Ranks take turns by batches, not by rows: a row is then computed in the same batch for every number of ranks, and
+    so to the same bits. All ranks compute equally many batches, as sharded models demand.
+    """
+    table = np.zeros((n_rows, 4))
+    turns = math.ceil(math.ceil(n_rows / micro_batch_size) / world_size)
+    for turn in range(turns):
+        start = (turn * world_size + rank) * micro_batch_size
+        rows = np.arange(start, max(start, min(start + micro_batch_size, n_rows)))
+        samples, targets = validation_set.read(rows)
+        losses = _losses(module, samples, targets, micro_batch_size, device)
+        table[rows, TARGETS] = targets
+        table[rows, NATS] = losses.sum(1)
+        if validation_set.byte_lengths is not None:
+            counted = np.arange(losses.shape[1]) < targets[:, None]
+            lengths = np.where(counted, validation_set.byte_lengths[samples[:, 1:]], 0)
+            table[rows, TEXT_NATS] = np.where(lengths > 0, losses, 0.0).sum(1)
+            table[rows, TEXT_BYTES] = lengths.sum(1)
+    return table
+
+
+def summarise(table: np.ndarray, limited: bool) -> Evaluation:
+    """One result from the rows of all ranks. Bits per byte: a target counts if it stands for at least one byte."""
+    rows = len(table)
+    targets, nats, text_nats, text_bytes = (float(column) for column in table.sum(0))
+    mean = nats / targets
+    deviations = table[:, NATS] - mean * table[:, TARGETS]  # rows are not equally long: error of a ratio of sums
     return Evaluation(
-        nats_per_token=float(nats.mean()),
-        stderr=float(nats.std() / math.sqrt(rows)) if rows > 1 else None,
+        nats_per_token=mean,
+        stderr=math.sqrt(float((deviations**2).sum()) * rows / (rows - 1)) / targets if rows > 1 else None,
         bits_per_byte=text_nats / (math.log(2) * text_bytes) if text_bytes else None,
-        n_tokens=rows * block_size,
-        limited=rows < source.n_samples,
+        n_tokens=int(targets),
+        limited=limited,
     )
 
 
-def _losses(module: nn.Module, samples: np.ndarray, micro_batch_size: int, device: torch.device) -> Tensor:
-    """(n, block_size) float64 losses; a short batch is padded, so that compiled code sees one shape."""
-    batch = np.full((micro_batch_size, samples.shape[1]), 0, dtype=np.int64)
-    batch[: len(samples)] = samples
-    rows = torch.from_numpy(batch).to(device)
-    targets = rows[:, 1:].clone()
-    targets[len(samples) :] = IGNORE_INDEX
-    losses = module(rows[:, :-1], targets, reduction="none")
-    return losses[: len(samples)].double().cpu()
+def _losses(
+    module: nn.Module, samples: np.ndarray, targets: np.ndarray, micro_batch_size: int, device: torch.device
+) -> np.ndarray:
+    """(k, block_size) float64 losses, 0 behind a row's last target. A short batch is padded: compiled code sees one
+    shape."""
+    batch = torch.zeros((micro_batch_size, samples.shape[1]), dtype=torch.int64)
+    batch[: len(samples)] = torch.from_numpy(samples)
+    labels: Tensor = torch.full_like(batch[:, 1:], IGNORE_INDEX)
+    for row, count in enumerate(targets.tolist()):
+        labels[row, :count] = batch[row, 1 : count + 1]
+    losses = module(batch[:, :-1].to(device), labels.to(device), reduction="none")
+    return losses[: len(samples)].double().cpu().numpy()

@@ -18,8 +18,9 @@ from lit_gpt.flops import Flops, flops_per_token
 from lit_gpt.model import GPT
 from pretrain.checkpointing import RunCheckpoints
 from pretrain.config import RunConfig, parse_token_count
-from pretrain.data import TrainData, ValidationSet
+from pretrain.data import TrainData
 from pretrain.evaluate import evaluate
+from pretrain.held_out import ValidationSet
 from pretrain.loggers import Progress, RunLog, say
 from pretrain.optim import build_optimizer, learning_rate, load_named_state, named_state, set_learning_rate
 from pretrain.parallel import Compute, prepare_model
@@ -253,9 +254,7 @@ def validate(run: Run, stage: Stage, trained: Trained, state: TrainState, when: 
     limit = run.config.validation.max_tokens
     max_tokens = None if limit is None else parse_token_count(limit)
     for validation_set in run.validation:
-        result = evaluate(
-            trained.module, validation_set, run.config.batch.micro_batch_size, max_tokens, run.fabric.device
-        )
+        result = evaluate(trained.module, validation_set, run.config.batch.micro_batch_size, max_tokens, run.fabric)
         common = {
             "step": state.step_count,
             "stage": stage.index,

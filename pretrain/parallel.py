@@ -43,6 +43,7 @@ def launch(config: RunConfig) -> Fabric:
         ValueError: the device is not there, or several processes were started.
     """
     from lightning_fabric import Fabric
+    from lightning_fabric.plugins.environments import LightningEnvironment
 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size > 1:
@@ -52,7 +53,8 @@ def launch(config: RunConfig) -> Fabric:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda, but torch sees no CUDA device; use device=auto or cpu")
     accelerator = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
-    fabric = Fabric(accelerator=accelerator, devices=1, precision="32-true")
+    # one process is one process, also where SLURM is installed: Fabric would look for it and warn of a missing srun
+    fabric = Fabric(accelerator=accelerator, devices=1, precision="32-true", plugins=[LightningEnvironment()])
     fabric.launch()
     return fabric
 
