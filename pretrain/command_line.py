@@ -57,6 +57,7 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="pretrain",
         description="Train a model in one or more stages, growing it between two stages. Repeat the command to resume.",
+        epilog="Token files, and which of them a step trained on: pretrain data --help",
         exit_on_error=False,
     )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file; may be given several times")
@@ -146,8 +147,6 @@ def parse(argv: list[str]) -> Invocation:
     Raises:
         ValueError: unknown keys (with the nearest known), wrong types, or settings that do not fit together.
     """
-    from jsonargparse import ArgumentError
-
     files, flags, switches = split_arguments(normalise(argv))
     settings = [_read_yaml(path) for path in files]
     problems = [f"{path}: {p}" for path, read in zip(files, settings, strict=True) for p in unknown_key_problems(read)]
@@ -155,15 +154,34 @@ def parse(argv: list[str]) -> Invocation:
     if problems:
         raise ValueError("\n".join(problems))
     merged: dict[str, Any] = {}
-    for values in [*settings, *(_nested(name, _parse_flag(name, text)) for name, text in flags.items())]:
+    for values in [*settings, settings_of(flags)]:
         merged = merge(merged, values)
+    return Invocation(config_of(merged), **dict.fromkeys(switches, True))
+
+
+def settings_of(flags: Mapping[str, str]) -> dict[str, Any]:
+    """`{"data.window": "8"}` as nested settings, the values read as YAML."""
+    settings: dict[str, Any] = {}
+    for name, text in flags.items():
+        settings = merge(settings, _nested(name, _parse_flag(name, text)))
+    return settings
+
+
+def config_of(settings: Mapping[str, Any]) -> RunConfig:
+    """Nested settings, as they stand in a file, checked.
+
+    Raises:
+        ValueError: wrong types, or settings that do not fit together.
+    """
+    from jsonargparse import ArgumentError
+
     parser = build_parser()
     try:
-        parsed = parser.instantiate(parser.parse_object(merged))
+        parsed = parser.instantiate(parser.parse_object(dict(settings)))
     except ArgumentError as error:
         raise ValueError(f"{error}. See pretrain --help and configs/demo.yaml") from error
     config = RunConfig(**{key: getattr(parsed, key) for key in known_keys(RunConfig)})
     problems = config_problems(config)
     if problems:
         raise ValueError("\n".join(problems))
-    return Invocation(config, **dict.fromkeys(switches, True))
+    return config
