@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lit_gpt.config import Config
-from lit_gpt.data_order import DataOrder, PackedData
+from lit_gpt.data_order import DataOrder
+from lit_gpt.packed_data import PackedData
 from lit_gpt.packed_dataset import load_manifest
 from lit_gpt.token_files import find_token_files
 from lit_gpt.token_source import TokenSource

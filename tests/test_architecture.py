@@ -35,7 +35,8 @@ OPTIONAL = [
 # Plans, maps, settings and orders are data: reading them must not cost the seconds that torch takes.
 WITHOUT_TORCH = [
     *("lit_gpt.errors", "lit_gpt.config", "lit_gpt.flops", "lit_gpt.axes", "lit_gpt.tokenizer"),
-    *("lit_gpt.data_order", "lit_gpt.packed_dataset", "lit_gpt.token_files", "lit_gpt.token_source"),
+    *("lit_gpt.data_order", "lit_gpt.packed_data", "lit_gpt.packed_dataset", "lit_gpt.token_files"),
+    "lit_gpt.token_source",
     *("grow.layer_map", "grow.plan", "grow.depth", "grow.operators", "grow.curves", "grow.__main__"),
     *("pretrain.config", "pretrain.command_line", "pretrain.__main__"),
 ]
