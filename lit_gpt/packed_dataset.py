@@ -132,11 +132,14 @@ def read_header(path: str | os.PathLike[str]) -> TokenFile:
         DataError: not a LITPKDS file, or cut short, or with bytes behind its end.
     """
     with open(path, "rb") as file:
-        data = file.read(HEADER.size)
-        found_bytes = os.fstat(file.fileno()).st_size
+        return parse_header(str(path), file.read(HEADER.size), os.fstat(file.fileno()).st_size)
+
+
+def parse_header(path: str, data: bytes, found_bytes: int) -> TokenFile:
+    """`read_header` for a file whose first bytes and whose size are known already."""
     if len(data) < HEADER.size:
         raise DataError(f"{path} is truncated: expected a header of {HEADER.size} bytes, found {found_bytes} bytes")
-    magic, version, code, n_tokens = HEADER.unpack(data)
+    magic, version, code, n_tokens = HEADER.unpack_from(data)
     if magic != MAGIC:
         raise DataError(f"{path} is not a LITPKDS token file: it begins with {magic!r}, not {MAGIC!r}")
     if version != VERSION:
@@ -144,7 +147,7 @@ def read_header(path: str | os.PathLike[str]) -> TokenFile:
     dtype = np.dtype(DTYPE_OF_CODE.get(code, "V"))
     if dtype not in CODE_OF_DTYPE:
         raise DataError(f"{path} has dtype code {code}; tokens have one of {sorted(CODE_OF_DTYPE.values())}")
-    token_file = TokenFile(str(path), HEADER.size, n_tokens, dtype)
+    token_file = TokenFile(path, HEADER.size, n_tokens, dtype)
     if found_bytes != token_file.end_bytes:
         kind = "truncated" if found_bytes < token_file.end_bytes else "damaged"
         raise DataError(

@@ -1,10 +1,12 @@
-"""What a path holds: the token files of a folder, a file or a pattern, in the order in which they are read."""
+"""What a path holds: the token files of a folder, a file or a pattern, in any format, ordered by their numbers."""
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -12,51 +14,94 @@ from typing import Any
 import numpy as np
 
 from lit_gpt.errors import DataError
-from lit_gpt.packed_dataset import MANIFEST, TokenFile, load_manifest, read_header
+from lit_gpt.file_names import FileNames
+from lit_gpt.packed_dataset import MANIFEST, TokenFile
+from lit_gpt.token_formats import Described, describe_file, given_dtype, head_digest
+from lit_gpt.token_listing import list_files, load_arrays, save_arrays
 
-FINGERPRINT_BYTES = 512
+TABLE_VERSION = 1  # of the cached table; raise it when the same files would give another table
+THREADS = 16  # files are opened in parallel where there are many: on a network each open is a wait
+FILES_PER_TASK = 256
+TAIL_TOKENS = 1 << 19
+SEPARATORS = (1, 2, 0)  # <s>, </s> and <unk> of the lineage
+SAMPLED_FILES, SAMPLED_TOKENS = 3, 1 << 20
+MOST_FREQUENT_SEPARATOR = 1 / 8  # a document has at least seven tokens of its own, on average
+RAREST_SEPARATOR = 1 / 500_000
+FEW_GAPS = 8  # fewer say nothing about how evenly an id is spread
+MOST_CLOSE_GAPS = 0.15  # 0.05 if scattered by chance; in OpenWebText 0 for the separator, 0.2 and more for punctuation
 
 
 class TokenFiles(Sequence[TokenFile]):
-    """Token files of one format and one type, in the order in which they are read."""
+    """Token files of one format and one type, in the order in which they are read.
 
-    def __init__(self, files: Sequence[TokenFile], kind: str, notes: Sequence[str] = ()) -> None:
-        self._files = list(files)
+    names, n_tokens, byte_offset, heads: (files,) each, heads (files, 32) bytes with a digest of the first tokens.
+    Nothing is stored per file but numbers, 62 bytes of them, so half a million files fit into 30 MB.
+    """
+
+    def __init__(
+        self,
+        names: FileNames,
+        n_tokens: np.ndarray,
+        byte_offset: np.ndarray,
+        heads: np.ndarray,
+        *,
+        dtype: np.dtype,
+        kind: str,
+        notes: Sequence[str] = (),
+        tokenizer: str = "",
+    ) -> None:
+        self.names, self.n_tokens, self.byte_offset, self.heads = names, n_tokens, byte_offset, heads
+        self.dtype = dtype
         self.kind = kind
         """litpkds, datatrove, megatron or raw."""
         self.notes = tuple(notes)
         """One sentence each: what was trimmed, left out or assumed."""
-        self.n_tokens = np.fromiter((file.n_tokens for file in files), np.int64, len(files))
-        self.dtype = one_dtype(files)
+        self.tokenizer = tokenizer
+        """The tokenizer that the format names, or nothing."""
+
+    @classmethod
+    def of(cls, files: Sequence[TokenFile], kind: str = "raw") -> TokenFiles:
+        """Files whose places are known already. Each is opened once.
+
+        Raises:
+            DataError: two types, or a file that is shorter than it should be.
+        """
+        described = [Described(file, kind, head_digest(file)) for file in files]
+        return _table(FileNames.of(file.path for file in files), described)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self.n_tokens)
 
     def __getitem__(self, index: Any) -> Any:
-        return TokenFiles(self._files[index], self.kind) if isinstance(index, slice) else self._files[index]
+        if isinstance(index, slice):
+            return self.take(np.arange(len(self))[index])
+        return TokenFile(self.names[index], int(self.byte_offset[index]), int(self.n_tokens[index]), self.dtype)
 
-    @property
-    def fingerprint(self) -> str:
-        return fingerprint(self)
+    def take(self, indices: np.ndarray) -> TokenFiles:
+        """The files at (k,) indices, in that order."""
+        arrays = (self.n_tokens[indices], self.byte_offset[indices], self.heads[indices])
+        options = {"dtype": self.dtype, "kind": self.kind, "notes": self.notes, "tokenizer": self.tokenizer}
+        return TokenFiles(self.names.take(indices), *arrays, **options)
+
+    def with_columns(self, n_tokens: np.ndarray, heads: np.ndarray, notes: Sequence[str]) -> TokenFiles:
+        """The same files with other lengths."""
+        options = {"dtype": self.dtype, "kind": self.kind, "notes": notes, "tokenizer": self.tokenizer}
+        return TokenFiles(self.names, n_tokens, self.byte_offset, heads, **options)
 
     def by_name(self) -> TokenFiles:
-        """In the lexicographic order of their names, as `sorted(glob(...))` gives them."""
-        return TokenFiles(sorted(self._files, key=lambda file: file.path), self.kind, self.notes)
+        """In the order of `sorted(glob(...))`, which is that of the lineage's loaders."""
+        names = list(self.names)
+        return self.take(np.array(sorted(range(len(names)), key=names.__getitem__), dtype=np.int64))
 
-
-def one_dtype(files: Sequence[TokenFile]) -> np.dtype:
-    """The type that all files share.
-
-    Raises:
-        DataError: two files differ.
-    """
-    for file in files:
-        if file.dtype != files[0].dtype:
-            raise DataError(
-                f"{file.path} holds {file.dtype} tokens, but {files[0].path} holds {files[0].dtype}; "
-                f"files of one source need one dtype, so prepare them in one go"
-            )
-    return files[0].dtype
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over names, sizes and first tokens, in this order; the folder plays no part."""
+        digest = sha256()
+        stored_as = self.dtype.str
+        for path, n_tokens, head in zip(self.names, self.n_tokens.tolist(), self.heads, strict=True):
+            digest.update(f"{os.path.basename(path)}\x1f{n_tokens}\x1f{stored_as}\x1f".encode())
+            digest.update(head.tobytes())
+        return digest.hexdigest()
 
 
 def find_token_files(
@@ -67,64 +112,206 @@ def find_token_files(
     trim: bool = True,
     cache: Path | None = None,
 ) -> TokenFiles:
-    """The token files of one split: those the manifest lists, or without a manifest all `{split}*.bin` of the folder.
+    """The token files of a path: all are opened once, checked, and described in one compact table.
+
+    path: a prepared folder (the files that its manifest lists for the split); any other folder (its files named
+        `{split}*`; without any, "train" means all but those named validation*, val* or test*, and "validation" val*);
+        one file; or a pattern such as `slim_star/train_slim*`.
+    dtype: type of the tokens of files that do not say it; uint16 unless told.
+    trim: remove the padding that older writers leave at the end of the last LITPKDS file of each of their processes.
+        Where that file ends in two or more of one id, these go. Our own writer never pads, so folders with our
+        manifest are left as they are. Every cut is one of the `notes`.
+    cache: an .npz file to keep the table in. It is used while names, sizes and times of all files are as they were.
 
     Raises:
-        FileNotFoundError: no folder, or no file of this split.
-        DataError: a file is damaged, or does not hold what the manifest says.
+        FileNotFoundError: no such path, or no token file of this split.
+        DataError: a file is damaged, holds something else, or disagrees with the others or with the manifest.
+        ValueError: the files say themselves that their tokens are not of type `dtype`.
     """
-    directory = Path(path)
-    if (directory / MANIFEST).is_file():
-        return TokenFiles(_files_of_manifest(directory, split), "litpkds")
-    if not directory.is_dir():
-        raise FileNotFoundError(f"data folder {directory} does not exist; prepare it with scripts/prepare.py")
-    paths = sorted(directory.glob(f"{split}*.bin"), key=_natural_key)
-    if not paths:
-        raise FileNotFoundError(f"{directory} holds no {split}*.bin; prepare it with scripts/prepare.py")
-    return TokenFiles([read_header(path) for path in paths], "litpkds")
-
-
-def _files_of_manifest(directory: Path, split: str) -> list[TokenFile]:
-    splits = load_manifest(directory)["splits"]
-    if not splits.get(split, {}).get("files"):
-        held = ", ".join(name for name, each in splits.items() if each["files"])
-        raise FileNotFoundError(
-            f"{directory} holds no {split} data; it holds {held}. Name a folder that does, or prepare the text again: "
-            f"scripts/prepare.py --document-bytes cuts long files, --validation-input names held-out ones"
-        )
-    files = [read_header(directory / name) for name in splits[split]["files"]]
-    _check_total(directory, files, splits[split]["tokens"])
+    given = given_dtype(dtype)
+    path = os.fspath(Path(path))
+    listing = list_files(path, split)
+    key = "" if cache is None else listing.key([TABLE_VERSION, os.path.abspath(path), dtype, trim])
+    files = None if cache is None else _load(cache, key, listing.names)
+    if files is None:
+        files = _describe_files(listing.names, given)
+        if trim and files.kind == "litpkds" and listing.announced_tokens is None:
+            files = _without_padding(files)
+        files.notes += listing.notes
+        if cache is not None:
+            files.notes += _save(cache, key, files)
+    if trim and listing.announced_tokens is None:
+        files = _without_empty(files)
+    _check_total(path, listing.announced_tokens, files)
     return files
 
 
-def _check_total(directory: Path, files: Iterable[TokenFile], expected_tokens: int) -> None:
-    found_tokens = sum(file.n_tokens for file in files)
-    if found_tokens != expected_tokens:
+def _check_total(path: str, announced: int | None, files: TokenFiles) -> None:
+    found = int(files.n_tokens.sum())
+    if announced not in (None, found):
         raise DataError(
-            f"{directory / MANIFEST} announces {expected_tokens} tokens, its files hold {found_tokens}; "
+            f"{os.path.join(path, MANIFEST)} announces {announced} tokens, its files hold {found}; "
             f"files were exchanged, so prepare the data again"
         )
 
 
-def _natural_key(path: Path) -> list[tuple[int, str]]:
-    """Numbers inside a name count as numbers: `x_2.bin` comes before `x_10.bin`."""
-    parts = re.split(r"(\d+)", path.name)
-    return [(int(part) if part.isdigit() else -1, part) for part in parts]
+def _describe_files(names: FileNames, dtype: np.dtype | None) -> TokenFiles:
+    def part(first: int) -> TokenFiles:
+        few = names.take(np.arange(first, min(first + FILES_PER_TASK, len(names))))
+        return _table(few, [describe_file(path, dtype) for path in few])
+
+    starts = range(0, len(names), FILES_PER_TASK)
+    if len(starts) == 1:
+        return part(0)
+    pool = ThreadPoolExecutor(THREADS)
+    try:
+        parts = list(pool.map(part, starts))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    for each in parts:
+        _check_alike(parts[0][0], parts[0].kind, each[0], each.kind)
+    columns = ([getattr(each, name) for each in parts] for name in ("n_tokens", "byte_offset", "heads"))
+    notes = dict.fromkeys(note for each in parts for note in each.notes)
+    options = {"dtype": parts[0].dtype, "kind": parts[0].kind, "tokenizer": parts[0].tokenizer}
+    return TokenFiles(names, *map(np.concatenate, columns), notes=tuple(notes), **options)
 
 
-def fingerprint(files: Sequence[TokenFile]) -> str:
-    """sha256 over names, sizes and first tokens. Opens every file once, and so finds those that are not whole."""
-    digest = sha256()
-    for file in files:
-        with open(file.path, "rb", buffering=0) as opened:
-            found_bytes = os.fstat(opened.fileno()).st_size
-            if found_bytes < file.end_bytes:
-                raise DataError(
-                    f"{file.path} is truncated: expected {file.end_bytes} bytes, found {found_bytes} bytes; "
-                    f"copy or prepare it again"
-                )
-            opened.seek(file.byte_offset)
-            head = opened.read(min(FINGERPRINT_BYTES, file.n_tokens * file.dtype.itemsize))
-        digest.update(f"{Path(file.path).name}\x1f{file.n_tokens}\x1f{file.dtype.str}\x1f".encode())
-        digest.update(sha256(head).digest())
-    return digest.hexdigest()
+def _table(names: FileNames, described: Sequence[Described]) -> TokenFiles:
+    """described: (files,) in the order of the names.
+
+    Raises:
+        DataError: two of them have different types or formats.
+    """
+    first = described[0]
+    for each in described:
+        _check_alike(first.file, first.kind, each.file, each.kind)
+    return TokenFiles(
+        names,
+        np.array([each.file.n_tokens for each in described], dtype=np.int64),
+        np.array([each.file.byte_offset for each in described], dtype=np.int64),
+        np.frombuffer(b"".join(each.head for each in described), np.uint8).reshape(-1, 32),
+        dtype=first.file.dtype,
+        kind=first.kind,
+        notes=tuple(dict.fromkeys(each.note for each in described if each.note)),
+        tokenizer=first.tokenizer,
+    )
+
+
+def _check_alike(first: TokenFile, first_kind: str, other: TokenFile, other_kind: str) -> None:
+    if first.dtype != other.dtype:
+        raise DataError(
+            f"{other.path} holds {other.dtype} tokens, but {first.path} holds {first.dtype}; "
+            f"files of one source need one dtype, so prepare them in one go"
+        )
+    if first_kind != other_kind:
+        raise DataError(
+            f"{other.path} is a {other_kind} file, but {first.path} is a {first_kind} file; "
+            f"name those that belong together with a pattern"
+        )
+
+
+def _without_padding(files: TokenFiles) -> TokenFiles:
+    """Cut the run of one id at the end of every group's last file, unless the folder was prepared by us."""
+    n_tokens, heads, notes = files.n_tokens.copy(), files.heads.copy(), list(files.notes)
+    for i in files.names.last_of_each_group().tolist():
+        file = files[i]
+        run, token = _last_run(file)
+        if run < 2 or os.path.isfile(os.path.join(os.path.dirname(file.path), MANIFEST)):
+            continue
+        n_tokens[i] -= run
+        heads[i] = np.frombuffer(head_digest(replace(file, n_tokens=int(n_tokens[i]))), np.uint8)
+        fate = "" if n_tokens[i] else "; nothing else is in it, so the file is left out"
+        notes.append(
+            f"{file.path}: its last {run} of {file.n_tokens} tokens are one id ({token}), cut as padding{fate}"
+        )
+    return files.with_columns(n_tokens, heads, notes)
+
+
+def _without_empty(files: TokenFiles) -> TokenFiles:
+    kept = np.flatnonzero(files.n_tokens)
+    if not len(kept):
+        raise DataError(f"{files[0].path}{' and others' if len(files) > 1 else ''} hold no tokens except padding")
+    return files if len(kept) == len(files) else files.take(kept)
+
+
+def _last_run(file: TokenFile) -> tuple[int, int]:
+    """Length and id of the run that ends a file; reads backwards and only as far as the run goes."""
+    run, token = 0, None
+    with open(file.path, "rb") as opened:
+        for stop in range(file.n_tokens, 0, -TAIL_TOKENS):
+            start = max(0, stop - TAIL_TOKENS)
+            opened.seek(file.byte_offset + start * file.dtype.itemsize)
+            tokens = np.frombuffer(opened.read((stop - start) * file.dtype.itemsize), file.dtype)
+            token = int(tokens[-1]) if token is None else token
+            others = np.flatnonzero(tokens != token)
+            if others.size:
+                return run + len(tokens) - 1 - int(others[-1]), token
+            run += len(tokens)
+    return run, token
+
+
+def _save(cache: Path, key: str, files: TokenFiles) -> tuple[str, ...]:
+    arrays = {"n_tokens": files.n_tokens, "byte_offset": files.byte_offset, "heads": files.heads}
+    facts = {"dtype": files.dtype.str, "kind": files.kind, "notes": files.notes, "tokenizer": files.tokenizer}
+    problem = save_arrays(cache, key, facts, arrays)
+    return (problem,) if problem else ()
+
+
+def _load(cache: Path, key: str, names: FileNames) -> TokenFiles | None:
+    stored = load_arrays(cache, key, len(names))
+    if stored is None:
+        return None
+    facts, arrays = stored
+    options = {"kind": facts["kind"], "notes": facts["notes"], "tokenizer": facts["tokenizer"]}
+    return TokenFiles(names, **arrays, dtype=np.dtype(facts["dtype"]), **options)
+
+
+@dataclass(frozen=True)
+class Separator:
+    """The id that seems to stand between documents."""
+
+    id: int | None
+    counts: dict[int, int]
+    """How often each candidate was seen."""
+    tokens_seen: int
+
+    def describe(self) -> str:
+        """One sentence with what was seen."""
+        seen = ", ".join(f"{count} of id {token}" for token, count in self.counts.items())
+        if self.id is None:
+            return f"no separator found: among {self.tokens_seen} tokens there are {seen}"
+        rate = self.tokens_seen / self.counts[self.id]
+        return f"id {self.id} separates documents, one in {rate:.0f} tokens: among {self.tokens_seen} there are {seen}"
+
+
+def detect_separator(files: Sequence[TokenFile], candidates: Sequence[int] = ()) -> Separator:
+    """Guess the id between documents, from the first million tokens of up to three files. It changes nothing.
+
+    A separator is neither rare nor frequent, and seldom comes twice within a twentieth of its mean distance, as
+    punctuation does. Of several such ids the most frequent is taken; the first named where they are equally frequent
+    (a document may have a beginning and an end).
+
+    candidates: ids that the tokenizer calls special. Those of the lineage, 1, 2 and 0, are looked at where none of
+        them will do.
+    """
+    counts = dict.fromkeys((*candidates, *SEPARATORS), 0)
+    gaps: dict[int, list[np.ndarray]] = {token: [] for token in counts}
+    tokens_seen = 0
+    for i in sorted({round(place) for place in np.linspace(0, len(files) - 1, SAMPLED_FILES)}):
+        file = files[i]
+        count = min(file.n_tokens, SAMPLED_TOKENS)
+        tokens = np.fromfile(file.path, file.dtype, count, offset=file.byte_offset)
+        tokens_seen += len(tokens)
+        for token in counts:
+            found = np.flatnonzero(tokens == token)
+            counts[token] += len(found)
+            gaps[token].append(np.diff(found))
+    usual = [token for token in counts if _separates(counts[token], np.concatenate(gaps[token]), tokens_seen)]
+    usual = [token for token in usual if token in candidates] or usual
+    return Separator(max(usual, key=counts.__getitem__, default=None), counts, tokens_seen)
+
+
+def _separates(count: int, gaps: np.ndarray, tokens_seen: int) -> bool:
+    if not count or not RAREST_SEPARATOR <= count / tokens_seen <= MOST_FREQUENT_SEPARATOR:
+        return False
+    return len(gaps) < FEW_GAPS or float((gaps <= gaps.mean() / 20).mean()) < MOST_CLOSE_GAPS

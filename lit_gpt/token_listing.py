@@ -1,0 +1,174 @@
+"""Which files a path names for a split, by directory entries alone, and a cache of what was learned about them."""
+
+from __future__ import annotations
+
+import glob
+import io
+import json
+import os
+import zipfile
+import zlib
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from stat import S_ISREG
+from typing import Any
+
+import numpy as np
+
+from lit_gpt.atomic import write_atomically
+from lit_gpt.file_names import FileNames
+from lit_gpt.packed_dataset import MANIFEST, load_manifest
+
+SUFFIXES = (".bin", ".ds", ".npy")
+DESCRIBING = (".idx", ".metadata", ".index")  # files that say what is in another one
+HELD_OUT = ("validation", "val", "test")
+NAMES_OF_SPLIT = {"train": (("train", ()), ("", HELD_OUT)), "validation": (("validation", ()), ("val", ()))}
+"""Split -> what its files begin with, and what they must not begin with; the second pair where the first finds none."""
+
+Entry = tuple[str, os.stat_result]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Candidates for token files, in the order in which they are read."""
+
+    names: FileNames
+    sizes_and_times: np.ndarray
+    """(files, 2) int64: bytes, and nanoseconds of the last change."""
+    announced_tokens: int | None = None
+    """What the manifest says, if there is one."""
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, entries: Iterable[Entry]) -> Listing:
+        numbers = array("q")
+
+        def paths() -> Iterator[str]:
+            for path, stat in entries:
+                numbers.extend((stat.st_size, stat.st_mtime_ns))
+                yield path
+
+        names = FileNames.of(paths())
+        return cls(names, np.frombuffer(numbers, np.int64).reshape(-1, 2) if numbers else np.empty((0, 2), np.int64))
+
+    def in_natural_order(self) -> Listing:
+        order = self.names.natural_order()
+        return replace(self, names=self.names.take(order), sizes_and_times=self.sizes_and_times[order])
+
+    def key(self, options: list[Any]) -> str:
+        """sha256 of all that reading these files depends on, without opening one of them."""
+        names = self.names
+        digest = sha256(repr((options, self.announced_tokens, names.groups, self._describing())).encode())
+        for each in (names.group, names.number, names.width, self.sizes_and_times):
+            digest.update(np.ascontiguousarray(each, dtype=np.int64))
+        return digest.hexdigest()
+
+    def _describing(self) -> list[tuple[str, int, int]]:
+        found = []
+        for folder in {os.path.dirname(before) or "." for before, _ in self.names.groups}:
+            entries = entries_of(folder)
+            found += [(path, stat.st_size, stat.st_mtime_ns) for path, stat in entries if path.endswith(DESCRIBING)]
+        return sorted(found)
+
+
+def list_files(path: str, split: str) -> Listing:
+    """The candidates of a folder, a file or a pattern; `find_token_files` says which.
+
+    Raises:
+        FileNotFoundError: there are none.
+        DataError: the folder's manifest cannot be read.
+    """
+    if os.path.isfile(os.path.join(path, MANIFEST)):
+        return _list_manifest(path, split)
+    if os.path.isdir(path):
+        return _list_folder(path, split)
+    stem = path.removesuffix(".idx")
+    for one in (f"{stem}.bin", path):  # Megatron's tools name a dataset without a suffix
+        if os.path.isfile(one):
+            return Listing.of([(one, os.stat(one))])
+    found = ((name, os.stat(name)) for name in glob.iglob(path, recursive=True) if name.endswith(SUFFIXES))
+    listing = Listing.of(each for each in found if S_ISREG(each[1].st_mode)).in_natural_order()
+    if not len(listing.names):
+        raise FileNotFoundError(
+            f"{path} does not exist: it is no folder and no file, and as a pattern it matches no {_listed(SUFFIXES)} "
+            f"file; prepare data with scripts/prepare.py"
+        )
+    return listing
+
+
+def _list_manifest(folder: str, split: str) -> Listing:
+    splits = load_manifest(folder)["splits"]
+    if not splits.get(split, {}).get("files"):
+        held = ", ".join(name for name, each in splits.items() if each["files"])
+        raise FileNotFoundError(
+            f"{folder} holds no {split} data; it holds {held}. Name a folder that does, or prepare the text again: "
+            f"scripts/prepare.py --document-bytes cuts long files, --validation-input names held-out ones"
+        )
+    paths = (os.path.join(folder, name) for name in splits[split]["files"])
+    return replace(Listing.of((path, os.stat(path)) for path in paths), announced_tokens=splits[split]["tokens"])
+
+
+def _list_folder(folder: str, split: str) -> Listing:
+    for prefix, others in NAMES_OF_SPLIT.get(split, ((split, ()),)):
+        left_out: list[str] = []
+        listing = Listing.of(_named(folder, prefix, others, left_out)).in_natural_order()
+        if len(listing.names):
+            note = f"{folder}: left out {len(left_out)} file(s) of other splits or other forms, such as {left_out[:1]}"
+            return replace(listing, notes=(note,)) if left_out else listing
+    raise FileNotFoundError(
+        f"{folder} holds no {split}* file that ends in {_listed(SUFFIXES)}; prepare it with scripts/prepare.py, or "
+        f"name the token files with a pattern"
+    )
+
+
+def _named(folder: str, prefix: str, others: tuple[str, ...], left_out: list[str]) -> Iterator[Entry]:
+    """The regular files of a folder with a token file's suffix and this prefix; the nearly right go to `left_out`."""
+    for path, stat in entries_of(folder):
+        name = os.path.basename(path)
+        if name.endswith(DESCRIBING) or not name.startswith(prefix) or name.startswith("."):
+            continue
+        if name.startswith(others) or not name.endswith(SUFFIXES):
+            left_out.append(name)
+        elif S_ISREG(stat.st_mode):
+            yield path, stat
+
+
+def entries_of(folder: str) -> Iterator[Entry]:
+    """Path and state of everything in a folder."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            yield os.path.join(folder, entry.name), entry.stat()
+
+
+def _listed(words: tuple[str, ...]) -> str:
+    return f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def save_arrays(cache: Path, key: str, facts: dict[str, Any], arrays: dict[str, np.ndarray]) -> str:
+    """Keep arrays and plain values in one .npz file; returns what prevented it, if anything did."""
+    data = io.BytesIO()
+    np.savez(data, facts=np.array(json.dumps(facts | {"key": key})), **arrays)
+    try:
+        write_atomically(cache, data.getbuffer())
+    except OSError as error:
+        return f"the index could not be kept in {cache} ({error}), so the next start reads all headers again"
+    return ""
+
+
+def load_arrays(cache: Path, key: str, rows: int) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+    """What `save_arrays` kept under this key; None where there is nothing, something else, or a damaged file.
+
+    rows: first dimension that all arrays must have. Nothing in the file is executed, and zip checks its checksums.
+    """
+    try:
+        with np.load(cache, allow_pickle=False) as stored:
+            facts = json.loads(str(stored["facts"]))
+            if facts["key"] != key:
+                return None
+            arrays = {name: stored[name] for name in stored.files if name != "facts"}
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None
+    return (facts, arrays) if all(len(each) == rows for each in arrays.values()) else None
