@@ -111,6 +111,16 @@ class RecordedSplit:
             )
         return problems + self._byte_problems(counts, tokenizer, where)
 
+    def notes(self) -> list[str]:
+        """What was known to be imperfect when the files were written."""
+        text_bytes, table_bytes = self.entry.get("text_bytes"), self.entry.get("table_bytes")
+        if table_bytes is None or table_bytes == text_bytes:
+            return []
+        return [
+            f"{self.split}: the tokens stand for {table_bytes} bytes of text, the documents had {text_bytes}: the "
+            f"tokenizer changes text or does not know some of it; bits per byte are off by that much"
+        ]
+
     def _plan_problems(self) -> list[str]:
         plan_id = self.manifest.get("plan_id")
         others = [name for name, receipt in self._receipts.items() if receipt.get("plan_id") != plan_id]

@@ -59,6 +59,11 @@ class TokenText:
         name = self._names.get(token)
         return f"<|{token}|>" if name is None else f"<|{name} {token}|>"
 
+    def piece(self, token: int) -> str:
+        """The text of one id, with the space that tokenizers drop at the beginning of a text."""
+        one, two = self(np.array([token])), self(np.array([token, token]))
+        return two[len(one) :] if self.tokenizer is not None and two.startswith(one) else one
+
     def start(self, tokens: np.ndarray, characters: int) -> str:
         """At most this many characters of the beginning."""
         return self(tokens[: characters * TOKENS_PER_CHARACTER])[:characters]

@@ -1,0 +1,208 @@
+"""A path to token files, opened for inspection: its splits, what their ids mean, and what cannot be opened."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lit_gpt.errors import DataError
+from lit_gpt.packed_dataset import MANIFEST, TokenFile, load_manifest
+from lit_gpt.prepared_check import RecordedSplit, explain
+from lit_gpt.token_files import TokenFiles, detect_separator, find_token_files
+from lit_gpt.token_scan import DocumentLengths, IdCounts, Scan, scan_file
+from lit_gpt.token_text import TokenText
+from lit_gpt.tokenizer import Tokenizer
+
+SPLITS = ("train", "validation")
+USUAL_SEPARATORS = (0, 1, 2)  # unknown, bos and eos of Llama-like tokenizers, where no tokenizer says more
+
+Progress = Callable[[int, int], None]
+"""Called with the tokens of the split that are read and all that there are."""
+
+
+def silent(done: int, total: int) -> None:
+    """The progress that nobody wants to see."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What ids mean, as far as that is known."""
+
+    tokenizer: Tokenizer | None
+    size: int | None
+    separator_id: int | None = None
+
+    @property
+    def text(self) -> TokenText:
+        return TokenText(self.tokenizer, self.separator_id)
+
+    @property
+    def boundary_ids(self) -> tuple[int, ...]:
+        """Ids that may stand between documents, the likeliest first."""
+        tokenizer = self.tokenizer
+        last_id = None if self.size is None else self.size - 1  # <|endoftext|> of GPT-2 and its kin
+        named = (*USUAL_SEPARATORS, last_id) if tokenizer is None else (tokenizer.eos_id, tokenizer.bos_id)
+        return tuple(dict.fromkeys(token for token in (self.separator_id, *named) if token is not None))
+
+
+@dataclass(frozen=True)
+class Split:
+    """The files of one split that can be opened."""
+
+    name: str
+    kind: str
+    files: Sequence[TokenFile]
+    recorded: RecordedSplit | None = None
+    """What was written down about them, if they are prepared."""
+
+
+@dataclass(frozen=True)
+class OpenedData:
+    """A path with its splits, and what was noticed on the way."""
+
+    path: Path
+    manifest: dict[str, Any] | None
+    vocabulary: Vocabulary
+    splits: list[Split]
+    problems: list[str]
+    notes: list[str]
+
+
+def open_data(
+    path: str | os.PathLike[str],
+    split: str | None,
+    tokenizer: str | os.PathLike[str] | None,
+    *,
+    dtype: str | None,
+    vocab_size: int | None,
+    separator_id: int | None,
+) -> OpenedData:
+    """Everything that is there, with those of its files that can be opened; the others go to `problems`.
+
+    Raises:
+        FileNotFoundError: nothing is there. DataError: nothing can be read at all.
+        ValueError: an argument contradicts the data.
+    """
+    manifest = load_manifest(path) if (Path(path) / MANIFEST).is_file() else None
+    problems: list[str] = []
+    notes: list[str] = []
+    if manifest is None:
+        vocabulary = _given_vocabulary(tokenizer, vocab_size, separator_id)
+        found = find_splits(path, split, dtype)
+        splits = [Split(name, files.kind, files) for name, files in found.items()]
+        notes += [note for files in found.values() for note in files.notes]
+    else:
+        given = {"dtype": dtype, "vocab_size": vocab_size, "separator_id": separator_id}
+        _refuse_known({name: value for name, value in given.items() if value is not None}, Path(path))
+        vocabulary = _prepared_vocabulary(Path(path), manifest, tokenizer, problems, notes)
+        splits = _prepared_splits(Path(path), manifest, split, problems)
+    return OpenedData(Path(path), manifest, vocabulary, splits, problems, notes)
+
+
+def _given_vocabulary(
+    given: str | os.PathLike[str] | None, vocab_size: int | None, separator_id: int | None
+) -> Vocabulary:
+    if given is None:
+        return Vocabulary(None, vocab_size, separator_id)
+    tokenizer = Tokenizer.load(given)
+    if vocab_size not in (None, tokenizer.vocab_size):
+        raise ValueError(
+            f"vocab_size={vocab_size}, but tokenizer {given} has {tokenizer.vocab_size} ids; leave out one of the two"
+        )
+    return Vocabulary(tokenizer, tokenizer.vocab_size, separator_id)
+
+
+def _refuse_known(given: Mapping[str, Any], path: Path) -> None:
+    if given:
+        listed = ", ".join(f"{name}={value}" for name, value in given.items())
+        raise ValueError(f"{listed}: {path / MANIFEST} says this of its files; leave it out")
+
+
+def _prepared_vocabulary(
+    path: Path,
+    manifest: Mapping[str, Any],
+    given: str | os.PathLike[str] | None,
+    problems: list[str],
+    notes: list[str],
+) -> Vocabulary:
+    """The meaning of the ids of a prepared folder; what is wrong with its tokenizer goes to `problems`."""
+    entry = manifest["tokenizer"]
+    where = path if given is None else given
+    tokenizer = None
+    try:
+        tokenizer = Tokenizer.load(where)
+    except (DataError, OSError) as error:
+        problems.append(f"the tokenizer cannot be read: {explain(error)}")
+    except ValueError as error:
+        notes.append(f"no text is shown: {error}")
+    if tokenizer is not None and tokenizer.fingerprint != entry["sha256"]:
+        problems.append(
+            f"the tokenizer in {where} (sha256 {tokenizer.fingerprint[:12]}) is not the one that the data was "
+            f"prepared with ({entry['sha256'][:12]}), so its ids mean something else; put that one back"
+        )
+    return Vocabulary(tokenizer, entry["vocab_size"], manifest.get("separator_id"))
+
+
+def _prepared_splits(path: Path, manifest: Mapping[str, Any], split: str | None, problems: list[str]) -> list[Split]:
+    held = [name for name, entry in manifest["splits"].items() if entry["files"]]
+    names = [name for name in held if split in (None, name)]
+    if not names:
+        raise FileNotFoundError(f"{path} holds no {split or ''} data; it holds {', '.join(held) or 'none at all'}")
+    records = [RecordedSplit(path, name, manifest) for name in names]
+    return [Split(record.split, "litpkds", record.open_files(problems), record) for record in records]
+
+
+def find_splits(
+    path: str | os.PathLike[str], split: str | None = None, dtype: str | None = None
+) -> dict[str, TokenFiles]:
+    """Split -> its files, of every split there is. A file or a pattern is one split.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    names = SPLITS if split is None and Path(path).is_dir() else (split or SPLITS[0],)
+    found: dict[str, TokenFiles] = {}
+    missing: list[FileNotFoundError] = []
+    for name in names:
+        try:
+            found[name] = find_token_files(path, name, dtype=dtype)
+        except FileNotFoundError as error:
+            missing.append(error)
+    if not found:
+        raise missing[0]
+    return found
+
+
+def read_all(
+    files: Sequence[TokenFile],
+    counts: IdCounts,
+    problems: list[str],
+    progress: Progress,
+    lengths: DocumentLengths | None = None,
+) -> Iterator[Scan]:
+    """Read the files one after the other; those that are not whole after all go to `problems`."""
+    total = sum(file.n_tokens for file in files)
+
+    def on_piece(piece: np.ndarray) -> None:
+        progress(counts.n_tokens, total)
+        if lengths is not None:
+            lengths.add(piece)
+
+    for file in files:
+        try:
+            yield scan_file(file, counts, on_piece)
+        except (DataError, OSError) as error:
+            problems.append(explain(error))
+
+
+def with_separator(vocabulary: Vocabulary, files: Sequence[TokenFile]) -> Vocabulary:
+    """The vocabulary with the token between documents: the recorded one, else the likeliest of those that could be."""
+    if vocabulary.separator_id is not None or not len(files):
+        return vocabulary
+    return dataclasses.replace(vocabulary, separator_id=detect_separator(files, vocabulary.boundary_ids).id)
