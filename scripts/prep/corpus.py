@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import gzip
+import glob
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import sysconfig
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from lit_gpt.errors import DataError
 from lit_gpt.tokenizer import well_formed
+from prep import formats
+from prep.columns import column_rows
+from prep.formats import ABSENT, COLUMNAR_SUFFIXES, PACKED_SUFFIXES, WrongKeyError
+from prep.saved_datasets import files_of_saved, is_saved
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 LINES_SUFFIXES = (".jsonl", ".json")
-UNREADABLE_SUFFIXES = (".parquet", ".zst", ".arrow", ".bz2", ".xz", ".zip")
 STDLIB_SKIPPED = {"test", "tests", "idle_test", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
 STDLIB_MIN_BYTES = 5_000_000  # embeddable and zipped Pythons have no sources; the usual ones have 11 MB
 STDLIB_MIN_CHARACTERS = 200
@@ -28,8 +30,7 @@ STDLIB_VALIDATION_EVERY = 20
 SPLIT_BUCKETS = 10_000
 HASHED_BYTES = 256_000_000  # corpora up to this size are identified by content, larger ones by names and sizes
 ROWS_BEFORE_JUDGING = 1000
-GZIP_MAGIC = b"\x1f\x8b"
-LFS_MAGIC = b"version https://git-lfs"
+NAMES_SHOWN = 40
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,13 @@ class Reading:
     """How files are read as documents."""
 
     text_key: str
-    """Where a JSON line has its text."""
+    """Where a row has its text: a key, a column, or names joined by dots where one lies inside the other."""
     document_bytes: int
     """Length at which text files are cut; 0 takes each as one document."""
     validation_buckets: int
     """Out of 10,000 hash values of a text, those that mean validation."""
+    drop: tuple[tuple[str, str], ...] = ()
+    """(key, value) of rows to leave out."""
 
 
 @dataclass(frozen=True)
@@ -57,35 +60,79 @@ class InputFile:
 
     @property
     def holds_lines(self) -> bool:
-        """Whether each line is a JSON object with a document; otherwise the file is one text."""
-        return self.name.removesuffix(".gz").endswith(LINES_SUFFIXES)
+        """Whether each line is a JSON object with a document, if the content is no table; otherwise it is one text."""
+        return _unpacked(self.name).endswith(LINES_SUFFIXES)
 
 
 def find_inputs(paths: list[str], split: str = "auto") -> tuple[list[InputFile], list[str]]:
-    """The files behind `paths`, sorted by name, and the names of files in folders that are of no known kind.
+    """The files behind `paths`, sorted by name, and the names of what was left out of folders.
+
+    A path is a file of any name, a folder, or a glob pattern. Names begin at the given file or folder, at the folder
+    before the first wildcard of a pattern.
 
     Raises:
-        FileNotFoundError: a path does not exist, or a folder holds nothing to read.
+        FileNotFoundError: a path does not exist, a pattern matches nothing, or a folder holds nothing to read.
         ValueError: a file in a format that cannot be read.
     """
     found: list[InputFile] = []
     ignored: list[str] = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise FileNotFoundError(f"input {path} does not exist; give text files or folders that hold some")
-        if path.is_file():
-            if path.suffix in UNREADABLE_SUFFIXES:
-                raise ValueError(f"input {path}: {path.suffix} files cannot be read; unpack it to text or JSON lines")
-            found.append(_input_file(path, path.name, split))
-            continue
-        files = [file for file in sorted(path.rglob("*")) if file.is_file() and not _hidden(file.relative_to(path))]
-        known = [file for file in files if _known(file.name)]
-        if not known:
-            raise FileNotFoundError(f"folder {path} holds no text: looked for {_known_suffixes()}")
-        found += [_input_file(file, file.relative_to(path.parent).as_posix(), split) for file in known]
-        ignored += [file.name for file in files if not _known(file.name)]
+    for path, root in itertools.chain.from_iterable(map(_matches, paths)):
+        if path.is_dir():
+            files, left_out = _in_folder(path, root, split)
+            found += files
+            ignored += left_out
+        else:
+            _refuse_unreadable(path)
+            found.append(_input_file(path, path.relative_to(root).as_posix(), split))
     distinct = {os.path.realpath(file.path): file for file in found}
     return sorted(distinct.values(), key=lambda file: (file.name, file.path)), ignored
+
+
+def _matches(given: str) -> list[tuple[Path, Path]]:
+    """The files and folders that an argument means, each with the folder at which its name begins."""
+    path = Path(given)
+    if path.exists():
+        return [(path, path.parent)]
+    if not glob.has_magic(given):
+        raise FileNotFoundError(f"input {path} does not exist; give text files or folders that hold some")
+    found = sorted(map(Path, glob.glob(given, recursive=True)))
+    if not found:
+        raise FileNotFoundError(f"no file matches the pattern {given}; check it, and the folder before the wildcard")
+    root = next(parent for parent in path.parents if not glob.has_magic(str(parent)))
+    return [(each, root.parent) for each in found if each.is_dir() or each.is_file()]
+
+
+def _refuse_unreadable(path: Path) -> None:
+    with path.open("rb") as file:
+        packing = formats.unreadable_packing(file.read(formats.HEAD_BYTES))
+    if packing is not None:
+        raise ValueError(f"input {path}: files packed with {packing} cannot be read; unpack it to text or JSON lines")
+
+
+def _in_folder(folder: Path, root: Path, split: str) -> tuple[list[InputFile], list[str]]:
+    """The files in a folder that are of a known kind, and what was left out."""
+    found: list[InputFile] = []
+    ignored: list[str] = []
+    for place, folders, names in os.walk(folder, onerror=_raise):
+        if is_saved(Path(place), names):
+            folders.clear()
+            files, left_out = files_of_saved(Path(place), split)
+            found += [_input_file(file, file.relative_to(root).as_posix(), where) for file, where in files]
+            ignored += [f"{each.relative_to(root).as_posix()} (not for training)" for each in left_out]
+            continue
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (Path(place, name) for name in sorted(names) if not name.startswith(".")):
+            if _known(path.name) and path.is_file():
+                found.append(_input_file(path, path.relative_to(root).as_posix(), split))
+            else:
+                ignored.append(path.name)
+    if not found:
+        raise FileNotFoundError(f"folder {folder} holds no text: looked for {_known_suffixes()}")
+    return found, ignored
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def stdlib_inputs() -> tuple[list[InputFile], str]:
@@ -124,18 +171,20 @@ def _input_file(path: Path, name: str, split: str) -> InputFile:
     return InputFile(str(path), name, path.stat().st_size, split)
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _unpacked(name: str) -> str:
+    return next((name.removesuffix(suffix) for suffix in PACKED_SUFFIXES if name.endswith(suffix)), name)
 
 
 def _known(name: str) -> bool:
     if name.endswith(".json"):  # a lone .json in a folder is seldom JSON lines; C4 calls its lines .json.gz
         return False
-    return name.removesuffix(".gz").endswith(TEXT_SUFFIXES + LINES_SUFFIXES)
+    return name.endswith(COLUMNAR_SUFFIXES) or _unpacked(name).endswith(TEXT_SUFFIXES + LINES_SUFFIXES)
 
 
 def _known_suffixes() -> str:
-    return ", ".join(TEXT_SUFFIXES + LINES_SUFFIXES[:1]) + ", each also with .gz, and .json.gz"
+    packed = " or ".join(PACKED_SUFFIXES)
+    plain = ", ".join(TEXT_SUFFIXES + LINES_SUFFIXES[:1])
+    return f"{plain}, each also with {packed}, .json with {packed}, {', '.join(COLUMNAR_SUFFIXES)}, saved datasets"
 
 
 def content_digests(files: list[InputFile]) -> list[str | None]:
@@ -152,106 +201,101 @@ def text_hash(text: str) -> int:
 def read_documents(file: InputFile, reading: Reading, counters: Counter[str]) -> Iterator[tuple[str, str]]:
     """(split, text) of the documents of one file. None is empty, all have a UTF-8 form; what was mended is counted.
 
+    Memory holds a part of a file at a time, but for text files that are one document.
+
     Raises:
         DataError: the file is damaged, or is not text.
+        WrongKeyError: most rows have no text under the key, or lack a key by which to drop some.
     """
+    buckets = reading.validation_buckets if file.split == "auto" else 0
+    fixed_split = "train" if file.split == "auto" else file.split
+    for content in _contents(file, reading, counters):
+        text = _mended(content, counters)
+        if not text or text.isspace():
+            counters["empty"] += 1
+        elif buckets and text_hash(text) % SPLIT_BUCKETS < buckets:  # equal texts always fall on the same side
+            yield "validation", text
+        else:
+            yield fixed_split, text
+
+
+def _contents(file: InputFile, reading: Reading, counters: Counter[str]) -> Iterator[str | bytes]:
+    kind = formats.sniff(file.path)
+    if kind == formats.EMPTY:
+        counters["empty_files"] += 1
+    elif kind in formats.COLUMNAR:
+        keys = [reading.text_key, *(key for key, _ in reading.drop)]
+        names, rows = column_rows(file.path, kind, keys)
+        yield from _texts_of(rows, names, file, reading, counters)
+    elif file.holds_lines:
+        rows = formats.json_rows(formats.chunks(file.path, kind), counters)
+        yield from _texts_of(rows, None, file, reading, counters)
+    else:
+        yield from formats.texts(formats.chunks(file.path, kind), reading.document_bytes)
+
+
+def _texts_of(
+    rows: Iterator[dict[str, Any] | None],
+    names: list[str] | None,
+    file: InputFile,
+    reading: Reading,
+    counters: Counter[str],
+) -> Iterator[str | bytes]:
+    """The texts of rows. `names` are those of the columns, None where each row has its own; a row may be None."""
+    n_rows = n_dropped = 0
+    lacking: Counter[str] = Counter()
+    incomplete: dict[str, Any] = {}
     try:
-        with _open(file.path) as stream:
-            rows = _rows(file, stream, reading.text_key, counters) if file.holds_lines else _texts(stream, reading)
-            for row in rows:
-                text = _mended(row, counters)
-                if text.strip():
-                    yield _split_of(file, text, reading.validation_buckets), text
-                else:
-                    counters["empty"] += 1
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{file.path} is damaged or cut short: {error}; get it again") from error
+        for row in rows:
+            n_rows += 1
+            if row is not None and _is_dropped(row, reading.drop):
+                n_dropped += 1
+            elif row is not None:
+                text = formats.value_at(row, reading.text_key)
+                if isinstance(text, str | bytes):
+                    yield text
+                if missing := _missing(row, text, reading):
+                    lacking.update(missing)
+                    incomplete = row
+            if n_rows == ROWS_BEFORE_JUDGING:
+                _judge(file, n_rows - n_dropped, lacking, reading, names or formats.names_in(incomplete))
+        if n_rows < ROWS_BEFORE_JUDGING:
+            _judge(file, n_rows - n_dropped, lacking, reading, names or formats.names_in(incomplete))
+    finally:
+        counters.update(rows=n_rows, no_text=lacking[reading.text_key], dropped=n_dropped)
 
 
-def _split_of(file: InputFile, text: str, validation_buckets: int) -> str:
-    """Equal texts always fall on the same side, whatever file or worker they come from."""
-    if file.split != "auto":
-        return file.split
-    return "validation" if text_hash(text) % SPLIT_BUCKETS < validation_buckets else "train"
+def _missing(row: dict[str, Any], text: Any, reading: Reading) -> list[str]:
+    """The keys that a row should have and has not."""
+    missing = [key for key, _ in reading.drop if formats.value_at(row, key) is ABSENT]
+    return missing if isinstance(text, str | bytes) else [reading.text_key, *missing]
 
 
-def _open(path: str) -> BinaryIO:
-    with open(path, "rb") as file:
-        head = file.read(4096)
-    if head.startswith(LFS_MAGIC):
-        raise DataError(f"{path} is a git-lfs pointer, not the data; run `git lfs pull` in its repository")
-    if head.startswith(GZIP_MAGIC):
-        return gzip.open(path, "rb")
-    if b"\0" in head:
-        raise DataError(f"{path} is not text: it holds zero bytes; give text, JSON lines, or either with gzip")
-    return open(path, "rb")
+def _is_dropped(row: dict[str, Any], drop: tuple[tuple[str, str], ...]) -> bool:
+    return any(_spelled(formats.value_at(row, key)) == value for key, value in drop)
 
 
-def _texts(stream: BinaryIO, reading: Reading) -> Iterator[bytes]:
-    """The whole file, or pieces of about `document_bytes` that end where a line ends."""
-    if not reading.document_bytes:
-        yield stream.read()
-        return
-    while piece := b"".join(stream.readlines(reading.document_bytes)):
-        yield piece
+def _spelled(value: Any) -> str | None:
+    """A value as one writes it on a command line."""
+    if isinstance(value, str):
+        return value
+    return json.dumps(value) if isinstance(value, bool | int | float | None) else None
 
 
-def _rows(file: InputFile, stream: BinaryIO, text_key: str, counters: Counter[str]) -> Iterator[str]:
-    """The text of each JSON line."""
-    n_rows = without_text = 0
-    keys: list[str] = []
-    for line in stream:
-        if not line.strip():
-            continue
-        n_rows += 1
-        row = _parsed(line, counters)
-        text = row.get(text_key) if row is not None else None
-        if isinstance(text, str):
-            yield text
-        elif row is not None:
-            without_text += 1
-            keys = list(row)
-        if n_rows == ROWS_BEFORE_JUDGING:
-            _judge(file, n_rows, without_text, text_key, keys)
-    if n_rows < ROWS_BEFORE_JUDGING:
-        _judge(file, n_rows, without_text, text_key, keys)
-    counters.update(rows=n_rows, no_text=without_text)
+def _judge(file: InputFile, n_rows: int, lacking: Counter[str], reading: Reading, names: list[str]) -> None:
+    for key, n_lacking in lacking.items():
+        if 2 * n_lacking > n_rows:
+            is_text = key == reading.text_key
+            raise WrongKeyError(
+                f"{file.path}: {n_lacking} of the first {n_rows} rows have no {'text under ' * is_text}{key!r}; "
+                f"such a row has the keys {', '.join(names[:NAMES_SHOWN]) or 'none'}. "
+                f"{'Choose one with --text-key' if is_text else 'Mend --drop'}"
+            )
 
 
-def _judge(file: InputFile, n_rows: int, without_text: int, text_key: str, keys: list[str]) -> None:
-    if 2 * without_text > n_rows:
-        raise DataError(
-            f"{file.path}: {without_text} of the first {n_rows} rows have no text under {text_key!r}; "
-            f"the last of them has the keys {', '.join(keys) or 'none'}. Choose one with --text-key"
-        )
-
-
-def _parsed(line: bytes, counters: Counter[str]) -> dict[str, Any] | None:
-    try:
-        row = json.loads(_decoded(line, counters), parse_constant=_refuse_constant)
-    except (ValueError, RecursionError):
-        row = None
-    if not isinstance(row, dict):
-        counters["bad_json"] += 1
-        return None
-    return row
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _mended(row: str | bytes, counters: Counter[str]) -> str:
-    if isinstance(row, bytes):
-        return _decoded(row, counters)
-    text = well_formed(row)
-    counters["repaired"] += text is not row
+def _mended(content: str | bytes, counters: Counter[str]) -> str:
+    if isinstance(content, bytes):
+        return formats.decoded(content, counters)
+    text = well_formed(content)
+    counters["repaired"] += text is not content
     return text
-
-
-def _decoded(data: bytes, counters: Counter[str]) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        counters["repaired"] += 1
-        return data.decode(errors="replace")
