@@ -55,7 +55,7 @@ class RecordedSplit:
         path = Path(scan.file.path)
         problems: list[str] = []
         receipt = self._receipt(path, problems)
-        records = {path.with_suffix(".json").name: receipt.get("crc32"), MANIFEST: self._listed_crc32(path.name)}
+        records = {path.with_suffix(".json").name: receipt.get("crc32"), MANIFEST: self._listed("crc32", path.name)}
         known = {where: crc32 for where, crc32 in records.items() if isinstance(crc32, int)}
         differing = [f"{where} has {crc32:08x}" for where, crc32 in known.items() if crc32 != scan.crc32]
         if differing:
@@ -66,10 +66,13 @@ class RecordedSplit:
             )
         elif known:
             self.compared += 1
-        tokens = receipt.get("tokens", scan.file.n_tokens)
-        if tokens != scan.file.n_tokens:
-            self.is_whole = False
-            problems.append(f"{path} holds {scan.file.n_tokens} tokens, its receipt says {tokens}; {AGAIN}")
+        for where, tokens in (
+            ("its receipt", receipt.get("tokens")),
+            (MANIFEST, self._listed("file_tokens", path.name)),
+        ):
+            if isinstance(tokens, int) and tokens != scan.file.n_tokens:
+                self.is_whole = False
+                problems.append(f"{path} holds {scan.file.n_tokens} tokens, {where} says {tokens}; {AGAIN}")
         return problems
 
     def _receipt(self, path: Path, problems: list[str]) -> dict[str, Any]:
@@ -90,8 +93,9 @@ class RecordedSplit:
         self._receipts[path.name] = receipt
         return receipt
 
-    def _listed_crc32(self, name: str) -> int | None:
-        listed = self.entry.get("crc32")
+    def _listed(self, key: str, name: str) -> Any:
+        """What the manifest says of one file; manifests of earlier versions say nothing of single files."""
+        listed = self.entry.get(key)
         return listed.get(name) if isinstance(listed, Mapping) else None
 
     def total_problems(self, counts: IdCounts, tokenizer: Tokenizer | None) -> list[str]:

@@ -134,7 +134,8 @@ class DocumentLengths:
 
     def _count(self, lengths: np.ndarray) -> None:
         self._long += lengths[lengths >= EXACT_LENGTHS].tolist()
-        self._counts += np.bincount(lengths[(lengths > 0) & (lengths < EXACT_LENGTHS)], minlength=EXACT_LENGTHS)
+        found = np.bincount(lengths[(lengths > 0) & (lengths < EXACT_LENGTHS)])
+        self._counts[: len(found)] += found
 
     @property
     def n_documents(self) -> int:
