@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,12 @@ from lit_gpt.checkpoint import (
 )
 from lit_gpt.model import GPT
 from lit_gpt.versions import versions
-from pretrain.config import CheckpointConfig, RunConfig, to_plain
+from pretrain.config import CheckpointConfig, RunConfig, known_keys, to_plain
 from pretrain.optim import named_state
 from pretrain.state import TrainState
 
 # Settings that may change between two sittings of a run: they do not touch what is trained on what
-# (what the data holds is checked by its fingerprint, wherever it lies)
+# (what the data holds is checked by its fingerprint, wherever it lies, and its order up to here by the data object)
 FREE_TO_CHANGE = (
     "logging",
     "checkpoints",
@@ -33,6 +34,10 @@ FREE_TO_CHANGE = (
     "out_dir",
     "data.train",
     "data.validation",
+    "data.tokenizer",
+    "data.weights",
+    "data.segments",
+    "data.skips",
     "data.max_epochs",
     "data.allow_order_change",
 )
@@ -89,12 +94,25 @@ class RunCheckpoints:
 
 def changed_settings(saved: dict[str, Any], config: RunConfig) -> list[str]:
     """One line for every setting that differs from the checkpoint's and decides what is trained on what."""
-    differences = _differences("", saved, to_plain(config))
+    differences = _differences("", _completed(saved, RunConfig), to_plain(config))
     return [
         f"{key}: {before!r} in the checkpoint, {after!r} now"
         for key, before, after in differences
         if not any(key == free or key.startswith(f"{free}.") for free in FREE_TO_CHANGE)
     ]
+
+
+def _completed(saved: dict[str, Any], section: type) -> dict[str, Any]:
+    """Saved settings with the defaults of those that did not exist yet when they were saved."""
+    completed = dict(saved)
+    sections = known_keys(section)
+    for field in dataclasses.fields(section):
+        inner = sections[field.name]
+        if field.name not in saved and field.default is not dataclasses.MISSING:
+            completed[field.name] = dataclasses.asdict(field.default) if inner else field.default
+        elif inner and field.name in saved:
+            completed[field.name] = _completed(saved[field.name], inner)
+    return completed
 
 
 def _differences(key: str, before: Any, after: Any) -> list[tuple[str, Any, Any]]:

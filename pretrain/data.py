@@ -1,24 +1,30 @@
-"""From the data settings to batches: prepared folders, their agreement with the model, and position-addressed rows."""
+"""From the data settings to a training stream: token files of any format, their order, and what is known of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from lit_gpt.config import Config
 from lit_gpt.data_order import DataOrder
 from lit_gpt.packed_data import PackedData
-from lit_gpt.packed_dataset import load_manifest
-from lit_gpt.token_files import find_token_files
+from lit_gpt.token_files import TokenFiles, detect_separator, find_token_files
 from lit_gpt.token_source import TokenSource
-from lit_gpt.tokenizer import Tokenizer
-from pretrain.config import DataConfig
+from pretrain.config import BatchConfig
+from pretrain.corpus import Corpus
+from pretrain.data_config import DataConfig
 from pretrain.held_out import ValidationSet
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+SAMPLED_TOKENS = 2**20  # that many tell the bytes per token of a source to better than one percent
 
 
 @dataclass(frozen=True)
@@ -26,90 +32,213 @@ class TrainData:
     """The training stream of a run."""
 
     packed: PackedData
-    bytes_per_token: float | None
-    """Text bytes per training token, for the bits-per-byte estimate."""
+    settings: DataConfig
+    """With what was taken over from a checkpoint."""
+    bytes_per_token_of: Mapping[str, float] | None
+    """Text bytes per token of each source; None if that is not known of every one."""
+    notes: tuple[str, ...]
+    """What was found, for the log."""
 
-    def rows(self, position: int, count: int) -> Tensor:
-        """(count, block_size + 1) int64: the samples [position, position + count) of the global order."""
-        return torch.from_numpy(self.packed.samples(position, count))
+    @contextmanager
+    def batches(self, start: int, steps: int, batch: BatchConfig, fabric: Fabric) -> Iterator[Iterator[np.ndarray]]:
+        """This rank's (micro_batch_size, block_size + 1) int64 batches of `steps` steps from a position on."""
+        share = batch.global_batch_size // fabric.world_size
+        firsts = (start + step * batch.global_batch_size + fabric.global_rank * share for step in range(steps))
+        micro = batch.micro_batch_size
+        yield (self.packed.samples(first + i, micro) for first in firsts for i in range(0, share, micro))
 
+    def bytes_per_token(self, position: int) -> float | None:
+        """Text bytes per training token under the weights in force before `position`: estimates bits per byte."""
+        if self.bytes_per_token_of is None:
+            return None
+        weights = self._weights(position)
+        return sum(weights[name] * each for name, each in self.bytes_per_token_of.items()) / sum(weights.values())
 
-def read_manifests(data: DataConfig) -> dict[str, dict[str, Any]]:
-    """Folder -> manifest of every folder the run reads.
-
-    Raises:
-        FileNotFoundError: a folder is not there. DataError: it was not prepared. ValueError: two tokenizers.
-    """
-    folders = [*data.train_paths().values(), *(data.validation_paths() or data.train_paths()).values()]
-    manifests = {folder: load_manifest(Path(folder)) for folder in dict.fromkeys(folders)}
-    tokenizers = {folder: manifest["tokenizer"]["sha256"] for folder, manifest in manifests.items()}
-    if len(set(tokenizers.values())) > 1:
-        listed = "; ".join(f"{folder}: {digest[:12]}" for folder, digest in tokenizers.items())
-        raise ValueError(f"the data folders were prepared with different tokenizers ({listed}); prepare them with one")
-    return manifests
-
-
-def tokenizer_of(manifests: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """The tokenizer entry that all manifests share."""
-    return next(iter(manifests.values()))["tokenizer"]
-
-
-def check_vocabulary(config: Config, tokenizer: Mapping[str, Any]) -> None:
-    """Refuse a model that was not made for the data's tokenizer.
-
-    Raises:
-        ValueError: the vocabularies differ in size.
-    """
-    if config.vocab_size != tokenizer["vocab_size"]:
-        raise ValueError(
-            f"model.vocab_size={config.vocab_size}, but the data was prepared with a tokenizer of "
-            f"{tokenizer['vocab_size']} tokens; leave model.vocab_size out to follow the data, or prepare the data "
-            f"with the model's tokenizer"
-        )
+    def _weights(self, position: int) -> Mapping[str, float]:
+        """Share of each source, up to a common factor."""
+        names = self.packed.order.names
+        given = self.settings.weights
+        if self.settings.segments:
+            last = self.packed.order.raw_stop(position) - 1
+            given = [each for each in self.settings.segments if each.start <= max(last, 0)][-1].weights
+        if given is None:
+            return {name: source.n_tokens for name, source in zip(names, self.packed.sources, strict=True)}
+        return {name: given.get(name, 0.0) for name in names}
 
 
-def open_train_data(data: DataConfig, config: Config, manifests: Mapping[str, dict[str, Any]], seed: int) -> TrainData:
+def open_train_data(
+    data: DataConfig,
+    config: Config,
+    corpus: Corpus,
+    seed: int,
+    cache: Path | None = None,
+) -> TrainData:
     """Index the training files.
 
+    Args:
+        data: the settings.
+        config: sizes of the model.
+        corpus: what is known of it, see `read_corpus`.
+        seed: of the order.
+        cache: folder where finished indices are kept; None keeps none.
+
     Raises:
+        ValueError: settings that do not fit the files.
         DataError: a damaged file, or fewer tokens than one sample.
     """
-    sources = {
-        name: TokenSource(find_token_files(Path(folder), "train"), config.block_size, config.vocab_size)
-        for name, folder in data.train_paths().items()
+    files = {name: _find(name, path, "train", data, corpus, cache) for name, path in data.train_paths().items()}
+    sources = {name: _open(each, data, config) for name, each in files.items()}
+    order = build_order(data, sources, seed)
+    notes: list[str] = []
+    for name, path in data.train_paths().items():
+        notes += _source_notes(name, files[name], sources[name], None if path in corpus.manifests else corpus, config)
+    rates = {
+        name: _bytes_per_token(sources[name], corpus.manifests.get(path), corpus)
+        for name, path in data.train_paths().items()
     }
-    order = DataOrder({name: source.n_samples for name, source in sources.items()}, seed=seed, weights=data.weights)
-    splits = [manifests[folder]["splits"]["train"] for folder in data.train_paths().values()]
-    tokens, text_bytes = (sum(split[key] for split in splits) for key in ("tokens", "text_bytes"))
+    known = {name: rate for name, rate in rates.items() if rate is not None}
     return TrainData(
         packed=PackedData(sources, order),
-        bytes_per_token=text_bytes / tokens if tokens else None,
+        settings=data,
+        bytes_per_token_of=known if len(known) == len(rates) else None,
+        notes=tuple(notes),
     )
 
 
-def open_validation_sets(data: DataConfig, config: Config) -> list[ValidationSet]:
-    """Index the validation files.
+def _find(name: str, path: str, split: str, data: DataConfig, corpus: Corpus, cache: Path | None) -> TokenFiles:
+    return find_token_files(
+        path,
+        split,
+        dtype=None if path in corpus.manifests else data.dtype,
+        trim=split != "train" or not data.is_legacy,
+        cache=None if cache is None else cache / f"{split}_{re.sub(r'[^A-Za-z0-9._-]', '_', name)}.npz",
+    )
+
+
+def _open(files: TokenFiles, data: DataConfig, config: Config) -> TokenSource:
+    if data.is_legacy:
+        return TokenSource(files.by_name(), config.block_size, config.vocab_size, stride=config.block_size + 1)
+    return TokenSource(files, config.block_size, config.vocab_size, windowed=data.window is not None)
+
+
+def build_order(data: DataConfig, sources: Mapping[str, TokenSource], seed: int) -> DataOrder:
+    """The order that the settings ask for.
 
     Raises:
-        FileNotFoundError: a folder has no validation split. DataError: a damaged file.
+        ValueError: settings that do not fit the sources.
     """
-    sets = []
-    for name, folder in (data.validation_paths() or data.train_paths()).items():
-        source = TokenSource(find_token_files(Path(folder), "validation"), config.block_size, config.vocab_size)
-        sets.append(ValidationSet(name, source, Tokenizer.load(Path(folder)).byte_lengths()))
-    return sets
+    if data.is_legacy:
+        return _legacy_order(data, sources, seed)
+    return DataOrder(
+        {name: source.n_samples for name, source in sources.items()},
+        seed,
+        data.weights,
+        segments=None if data.segments is None else [(each.start, each.weights) for each in data.segments],
+        skips=[(start, stop) for start, stop in data.skips or []],
+    )
 
 
-def check_epochs(data: DataConfig, train: TrainData, samples: int) -> None:
-    """Refuse a run that would repeat its data more often than it may.
+def _legacy_order(data: DataConfig, sources: Mapping[str, TokenSource], seed: int) -> Any:
+    from lit_gpt.legacy_order import LegacyOrder
+
+    blocks = {}
+    for name, source in sources.items():
+        counts = np.unique(source.samples_per_file)
+        if len(counts) > 1:
+            raise ValueError(
+                f"data.order=legacy: the files of {name!r} hold {counts.min()} to {counts.max()} blocks; the old "
+                f"reader needs files of one size, so name only such files, or use order=permuted"
+            )
+        blocks[name] = int(counts[0])
+    return LegacyOrder(
+        {name: len(source.files) for name, source in sources.items()},
+        blocks,
+        seed,
+        data.weights or dict.fromkeys(sources, 1.0),
+        data.legacy_world_size or 1,
+    )
+
+
+def _source_notes(
+    name: str, files: TokenFiles, source: TokenSource, corpus: Corpus | None, config: Config
+) -> list[str]:
+    """What a source holds; with a corpus also what stands between its documents, which no manifest says."""
+    lines = [
+        f"data {name}: {len(files):,} {files.kind} {'file' if len(files) == 1 else 'files'}, {source.n_tokens:,} "
+        f"tokens, {source.n_samples:,} samples of {source.block_size:,} targets"
+    ]
+    lines += [f"  {note}" for note in files.notes]
+    if corpus is not None:
+        likely = corpus.separator_candidates or (
+            config.vocab_size - 1,
+        )  # GPT-2 and Llama 3 end their vocabulary with it
+        lines.append(f"  {detect_separator(files, likely).describe()}")
+    return lines
+
+
+def _bytes_per_token(source: TokenSource, manifest: dict[str, Any] | None, corpus: Corpus) -> float | None:
+    """Counted when the text was prepared, or estimated from rows spread evenly over the source."""
+    if manifest is not None:
+        split = manifest["splits"]["train"]
+        return split["text_bytes"] / split["tokens"] if split["tokens"] else None
+    if corpus.byte_lengths is None:
+        return None
+    count = min(source.n_samples, max(1, SAMPLED_TOKENS // source.block_size))
+    rows = source.read(np.linspace(0, source.n_samples - 1, count).astype(np.int64))
+    return float(corpus.byte_lengths[rows[:, 1:]].mean())
+
+
+def open_validation_sets(
+    data: DataConfig,
+    config: Config,
+    corpus: Corpus,
+    cache: Path | None = None,
+) -> tuple[list[ValidationSet], list[str]]:
+    """Index the held-out files; returns the sets, and lines for the log.
+
+    Raises:
+        FileNotFoundError: a set that was asked for is not there. DataError: a damaged file.
+    """
+    sets, notes = [], []
+    asked = data.validation_paths()
+    for name, path in (asked or data.train_paths()).items():
+        try:
+            if not asked and not Path(path).is_dir():
+                raise FileNotFoundError(path)  # single files and patterns name training data and nothing else
+            files = _find(name, path, "validation", data, corpus, cache)
+        except FileNotFoundError:
+            if asked:
+                raise
+            notes.append(f"no validation data beside {path}; name some with data.validation to see how the model does")
+            continue
+        source = TokenSource(files, config.block_size, config.vocab_size)
+        sets.append(ValidationSet(name, source, corpus.byte_lengths))
+        notes.append(f"validation {name}: {sets[-1].n_targets:,} targets")
+        notes += [f"  {note}" for note in files.notes]
+    return sets, notes
+
+
+def check_epochs(train: TrainData, start: int, stop: int) -> list[str]:
+    """Refuse a run that would repeat its data more often than it may; one line for the log per source.
+
+    Args:
+        train: the stream.
+        start: position of the run's first sample; what was read before it, by a base run say, counts too.
+        stop: position behind its last sample.
 
     Raises:
         ValueError: with the largest number of epochs that was planned.
     """
-    epochs = train.packed.order.epochs(samples)
+    epochs, before = train.packed.order.epochs(stop), train.packed.order.epochs(start)
     name, most = max(epochs.items(), key=lambda item: item[1])
-    if most > data.max_epochs:
+    if most > train.settings.max_epochs:
         raise ValueError(
-            f"the run reads {name!r} {most:.1f} times, data.max_epochs={data.max_epochs:g}; "
-            f"train on fewer tokens, prepare more data, or raise data.max_epochs"
+            f"by sample {stop:,}, its end, the run will have read {name!r} {most:.2f} times ({before[name]:.2f} times "
+            f"before its start), data.max_epochs={train.settings.max_epochs:g}; train on fewer tokens, prepare more "
+            f"data, or raise data.max_epochs"
         )
+    lines = [f"data {name}: read {before[name]:.3g} -> {each:.3g} times" for name, each in epochs.items()]
+    repeated = [name for name, each in epochs.items() if each > 1]
+    if repeated:
+        lines.append(f"warning: {', '.join(repeated)}: read more than once")
+    return lines

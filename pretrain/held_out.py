@@ -18,7 +18,7 @@ class ValidationSet:
 
     def __init__(self, name: str, source: TokenSource, byte_lengths: np.ndarray | None) -> None:
         self.name, self.source, self.byte_lengths = name, source, byte_lengths
-        tokens = np.array([file.n_tokens for file in source.files], dtype=np.int64)
+        tokens = source.files.n_tokens
         full_rows = np.maximum(0, (tokens - 1) // source.block_size)
         first = full_rows * source.block_size  # a row's last token is the next one's first
         self._tail_files = np.flatnonzero(tokens - first > 1)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -131,10 +132,13 @@ def fit(run: Run, stage: Stage, trained: Trained, state: TrainState) -> None:
     if state.stage_step == 0:
         validate(run, stage, trained, state, "after_growth" if stage.is_grown else "start")
     config, last_log = run.config, (state.seconds, state.tokens)
-    with Progress(stage.name, stage.steps, state.stage_step, run.flops_left(state)) as progress:
+    with (
+        run.train.batches(state.position, stage.steps - state.stage_step, config.batch, run.fabric) as batches,
+        Progress(stage.name, stage.steps, state.stage_step, run.flops_left(state)) as progress,
+    ):
         while state.stage_step < stage.steps:
             started = time.perf_counter()
-            loss, grad_norm, rate = train_step(run, stage, trained, state)
+            loss, grad_norm, rate = train_step(run, stage, trained, state, batches)
             advance(run, stage, state, loss, time.perf_counter() - started)
             progress.step(state.stage_step, step_flops(config, stage).paper)
             finished = state.stage_step == stage.steps
@@ -154,20 +158,23 @@ def fit(run: Run, stage: Stage, trained: Trained, state: TrainState) -> None:
     save(run, stage, trained, state)
 
 
-def train_step(run: Run, stage: Stage, trained: Trained, state: TrainState) -> tuple[float, float, float]:
+def train_step(
+    run: Run, stage: Stage, trained: Trained, state: TrainState, batches: Iterator[np.ndarray]
+) -> tuple[float, float, float]:
     """One optimizer update from the samples at the state's position; returns loss, gradient norm, learning rate.
+
+    `batches` stands at the same position: it yields (micro_batch_size, block_size + 1) int64.
 
     Raises:
         NonFiniteError: before the update, so the weights are those of the step before.
     """
-    batch, optimizer = run.config.batch, trained.optimizer
+    optimizer = trained.optimizer
     rate = learning_rate(state.stage_step, stage.steps, stage.optimizer, stage.schedule)
     set_learning_rate(optimizer.optimizer, rate)
-    iters = batch.iters_per_step(run.fabric.world_size)
+    iters = run.config.batch.iters_per_step(run.fabric.world_size)
     loss = torch.zeros((), device=run.fabric.device)
-    for iter_in_step in range(iters):
-        position = state.position + iter_in_step * batch.micro_batch_size
-        rows = run.train.rows(position, batch.micro_batch_size).to(run.fabric.device)  # (B, block_size + 1)
+    for _ in range(iters):
+        rows = torch.from_numpy(next(batches)).to(run.fabric.device)  # (B, block_size + 1)
         iter_loss = trained.module(rows[:, :-1], rows[:, 1:]) / iters
         run.fabric.backward(iter_loss)
         loss += iter_loss.detach()
@@ -223,7 +230,7 @@ def log_step(
     state.loss_sum, state.loss_count = 0.0, 0
     seconds, tokens = state.seconds - last_log[0], state.tokens - last_log[1]
     tokens_per_sec = tokens / seconds if seconds else 0.0
-    bytes_per_token, total = run.train.bytes_per_token, state.total_flops
+    bytes_per_token, total = run.train.bytes_per_token(state.position), state.total_flops
     run.log.metrics(
         {
             "step": state.step_count,

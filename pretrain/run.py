@@ -7,7 +7,6 @@ import errno
 import fcntl
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,37 +20,39 @@ from lit_gpt.atomic import write_atomically
 from lit_gpt.checkpoint import (
     TrainingCheckpoint,
     detect_form,
-    latest,
     manifest_sha256,
     read_config,
     read_exchange,
     read_training,
     read_weights,
 )
+from lit_gpt.config import Config
 from lit_gpt.errors import DataError
 from lit_gpt.flops import Flops, count_parameters
 from lit_gpt.model import GPT, init_weights
 from pretrain.checkpointing import RunCheckpoints, check_settings
 from pretrain.command_line import Invocation
 from pretrain.config import RunConfig, StageConfig, to_plain
-from pretrain.data import (
-    TrainData,
-    check_epochs,
-    check_vocabulary,
-    open_train_data,
-    open_validation_sets,
-    read_manifests,
-    tokenizer_of,
-)
+from pretrain.corpus import Corpus, model_config_for, read_corpus
+from pretrain.data import TrainData, check_epochs, open_train_data, open_validation_sets
 from pretrain.loggers import EVALS_FILE, METRICS_FILE, TENSORBOARD_FOLDER, RunLog, say
 from pretrain.loop import Run, Trained, describe_stages, set_up, step_flops, train_in_stages
 from pretrain.optim import load_named_state
+from pretrain.origin import (
+    check_tokenizer,
+    continued_position,
+    continued_settings,
+    first_position,
+    own_state,
+    parent_state,
+)
 from pretrain.parallel import choose_compute, launch
 from pretrain.signals import StopSignal
 from pretrain.stages import Stage, plan_stages
 from pretrain.state import TrainState
 
 CONFIG_FILE = "config.yaml"
+INDEX_FOLDER = "data_index"
 
 
 def run(invocation: Invocation, command: list[str]) -> None:
@@ -63,44 +64,45 @@ def run(invocation: Invocation, command: list[str]) -> None:
         NonFiniteError, StopRequested: see pretrain/loop.py.
     """
     config = invocation.config
-    manifests = read_manifests(config.data)
-    tokenizer = tokenizer_of(manifests)
-    model_config = config.model.resolve(tokenizer["vocab_size"])
-    check_vocabulary(model_config, tokenizer)
+    corpus = read_corpus(config.data)
+    model_config = model_config_for(corpus, config.model)
     stages = plan_stages(config, model_config)
     if invocation.scratch:
         if config.init_from is not None:
             raise ValueError("--scratch trains from the first step, init_from does not; give one of the two")
         config = scratch_config(config, stages)
         stages = plan_stages(config, model_config)
-    train = open_train_data(config.data, model_config, manifests, config.seed)
-    check_epochs(config.data, train, config.batch.global_batch_size * sum(stage.steps for stage in stages))
+    out_dir = Path(config.out_dir)
+    own = None if invocation.fresh else own_state(out_dir)
+    if config.init_from is not None and own is None:  # a run that has checkpoints of its own needs its parent no more
+        check_init_from(config, stages[0], invocation.fresh)
+    cache = None if invocation.dry_run else out_dir / INDEX_FOLDER
+    train, position = open_stream(config, model_config, corpus, own, cache)
+    samples = config.batch.global_batch_size * sum(stage.steps for stage in stages)
+    lines = [*train.notes, *check_epochs(train, position, position + samples)]
+    validation, validation_lines = open_validation_sets(config.data, model_config, corpus, cache)
+    lines += [*validation_lines, *corpus.notes]
     if invocation.dry_run:
-        describe(config, stages)
+        describe(config, stages, lines)
         return
-    validation = open_validation_sets(config.data, model_config)
     fabric = launch(config)
     tokens = sum(stage.steps for stage in stages) * config.batch.global_batch_size * model_config.block_size
     compute = choose_compute(config, fabric.device, tokens)
-    out_dir = Path(config.out_dir)
-    resumes = not invocation.fresh and latest(out_dir / "checkpoints", on_skip=lambda *_: None) is not None
-    if config.init_from is not None and not resumes:  # a run that has checkpoints of its own needs its parent no more
-        check_init_from(config, stages[0], invocation.fresh)
     with run_folder(out_dir, invocation.fresh):
         metadata = {
             "run_config": to_plain(config),
             "seed": config.seed,
             "command": command,
-            "tokenizer": tokenizer,
+            "tokenizer": corpus.tokenizer_entry,
             "compute": {"precision": compute.precision, "compile": compute.compile, "reason": compute.reason},
         }
         checkpoints = RunCheckpoints(out_dir, config.checkpoints, metadata)
         checkpoint = checkpoints.resume()
-        state = TrainState() if checkpoint is None else resumed_state(checkpoint, config, stages, train)
+        state = TrainState(position=position) if checkpoint is None else resumed_state(checkpoint, config, train)
         if is_finished(state, stages):
             say(f"{out_dir} is finished: {state.step_count:,} steps. --fresh starts over")
             return
-        describe(config, stages)
+        describe(config, stages, lines)
         say(f"compute: {compute.precision}, compile {compute.compile} ({compute.reason})")
         stage = stages[state.stage - 1]
         with StopSignal() as stop:
@@ -128,8 +130,34 @@ def is_finished(state: TrainState, stages: list[Stage]) -> bool:
     return state.stage == len(stages) and state.stage_step >= stages[-1].steps
 
 
-def describe(config: RunConfig, stages: list[Stage]) -> None:
-    """Sizes, FLOPs and the plan, before anything is computed."""
+def open_stream(
+    config: RunConfig, model_config: Config, corpus: Corpus, own: dict[str, Any] | None, cache: Path | None
+) -> tuple[TrainData, int]:
+    """The training stream, and the position at which the run began or begins in it.
+
+    Args:
+        config: the run's settings.
+        model_config: sizes of its last model.
+        corpus: what is known of the data.
+        own: state.json of the run's own last checkpoint; None for a run that has none.
+        cache: folder for finished indices; None keeps none.
+    """
+    state = parent_state(config) if own is None else own
+    check_tokenizer(state, corpus)
+    saved = state.get("data")
+    inherited = saved if config.init_from is not None else None
+    data, taken_over = continued_settings(config.data, inherited)
+    train = open_train_data(data, model_config, corpus, config.seed, cache)
+    train = dataclasses.replace(train, notes=(*train.notes, *taken_over))
+    if own is not None:
+        return train, own["position"] - own["step_count"] * config.batch.global_batch_size
+    return train, first_position(config, train, saved)
+
+
+def describe(config: RunConfig, stages: list[Stage], data_lines: list[str]) -> None:
+    """Data, sizes, FLOPs and the plan, before anything is computed."""
+    for line in data_lines:
+        say(line)
     for stage, line in zip(stages, describe_stages(stages, config), strict=True):
         flops = step_flops(config, stage).times(stage.steps).paper
         say(f"{line}, {count_parameters(stage.config):,} parameters, {flops:.3g} FLOPs")
@@ -179,7 +207,6 @@ def start(this_run: Run, stage: Stage, state: TrainState) -> Trained:
     config = this_run.config
     write_atomically(Path(config.out_dir) / CONFIG_FILE, yaml.safe_dump(to_plain(config), sort_keys=False).encode())
     model = GPT(stage.config)
-    state.position = config.data.start_position or 0
     if config.init_from is None:
         init_weights(model, config.seed)
         return set_up(this_run, stage, model)
@@ -187,7 +214,7 @@ def start(this_run: Run, stage: Stage, state: TrainState) -> Trained:
     model.load_state_dict(dict(read_weights(source)))
     trained = set_up(this_run, stage, model)
     if detect_form(source) == "training":
-        inherit(this_run, trained, state, read_training(source))
+        inherit(trained, state, read_training(source))
     else:
         inherit_history(state, read_exchange(source).provenance or {})
     say(f"weights from {source}, data from sample {state.position:,}")
@@ -226,52 +253,19 @@ def inherit_history(state: TrainState, provenance: dict[str, Any]) -> None:
         state.parent_flops = Flops(paper=state.history[-1]["flops_total"] or 0)
 
 
-def inherit(this_run: Run, trained: Trained, state: TrainState, parent: TrainingCheckpoint) -> None:
-    """Take over data position, history, FLOPs and, if there are any, moments of the checkpoint a run starts from."""
+def inherit(trained: Trained, state: TrainState, parent: TrainingCheckpoint) -> None:
+    """Take over history, FLOPs and, if there are any, moments of the checkpoint a run starts from."""
     before = TrainState.from_dict(parent.state)
     state.history = before.history
     state.parent_tokens = before.parent_tokens + before.tokens
     state.parent_flops = before.total_flops
     load_named_state(trained.model, trained.optimizer.optimizer, parent.optimizer)
-    check_tokenizer(parent.state.get("tokenizer"), this_run.checkpoints.metadata["tokenizer"])
-    if this_run.config.data.start_position is None and parent.state.get("data"):
-        check_data(parent.state["data"], this_run.train, this_run.config)
-        state.position = parent.state["data"]["position"]
 
 
-def check_tokenizer(before: dict[str, Any] | None, now: dict[str, Any]) -> None:
-    """Refuse data whose token ids mean something else than those the checkpoint was trained on.
-
-    Raises:
-        ValueError: with both fingerprints.
-    """
-    if before and before["sha256"] != now["sha256"]:
-        raise ValueError(
-            f"init_from was trained with another tokenizer ({before['sha256'][:12]}) than the data's "
-            f"({now['sha256'][:12]}); prepare the data with the checkpoint's own: scripts/prepare.py --tokenizer PATH"
-        )
-
-
-def check_data(saved: dict[str, Any], train: TrainData, config: RunConfig) -> None:
-    """Refuse data in another order than the checkpoint's, unless the user allows it.
-
-    Raises:
-        ValueError: naming the field that differs.
-    """
-    try:
-        train.packed.check_state(saved)
-    except ValueError as error:
-        if not config.data.allow_order_change:
-            raise
-        sys.stderr.write(f"warning: data.allow_order_change: {str(error).splitlines()[0]}\n")
-
-
-def resumed_state(
-    checkpoint: TrainingCheckpoint, config: RunConfig, stages: list[Stage], train: TrainData
-) -> TrainState:
+def resumed_state(checkpoint: TrainingCheckpoint, config: RunConfig, train: TrainData) -> TrainState:
     """Where the checkpoint stands, after checking that it is of this run and this data."""
     check_settings(checkpoint, config)
-    check_data(checkpoint.state["data"], train, config)
+    continued_position(train, checkpoint.state["data"])
     return TrainState.from_dict(checkpoint.state)
 
 

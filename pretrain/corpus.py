@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,24 +13,26 @@ from lit_gpt.config import Config
 from lit_gpt.errors import DataError
 from lit_gpt.packed_dataset import MANIFEST, load_manifest
 from lit_gpt.tokenizer import Tokenizer
-from pretrain.data_config import DataConfig
+from pretrain.config import DataConfig, ModelConfig
 
 PLAN = "plan.json"  # scripts/prepare.py writes it first and the manifest last
 WILDCARDS = set("*?[")
 
 
 @dataclass(frozen=True)
-class Vocabulary:
-    """The tokenizer that all data of a run share, as far as it is known."""
+class Corpus:
+    """What is known of a run's data before its files are opened."""
 
-    entry: dict[str, Any] | None
-    """kind, sha256 and vocab_size, as manifests and checkpoints keep them; None if nobody knows."""
-    path: str | None
+    manifests: dict[str, dict[str, Any]]
+    """Path -> manifest of every prepared folder; token files from elsewhere have none."""
+    tokenizer_entry: dict[str, Any] | None
+    """kind, sha256 and vocab_size of the one tokenizer, as manifests and checkpoints keep them; None: nobody knows."""
+    tokenizer_path: str | None
     """Where the tokenizer is: what `Tokenizer.load` takes."""
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
-        return None if self.path is None else Tokenizer.load(self.path)
+        return None if self.tokenizer_path is None else Tokenizer.load(self.tokenizer_path)
 
     @cached_property
     def _byte_lengths(self) -> tuple[np.ndarray | None, str]:
@@ -61,7 +62,30 @@ class Vocabulary:
         return tuple(each for each in (self.tokenizer.bos_id, self.tokenizer.eos_id) if each is not None)
 
 
-def read_manifests(data: DataConfig) -> dict[str, dict[str, Any]]:
+def read_corpus(data: DataConfig) -> Corpus:
+    """Manifests and the tokenizer that all data share.
+
+    Raises:
+        FileNotFoundError: a path or the tokenizer does not exist. DataError: a folder was not prepared to its end.
+        ValueError: two different tokenizers.
+    """
+    manifests = _read_manifests(data)
+    digests = {path: manifest["tokenizer"]["sha256"] for path, manifest in manifests.items()}
+    named = None if data.tokenizer is None else Tokenizer.load(data.tokenizer)
+    if named is not None:
+        digests[f"data.tokenizer {data.tokenizer}"] = named.fingerprint
+    if len(set(digests.values())) > 1:
+        listed = "; ".join(f"{path}: {digest[:12]}" for path, digest in digests.items())
+        raise ValueError(f"the data folders were prepared with different tokenizers ({listed}); prepare them with one")
+    for path, manifest in manifests.items():
+        return Corpus(manifests, manifest["tokenizer"], data.tokenizer or path)
+    if named is None:
+        return Corpus(manifests, None, None)
+    entry = {"kind": named.kind, "sha256": named.fingerprint, "vocab_size": named.vocab_size}
+    return Corpus(manifests, entry, data.tokenizer)
+
+
+def _read_manifests(data: DataConfig) -> dict[str, dict[str, Any]]:
     """Path -> manifest of every prepared folder that the run reads; other paths are left out.
 
     Raises:
@@ -85,52 +109,23 @@ def read_manifests(data: DataConfig) -> dict[str, dict[str, Any]]:
     return manifests
 
 
-def read_vocabulary(data: DataConfig, manifests: Mapping[str, dict[str, Any]]) -> Vocabulary:
-    """The one tokenizer of prepared folders and of `data.tokenizer`.
+def model_config_for(corpus: Corpus, model: ModelConfig) -> Config:
+    """The model's sizes, with as many ids as the data's tokenizer has.
 
     Raises:
-        FileNotFoundError: there is no such tokenizer. ValueError: two different ones.
+        ValueError: sizes that break a rule, or a vocabulary that is not the data's, or that nobody tells.
     """
-    digests = {path: manifest["tokenizer"]["sha256"] for path, manifest in manifests.items()}
-    named = None if data.tokenizer is None else Tokenizer.load(data.tokenizer)
-    if named is not None:
-        digests[f"data.tokenizer {data.tokenizer}"] = named.fingerprint
-    if len(set(digests.values())) > 1:
-        listed = "; ".join(f"{path}: {digest[:12]}" for path, digest in digests.items())
-        raise ValueError(f"the data folders were prepared with different tokenizers ({listed}); prepare them with one")
-    for path, manifest in manifests.items():
-        return Vocabulary(manifest["tokenizer"], data.tokenizer or path)
-    if named is None:
-        return Vocabulary(None, None)
-    entry = {"kind": named.kind, "sha256": named.fingerprint, "vocab_size": named.vocab_size}
-    return Vocabulary(entry, data.tokenizer)
-
-
-def check_vocabulary(config: Config, vocabulary: Vocabulary) -> None:
-    """Refuse a model that was not made for the data's tokenizer.
-
-    Raises:
-        ValueError: the vocabularies differ in size.
-    """
-    if vocabulary.entry is not None and config.vocab_size != vocabulary.entry["vocab_size"]:
-        raise ValueError(
-            f"model.vocab_size={config.vocab_size}, but the data was prepared with a tokenizer of "
-            f"{vocabulary.entry['vocab_size']} tokens; leave model.vocab_size out to follow the data, or prepare the "
-            f"data with the model's tokenizer"
-        )
-
-
-def vocabulary_size(given: int | None, vocabulary: Vocabulary) -> int:
-    """Ids of the model: as many as the tokenizer has, or as the settings say where no tokenizer is known.
-
-    Raises:
-        ValueError: nobody says.
-    """
-    if vocabulary.entry is not None:
-        return vocabulary.entry["vocab_size"]
-    if given is None:
+    entry = corpus.tokenizer_entry
+    if entry is None and model.vocab_size is None:
         raise ValueError(
             "the data does not say how many token ids there are; give data.tokenizer, the tokenizer that it was made "
             "with, or model.vocab_size if there is none (then there are no bits per byte)"
         )
-    return given
+    config = model.resolve(model.vocab_size or 0 if entry is None else entry["vocab_size"])
+    if entry is not None and config.vocab_size != entry["vocab_size"]:
+        raise ValueError(
+            f"model.vocab_size={config.vocab_size}, but the data was prepared with a tokenizer of "
+            f"{entry['vocab_size']} tokens; leave model.vocab_size out to follow the data, or prepare the data with "
+            f"the model's tokenizer"
+        )
+    return config

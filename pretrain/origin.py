@@ -1,0 +1,157 @@
+"""Where a run takes up: at its own last checkpoint, at the checkpoint it starts from, or at the beginning."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lit_gpt.checkpoint import TRAINING, detect_form, latest, read_exchange, read_training
+from lit_gpt.data_order import PROPORTIONAL
+from lit_gpt.errors import DataError
+from pretrain.config import RunConfig
+from pretrain.corpus import Corpus
+from pretrain.data import TrainData
+from pretrain.data_config import ORDER_SETTINGS, DataConfig, SegmentConfig, data_problems
+
+LEGACY = "legacy"
+
+
+def own_state(out_dir: Path) -> dict[str, Any] | None:
+    """state.json of the run's last checkpoint; None if it has none."""
+    folder = out_dir / "checkpoints"
+    for deep in (False, True):  # a damaged one is passed over when the run resumes; checking costs a whole read
+        path = latest(folder, deep=deep, on_skip=lambda *_: None)
+        if path is None:
+            return None
+        try:
+            return read_training(path, verify=False).state
+        except DataError:
+            if deep:
+                raise
+    return None
+
+
+def parent_state(config: RunConfig) -> dict[str, Any]:
+    """What `init_from` says of itself: state.json, or growth.json of an exchange form; a foreign one says nothing."""
+    if config.init_from is None:
+        return {}
+    source = Path(config.init_from)
+    if detect_form(source) == TRAINING:
+        return read_training(source, verify=False).state
+    return read_exchange(source).provenance or {}
+
+
+def check_tokenizer(state: Mapping[str, Any], corpus: Corpus) -> None:
+    """Refuse data whose token ids mean something else than those a checkpoint was trained on.
+
+    Raises:
+        ValueError: with both fingerprints.
+    """
+    before, now = state.get("tokenizer"), corpus.tokenizer_entry
+    if before and now and before["sha256"] != now["sha256"]:
+        raise ValueError(
+            f"the checkpoint was trained with another tokenizer ({before['sha256'][:12]}) than the data's "
+            f"({now['sha256'][:12]}); prepare the data with the checkpoint's own: scripts/prepare.py --tokenizer PATH"
+        )
+
+
+def continued_settings(data: DataConfig, saved: Mapping[str, Any] | None) -> tuple[DataConfig, list[str]]:
+    """The data settings of a run that starts from a checkpoint: what is not given is what its data object says.
+
+    Args:
+        data: as given.
+        saved: the checkpoint's data object, if it has one.
+
+    Returns:
+        The settings in force, and a line for the log for each that was taken over.
+
+    Raises:
+        ValueError: the checkpoint's sources have other names.
+    """
+    if saved is None or data.start_position is not None:
+        return data, []
+    kind = saved.get("order", "permuted")
+    if data.order not in (None, kind):
+        return data, []  # check_state says what differs
+    taken = {key: value for key, value in _order_settings(saved).items() if getattr(data, key) is None}
+    if data.weights is not None or data.segments is not None:
+        taken = {key: value for key, value in taken.items() if key not in ("weights", "segments")}
+    strange = sorted(_names_in(taken) - set(data.train_paths()))
+    if strange and data.allow_order_change:
+        taken = {key: value for key, value in taken.items() if key not in ("weights", "segments")}
+    elif strange:
+        raise ValueError(
+            f"init_from was trained on the sources {sorted(saved['sources'])} with weights, data.train names "
+            f"{sorted(data.train_paths())}; name them alike (data.train.NAME PATH), or give data.weights and "
+            f"data.allow_order_change, or start in new data by hand with data.start_position"
+        )
+    settings = dataclasses.replace(data, **taken)
+    problems = data_problems(settings)
+    if problems:
+        raise ValueError("\n".join(["with what init_from brings along:", *problems]))
+    return settings, [f"data.{key} as in init_from: {_shown(value)}" for key, value in taken.items()]
+
+
+def _order_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A data object's order in the terms of the settings; only what is not the default."""
+    found: dict[str, Any] = {}
+    if saved.get("order") == LEGACY:
+        found = {"order": LEGACY, "legacy_world_size": saved["world_size"], "weights": saved.get("weights")}
+    elif [weights for _, weights in saved["segments"]] != [PROPORTIONAL]:
+        segments = [SegmentConfig(start, dict(weights)) for start, weights in saved["segments"]]
+        found = {"weights": segments[0].weights} if len(segments) == 1 else {"segments": segments}
+    found |= {key: saved.get(key) for key in ("skips", "window")}
+    assert set(found) <= set(ORDER_SETTINGS)
+    return {key: value for key, value in found.items() if value}
+
+
+def _names_in(taken: Mapping[str, Any]) -> set[str]:
+    """Sources that the weights among some settings name."""
+    all_weights = [taken.get("weights") or {}, *(segment.weights for segment in taken.get("segments") or [])]
+    return {name for weights in all_weights for name in weights}
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], SegmentConfig):
+        return ", ".join(f"{segment.weights} from sample {segment.start:,}" for segment in value)
+    return str(value)
+
+
+def first_position(config: RunConfig, train: TrainData, saved: Mapping[str, Any] | None) -> int:
+    """Where the data of a run begins that has no checkpoint of its own yet.
+
+    Raises:
+        ValueError: the data is not what `saved` was trained on, and nobody allowed that.
+    """
+    if config.data.start_position is not None:
+        return config.data.start_position
+    return 0 if saved is None else continued_position(train, saved)
+
+
+def continued_position(train: TrainData, saved: Mapping[str, Any]) -> int:
+    """Where a data object goes on in this data.
+
+    Raises:
+        ValueError: naming the field that differs, unless data.allow_order_change.
+    """
+    try:
+        train.packed.check_state(saved)
+    except ValueError as error:
+        if not train.settings.allow_order_change:
+            raise
+        sys.stderr.write(f"warning: data.allow_order_change: {str(error).splitlines()[0]}\n")
+        if saved["block"] != train.packed.block_size:
+            sys.stderr.write(f"warning: {new_phase(train, saved)}\n")
+            return 0
+    return saved["position"]
+
+
+def new_phase(train: TrainData, saved: Mapping[str, Any]) -> str:
+    """What it means that samples of another length cannot be told from those that were read."""
+    return (
+        f"block_size was {saved['block']} and is {train.packed.block_size}, so samples are cut anew and the data "
+        f"starts over at sample 0"
+    )
