@@ -1,7 +1,8 @@
 """Cost of the data order at the scale of 1e12 tokens: time and memory to build the index, and to jump into it.
 
-Run `python -m benchmarks.data_index`; it writes results/data_index.json. The files are simulated, only their lengths
-exist. Half a million of them is the layout of TinyLlama (2049 x 1024 tokens each); our own writer makes 1 GB files.
+Run `python -m benchmarks.data_index`; it writes results/data_index.json. The files are simulated: their names and
+lengths exist, in the same table as those of real files. Half a million of them is the layout of TinyLlama (2049 x 1024
+tokens each); our own writer makes 1 GB files.
 """
 
 from __future__ import annotations
@@ -17,24 +18,39 @@ import numpy as np
 
 from benchmarks.machine import describe
 from lit_gpt.data_order import DataOrder
+from lit_gpt.file_names import FileNames
+from lit_gpt.packed_dataset import HEADER
+from lit_gpt.token_files import TokenFiles
 from lit_gpt.token_source import SampleIndex
 
 TOKENS = 10**12
 BLOCK_SIZE = 2048
 FILE_TOKENS = {"TinyLlama, 2049 * 1024 tokens per file": 2049 * 1024, "ours, 2**29 tokens per file": 2**29}
+FILES_PER_PROCESS = 8192
 LIMIT_SECS, LIMIT_BYTES = 1.0, 50_000_000
 REPEATS = 7
 JUMPS = 200
 RESULT = Path(__file__).parent / "results" / "data_index.json"
 
 
-def build(file_tokens: int) -> tuple[DataOrder, list[SampleIndex]]:
-    """Two sources with weights, all their indices, and the order over both."""
+def build(file_tokens: int) -> tuple[DataOrder, list[SampleIndex], dict[str, TokenFiles]]:
+    """Two sources with weights: the order over both, the index of each, and the files of each."""
     n_files = -(-TOKENS // file_tokens)
     counts = {"web": n_files * 7 // 10, "code": n_files - n_files * 7 // 10}
-    indices = {name: SampleIndex(np.full(count, file_tokens), BLOCK_SIZE) for name, count in counts.items()}
+    files = {name: simulated(name, count, file_tokens) for name, count in counts.items()}
+    indices = {name: SampleIndex(each.n_tokens, BLOCK_SIZE) for name, each in files.items()}
     order = DataOrder({name: index.n_samples for name, index in indices.items()}, 3407, {"web": 0.69, "code": 0.31})
-    return order, [indices[name] for name in order.names]
+    return order, [indices[name] for name in order.names], files
+
+
+def simulated(name: str, count: int, file_tokens: int) -> TokenFiles:
+    """The table that `find_token_files` reads from its cache, with names as the lineage's writer gives them."""
+    numbers = np.arange(count)
+    processes = numbers // FILES_PER_PROCESS
+    groups = [(f"prepared/train_{name}_{process}_", ".bin") for process in range(int(processes.max()) + 1)]
+    names = FileNames(groups, processes.astype(np.int32), numbers % FILES_PER_PROCESS, np.full(count, 10, np.uint8))
+    columns = (np.full(count, file_tokens), np.full(count, HEADER.size), np.zeros((count, 32), np.uint8))
+    return TokenFiles(names, *columns, dtype=np.dtype("<u2"), kind="litpkds")
 
 
 def locate(order: DataOrder, indices: list[SampleIndex], positions: np.ndarray) -> None:
@@ -47,7 +63,7 @@ def locate(order: DataOrder, indices: list[SampleIndex], positions: np.ndarray) 
 def measure(file_tokens: int) -> dict[str, Any]:
     build_secs = [timed(lambda: build(file_tokens)) for _ in range(REPEATS)]
     tracemalloc.start()
-    order, indices = build(file_tokens)
+    order, indices, files = build(file_tokens)
     locate(order, indices, np.arange(10**8, 10**8 + 1024))
     kept_bytes, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -55,7 +71,7 @@ def measure(file_tokens: int) -> dict[str, Any]:
     jump_secs = [timed(lambda start=start: locate(order, indices, np.arange(start, start + 1))) for start in starts]
     batch_secs = [timed(lambda start=start: locate(order, indices, np.arange(start, start + 1024))) for start in starts]
     return {
-        "files": -(-TOKENS // file_tokens),
+        "files": sum(len(each) for each in files.values()),
         "samples": sum(index.n_samples for index in indices),
         "build_secs_median": statistics.median(build_secs),
         "build_secs_max": max(build_secs),

@@ -17,7 +17,7 @@ from lit_gpt.errors import DataError
 from lit_gpt.file_names import FileNames
 from lit_gpt.packed_dataset import MANIFEST, TokenFile
 from lit_gpt.token_formats import Described, describe_file, given_dtype, head_digest
-from lit_gpt.token_listing import list_files, load_arrays, save_arrays
+from lit_gpt.token_listing import Listing, list_files, load_arrays, save_arrays
 
 TABLE_VERSION = 1  # of the cached table; raise it when the same files would give another table
 THREADS = 16  # files are opened in parallel where there are many: on a network each open is a wait
@@ -98,9 +98,9 @@ class TokenFiles(Sequence[TokenFile]):
         """sha256 over names, sizes and first tokens, in this order; the folder plays no part."""
         digest = sha256()
         stored_as = self.dtype.str
-        for path, n_tokens, head in zip(self.names, self.n_tokens.tolist(), self.heads, strict=True):
-            digest.update(f"{os.path.basename(path)}\x1f{n_tokens}\x1f{stored_as}\x1f".encode())
-            digest.update(head.tobytes())
+        columns = (self.names.without_folders(), self.n_tokens.tolist(), self.heads)
+        for name, n_tokens, head in zip(*columns, strict=True):
+            digest.update(f"{name}\x1f{n_tokens}\x1f{stored_as}\x1f".encode() + head.tobytes())
         return digest.hexdigest()
 
 
@@ -132,18 +132,24 @@ def find_token_files(
     path = os.fspath(Path(path))
     listing = list_files(path, split)
     key = "" if cache is None else listing.key([TABLE_VERSION, os.path.abspath(path), dtype, trim])
-    files = None if cache is None else _load(cache, key, listing.names)
-    if files is None:
-        files = _describe_files(listing.names, given)
-        if trim and files.kind == "litpkds" and listing.announced_tokens is None:
-            files = _without_padding(files)
-        files.notes += listing.notes
-        if cache is not None:
-            files.notes += _save(cache, key, files)
-    if trim and listing.announced_tokens is None:
-        files = _without_empty(files)
+    stored = None if cache is None else load_arrays(cache, key, len(listing.names))
+    ours = listing.announced_tokens is not None
+    table = _described(listing, given, trim and not ours) if stored is None else _restored(listing.names, *stored)
+    files = _without_empty(table) if trim and not ours else table
     _check_total(path, listing.announced_tokens, files)
+    if stored is not None:
+        files.fingerprint = stored[0]["fingerprint"]
+    elif cache is not None:
+        files.notes += _save(cache, key, table, files.fingerprint)
     return files
+
+
+def _described(listing: Listing, dtype: np.dtype | None, trim: bool) -> TokenFiles:
+    table = _describe_files(listing.names, dtype)
+    if trim and table.kind == "litpkds":
+        table = _without_padding(table)
+    table.notes += listing.notes
+    return table
 
 
 def _check_total(path: str, announced: int | None, files: TokenFiles) -> None:
@@ -250,19 +256,16 @@ def _last_run(file: TokenFile) -> tuple[int, int]:
     return run, token
 
 
-def _save(cache: Path, key: str, files: TokenFiles) -> tuple[str, ...]:
-    arrays = {"n_tokens": files.n_tokens, "byte_offset": files.byte_offset, "heads": files.heads}
-    facts = {"dtype": files.dtype.str, "kind": files.kind, "notes": files.notes, "tokenizer": files.tokenizer}
-    problem = save_arrays(cache, key, facts, arrays)
+def _save(cache: Path, key: str, table: TokenFiles, fingerprint: str) -> tuple[str, ...]:
+    """table: every file of the listing, in its order, so that names need not be stored."""
+    facts = {"dtype": table.dtype.str, "kind": table.kind, "notes": table.notes, "tokenizer": table.tokenizer}
+    arrays = {"n_tokens": table.n_tokens, "byte_offset": table.byte_offset, "heads": table.heads}
+    problem = save_arrays(cache, key, facts | {"fingerprint": fingerprint}, arrays)
     return (problem,) if problem else ()
 
 
-def _load(cache: Path, key: str, names: FileNames) -> TokenFiles | None:
-    stored = load_arrays(cache, key, len(names))
-    if stored is None:
-        return None
-    facts, arrays = stored
-    options = {"kind": facts["kind"], "notes": facts["notes"], "tokenizer": facts["tokenizer"]}
+def _restored(names: FileNames, facts: dict[str, Any], arrays: dict[str, np.ndarray]) -> TokenFiles:
+    options = {name: facts[name] for name in ("kind", "notes", "tokenizer")}
     return TokenFiles(names, **arrays, dtype=np.dtype(facts["dtype"]), **options)
 
 
