@@ -14,7 +14,9 @@ import numpy as np
 from lit_gpt.errors import DataError
 from lit_gpt.packed_dataset import MANIFEST, TokenFile, load_manifest
 from lit_gpt.prepared_check import RecordedSplit, explain
-from lit_gpt.token_files import TokenFiles, detect_separator, find_token_files
+from lit_gpt.token_files import detect_separator, find_token_files
+from lit_gpt.token_formats import describe_file, given_dtype
+from lit_gpt.token_listing import list_files
 from lit_gpt.token_scan import DocumentLengths, IdCounts, Scan, scan_file
 from lit_gpt.token_text import TokenText
 from lit_gpt.tokenizer import Tokenizer
@@ -94,9 +96,7 @@ def open_data(
     notes: list[str] = []
     if manifest is None:
         vocabulary = _given_vocabulary(tokenizer, vocab_size, separator_id)
-        found = find_splits(path, split, dtype)
-        splits = [Split(name, files.kind, files) for name, files in found.items()]
-        notes += [note for files in found.values() for note in files.notes]
+        splits = _given_splits(os.fspath(path), split, dtype, problems, notes)
     else:
         given = {"dtype": dtype, "vocab_size": vocab_size, "separator_id": separator_id}
         _refuse_known({name: value for name, value in given.items() if value is not None}, Path(path))
@@ -158,25 +158,45 @@ def _prepared_splits(path: Path, manifest: Mapping[str, Any], split: str | None,
     return [Split(record.split, "litpkds", record.open_files(problems), record) for record in records]
 
 
-def find_splits(
-    path: str | os.PathLike[str], split: str | None = None, dtype: str | None = None
-) -> dict[str, TokenFiles]:
-    """Split -> its files, of every split there is. A file or a pattern is one split.
+def _given_splits(
+    path: str, split: str | None, dtype: str | None, problems: list[str], notes: list[str]
+) -> list[Split]:
+    """Every split there is; a file or a pattern is one.
 
     Raises:
         FileNotFoundError: there is none.
     """
-    names = SPLITS if split is None and Path(path).is_dir() else (split or SPLITS[0],)
-    found: dict[str, TokenFiles] = {}
+    names = SPLITS if split is None and os.path.isdir(path) else (split or SPLITS[0],)
+    found: list[Split] = []
     missing: list[FileNotFoundError] = []
     for name in names:
         try:
-            found[name] = find_token_files(path, name, dtype=dtype)
+            files = find_token_files(path, name, dtype=dtype)
+            notes += files.notes
+            found.append(Split(name, files.kind, files))
         except FileNotFoundError as error:
             missing.append(error)
+        except DataError as error:
+            found.append(_whole_files(path, name, dtype, str(error), problems))
     if not found:
         raise missing[0]
     return found
+
+
+def _whole_files(path: str, split: str, dtype: str | None, reason: str, problems: list[str]) -> Split:
+    """The files of a split that cannot be read as one, with a line in `problems` for each that is to blame."""
+    files: list[TokenFile] = []
+    kinds: list[str] = []
+    to_blame: list[str] = []
+    for name in list_files(path, split).names:
+        try:
+            described = describe_file(name, given_dtype(dtype))
+            files.append(described.file)
+            kinds.append(described.kind)
+        except (DataError, OSError) as error:
+            to_blame.append(explain(error))
+    problems += to_blame or [reason]
+    return Split(split, kinds[0] if kinds else "unreadable", files)
 
 
 def read_all(

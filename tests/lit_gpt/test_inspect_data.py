@@ -289,12 +289,33 @@ def test_a_tokenizer_bounds_the_ids_of_files_from_elsewhere(tmp_path):
         check_data(tmp_path, tokenizer="bytes", vocab_size=300)
 
 
-def test_a_damaged_header_of_files_from_elsewhere_is_refused(tmp_path):
-    write_token_file(tmp_path / "train_0.bin", np.arange(50), np.uint16)
-    (tmp_path / "train_0.bin").write_bytes((tmp_path / "train_0.bin").read_bytes()[:-1])
+def test_every_damaged_header_of_files_from_elsewhere_is_named_and_the_whole_files_are_read(tmp_path):
+    for number in range(5):
+        write_token_file(tmp_path / f"train_{number}.bin", np.arange(50), np.uint16)
+    for number in (1, 3):
+        path = tmp_path / f"train_{number}.bin"
+        path.write_bytes(path.read_bytes()[:-1])
 
-    with pytest.raises(DataError, match="train_0.bin is truncated"):
+    found = check_data(tmp_path, vocab_size=49)
+
+    names = [f"train_{number}.bin" for number in (1, 3, 0, 2, 4)]
+    assert [name in problem for name, problem in zip(names, found.problems, strict=True)] == [True] * 5
+    assert ["truncated" in problem for problem in found.problems] == [True, True, False, False, False]
+    assert (found.splits[0].files, found.splits[0].tokens) == (3, 150)
+
+
+def test_files_of_two_types_are_a_problem(tmp_path):
+    write_token_file(tmp_path / "train_0.bin", np.arange(50), np.uint16)
+    write_token_file(tmp_path / "train_1.bin", np.arange(50), np.int32)
+
+    assert "train_1.bin holds int32 tokens" in only_problem(tmp_path)
+
+
+def test_nothing_at_all_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no train"):
         check_data(tmp_path)
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        check_data(tmp_path / "nowhere")
 
 
 def test_real_tokens_of_megatron(data_dir):
