@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import shutil
+import socket
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -93,7 +94,7 @@ def sync_directory(path: str | Path) -> None:
 def write_atomically(path: str | Path, data: bytes) -> None:
     """Replace one file by another content, so that it is never there in part."""
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(data)

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import hashlib
 import json
-import multiprocessing
-import os
-import sys
-import threading
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lit_gpt.atomic import write_atomically
+from lit_gpt.atomic import check_free_space, write_atomically
 from lit_gpt.errors import DataError
-from lit_gpt.packed_dataset import TokenFileWriter, read_header, token_dtype
+from lit_gpt.packed_dataset import HEADER, TokenFileWriter, read_header, token_dtype
 from lit_gpt.tokenizer import Tokenizer
 from prep.corpus import InputFile, Reading, read_documents
+from prep.formats import PACKED_SUFFIXES, WrongKeyError
 
 SPLITS = ("train", "validation")
 MIN_BYTES, MAX_BYTES = 8_000_000, 2_000_000_000  # 2 GB of text is about 1 GB of tokens and 7 CPU-minutes
 UNITS_WANTED = 64
 BATCH_CHARACTERS = 500_000
+PACKED_EXPANSION = 3  # bytes of text behind one byte of a packed file, roughly: to size units and to tell progress
+
+Advance = Callable[[int, int], None]
+"""Told of work done: bytes of text, and about how many bytes of text the input had in all that was read."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,13 @@ class Unit:
     plan_id: str
     separator_id: int | None
     reading: Reading
+    skip_bad_files: bool = False
+    """Whether a damaged file is kept up to the damage; otherwise it fails the unit."""
+
+    @property
+    def n_bytes(self) -> int:
+        """About the bytes of text in the files."""
+        return sum(map(text_bytes, self.files))
 
     def path(self, split: str, suffix: str) -> Path:
         return Path(self.out, f"{split}_{self.number:06d}{suffix}")
@@ -55,7 +63,10 @@ class Unit:
             receipt = self.receipt(split)
             if receipt["plan_id"] != self.plan_id:
                 return False
-            return receipt["file"] is None or read_header(self.path(split, ".bin")).n_tokens == receipt["tokens"]
+            if receipt["file"] is None:
+                return True
+            file = read_header(self.path(split, ".bin"))  # which compares its size with the number of tokens
+            return (file.n_tokens, file.end_bytes) == (receipt["tokens"], receipt["bytes"])
         except (FileNotFoundError, DataError):
             return False
 
@@ -65,18 +76,26 @@ class Unit:
                 self.path(split, suffix).unlink(missing_ok=True)
 
 
-def group_files(files: list[InputFile]) -> list[tuple[InputFile, ...]]:
-    """Cut the list into groups of about equal size: enough of them to share out, none too large to repeat."""
-    total_bytes = sum(file.n_bytes for file in files)
-    limit = min(MAX_BYTES, max(MIN_BYTES, total_bytes // UNITS_WANTED))
+def text_bytes(file: InputFile) -> int:
+    """About the bytes of text that a file holds, judged by its name and size."""
+    return file.n_bytes * (PACKED_EXPANSION if file.name.endswith((*PACKED_SUFFIXES, ".parquet")) else 1)
+
+
+def bytes_per_unit(files: list[InputFile]) -> int:
+    """Text for one unit: enough units to share out, none too large to repeat."""
+    return min(MAX_BYTES, max(MIN_BYTES, sum(map(text_bytes, files)) // UNITS_WANTED))
+
+
+def group_files(files: list[InputFile], limit_bytes: int) -> list[tuple[InputFile, ...]]:
+    """Cut the list into groups of at most so many bytes of text; a larger file is a group of its own."""
     groups: list[list[InputFile]] = [[]]
     size = 0
     for file in files:
-        if groups[-1] and size + file.n_bytes > limit:
+        if groups[-1] and size + text_bytes(file) > limit_bytes:
             groups.append([])
             size = 0
         groups[-1].append(file)
-        size += file.n_bytes
+        size += text_bytes(file)
     return [tuple(group) for group in groups]
 
 
@@ -84,7 +103,7 @@ class SplitWriter:
     """Collects the documents of one split of one unit and writes them as one token file, if there are any."""
 
     def __init__(self, unit: Unit, split: str, tokenizer: Tokenizer, stack: contextlib.ExitStack) -> None:
-        self.path, self.plan_id, self.tokenizer, self.stack = unit.path(split, ".bin"), unit.plan_id, tokenizer, stack
+        self.unit, self.path, self.tokenizer, self.stack = unit, unit.path(split, ".bin"), tokenizer, stack
         self.separator = [] if unit.separator_id is None else [np.array([unit.separator_id])]
         self.byte_lengths = byte_lengths_of(tokenizer)
         self.texts: list[str] = []
@@ -104,29 +123,35 @@ class SplitWriter:
         if self.writer is None:
             self.writer = self.stack.enter_context(TokenFileWriter(self.path, token_dtype(self.tokenizer.vocab_size)))
         encoded = self.tokenizer.encode_batch(self.texts)
-        for text, ids in zip(self.texts, encoded, strict=True):
-            self._count(text.encode(), ids)
-        self.writer.write(np.concatenate([part for ids in encoded for part in (ids, *self.separator)]))
+        tokens = np.concatenate([part for ids in encoded for part in (ids, *self.separator)])
+        self._count(tokens)
+        self.writer.write(tokens)
         self.texts, self.waiting_characters = [], 0
 
-    def _count(self, data: bytes, ids: np.ndarray) -> None:
-        self.digest.update(len(data).to_bytes(8, "little") + data)
-        self.documents += 1
-        self.text_bytes += len(data)
+    def _count(self, tokens: np.ndarray) -> None:
+        """tokens: (k,) int64 of all waiting texts, with their separators."""
+        for data in map(str.encode, self.texts):
+            self.digest.update(len(data).to_bytes(8, "little") + data)
+            self.text_bytes += len(data)
+        self.documents += len(self.texts)
         if self.byte_lengths is not None:
-            self.table_bytes += int(self.byte_lengths[ids].sum()) - self.tokenizer.bytes_added_per_text
+            beside_text = self.tokenizer.bytes_added_per_text
+            if self.unit.separator_id is not None:
+                beside_text += int(self.byte_lengths[self.unit.separator_id])
+            self.table_bytes += int(self.byte_lengths[tokens].sum()) - beside_text * len(self.texts)
 
-    def receipt(self, counters: Counter[str]) -> dict[str, Any]:
+    def receipt(self) -> dict[str, Any]:
+        n_tokens = self.writer.n_tokens if self.writer else 0
         return {
-            "plan_id": self.plan_id,
+            "plan_id": self.unit.plan_id,
             "file": self.path.name if self.writer else None,
+            "bytes": HEADER.size + n_tokens * self.writer.dtype.itemsize if self.writer else 0,
             "documents": self.documents,
-            "tokens": self.writer.n_tokens if self.writer else 0,
+            "tokens": n_tokens,
             "text_bytes": self.text_bytes,
             "table_bytes": None if self.byte_lengths is None else self.table_bytes,
             "crc32": self.writer.crc32 if self.writer else 0,
             "text_sha256": self.digest.hexdigest(),
-            "counters": dict(sorted((+counters).items())),
         }
 
 
@@ -138,53 +163,63 @@ def byte_lengths_of(tokenizer: Tokenizer) -> np.ndarray | None:
         return None
 
 
-def run_unit(unit: Unit) -> None:
-    """Write the token files of one unit, then their receipts. Does nothing where all is there already."""
-    if unit.is_done():
-        return
-    tokenizer = Tokenizer.load(unit.out)
-    counters: Counter[str] = Counter()
+@dataclass
+class Reader:
+    """Reads the files of a unit one after the other, and keeps account of what was wrong with them."""
+
+    unit: Unit
+    advance: Advance
+    counters: Counter[str]
+    bad_files: list[dict[str, Any]]
+
+    def documents(self) -> Iterator[tuple[str, str]]:
+        """(split, text) of every document.
+
+        Raises:
+            DataError: a file is damaged, unless such files are to be skipped.
+        """
+        for file in self.unit.files:
+            yield from self._documents_of(file)
+
+    def _documents_of(self, file: InputFile) -> Iterator[tuple[str, str]]:
+        documents = seen_bytes = 0
+        try:
+            for split, text in read_documents(file, self.unit.reading, self.counters):
+                documents += 1
+                read_bytes = min(len(text), text_bytes(file) - seen_bytes)
+                seen_bytes += read_bytes
+                self.advance(len(text), read_bytes)
+                yield split, text
+        except WrongKeyError:
+            raise
+        except DataError as error:
+            if not self.unit.skip_bad_files:
+                raise DataError(f"{error}. Or keep what is before the damage: --on-bad-file skip") from error
+            reason = str(error).replace(file.path, file.name)  # receipts say the same wherever the corpus lies
+            self.bad_files.append({"name": file.name, "reason": reason, "documents": documents})
+            self.counters["bad_files"] += 1
+        self.advance(0, text_bytes(file) - seen_bytes)
+
+
+def run_unit(unit: Unit, tokenizer: Tokenizer, advance: Advance) -> None:
+    """Write the token files of one unit, then their receipts.
+
+    Raises:
+        DataError: a damaged file. OSError: the disk may be too small for what could come.
+    """
+    check_free_space(unit.out, unit.n_bytes * token_dtype(tokenizer.vocab_size).itemsize)  # at most a token per byte
+    reader = Reader(unit, advance, Counter(), [])
     with contextlib.ExitStack() as stack:
         writers = {split: SplitWriter(unit, split, tokenizer, stack) for split in SPLITS}
-        for file in unit.files:
-            for split, text in read_documents(file, unit.reading, counters):
-                writers[split].add(text)
+        for split, text in reader.documents():
+            writers[split].add(text)
         for writer in writers.values():
             writer.flush()
     for split, writer in writers.items():
-        receipt = writer.receipt(counters if split == "train" else Counter())
+        receipt = writer.receipt()
+        if split == SPLITS[0]:  # counts of what happened before the split was known
+            receipt |= {"counters": dict(sorted((+reader.counters).items())), "bad_files": reader.bad_files}
         write_atomically(unit.path(split, ".json"), to_json(receipt))
-
-
-def run_units(units: list[Unit], workers: int) -> None:
-    """Run all units, in this process or in several. The output does not depend on how many."""
-    if workers == 1 or len(units) == 1:
-        for number, unit in enumerate(units):
-            run_unit(unit)
-            _show_progress(number + 1, len(units))
-        return
-    context = multiprocessing.get_context("spawn")  # forking a process with threads of a tokenizer may deadlock
-    with concurrent.futures.ProcessPoolExecutor(min(workers, len(units)), context, _die_with_parent) as pool:
-        try:
-            futures = [pool.submit(run_unit, unit) for unit in units]
-            for number, done in enumerate(concurrent.futures.as_completed(futures)):
-                done.result()
-                _show_progress(number + 1, len(units))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _die_with_parent() -> None:
-    """Without this, the workers of a killed run wait for work for ever."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def _show_progress(done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        print(f"\r{done} of {total} units", end="\n" if done == total else "", file=sys.stderr)
 
 
 def to_json(value: Any) -> bytes:

@@ -4,108 +4,20 @@ from __future__ import annotations
 
 import errno
 import gzip
-import importlib
 import json
 import os
 import random
 import re
 import signal
 import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
-import numpy as np
 import pytest
 
-from lit_gpt.errors import EXIT_DATA, EXIT_USAGE, run_command
+from lit_gpt.errors import EXIT_DATA, EXIT_USAGE
 from lit_gpt.packed_dataset import load_manifest
 from lit_gpt.token_files import find_token_files
-from lit_gpt.tokenizer import Tokenizer
-
-WORDS = "the of and to in a is that for it was on are as with his they at be this from have or by one had not".split()
-
-
-@pytest.fixture(scope="module")
-def prepare(root):
-    """The script as a module."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(root / "scripts"))
-        yield importlib.import_module("prepare")
-
-
-@pytest.fixture
-def units(prepare):
-    return sys.modules["prep.units"]
-
-
-@pytest.fixture
-def corpus(prepare):
-    return sys.modules["prep.corpus"]
-
-
-@pytest.fixture
-def run(prepare, capsys):
-    """Run the command in this process; gives (exit code, stdout, stderr)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = run_command(lambda: prepare.main([str(argument) for argument in arguments]))
-        return code, *capsys.readouterr()
-
-    return call
-
-
-@pytest.fixture
-def start(root):
-    """Start a program that has the script's modules and the given arguments, in a process of its own."""
-
-    def call(program: str, *arguments: object) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-c", program, *map(str, arguments)],
-            cwd=root / "scripts",
-            env={**os.environ, "PYTHONPATH": str(root)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    return call
-
-
-def make_texts(n: int, seed: int = 0) -> list[str]:
-    rng = random.Random(seed)
-    return [f"Document {i}.\n" + " ".join(rng.choices(WORDS, k=rng.randint(5, 300))) + "\n" for i in range(n)]
-
-
-def write_corpus(folder: Path, texts: list[str], per_file: int = 20) -> Path:
-    """Some JSON lines, some of them packed, as corpora come."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, first in enumerate(range(0, len(texts), per_file)):
-        data = "".join(json.dumps({"text": text}) + "\n" for text in texts[first : first + per_file]).encode()
-        name = f"part-{number:03d}.jsonl"
-        if number % 2:
-            (folder / f"{name}.gz").write_bytes(gzip.compress(data, mtime=0))
-        else:
-            (folder / name).write_bytes(data)
-    return folder
-
-
-def documents_in(out: Path, split: str) -> list[str]:
-    """The documents that the token files hold, cut at separators."""
-    manifest, tokenizer = load_manifest(out), Tokenizer.load(out)
-    texts = []
-    for file in find_token_files(out, split):
-        tokens = np.fromfile(file.path, file.dtype, offset=file.byte_offset).astype(np.int64)
-        ends = np.flatnonzero(tokens == manifest["separator_id"])
-        assert ends[-1] == len(tokens) - 1
-        starts = [0, *(ends[:-1] + 1)]
-        texts += [tokenizer.decode(tokens[start:end]) for start, end in zip(starts, ends, strict=True)]
-    return texts
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+from tests.scripts.corpora import contents, documents_in, make_texts, write_corpus
 
 
 @pytest.mark.parametrize("tokenizer", [["--tokenizer", "bytes"], ["--vocab-size", "320"]])
@@ -207,8 +119,7 @@ def test_one_long_text_can_be_cut_into_documents(run, tmp_path):
 # Kills itself at the n-th moment at which something on the disk changes its name or is made durable.
 KILLED = """
 import os, signal, sys
-import prepare, prep.units
-prep.units.MIN_BYTES = 4000
+import prepare
 left = int(sys.argv.pop(1))
 def counted(real):
     def call(*arguments):
@@ -224,10 +135,9 @@ raise SystemExit(prepare.main())
 """
 
 
-def test_after_a_kill_at_any_moment_the_same_command_gives_the_same_bytes(start, run, units, monkeypatch, tmp_path):
-    monkeypatch.setattr(units, "MIN_BYTES", 4000)
+def test_after_a_kill_at_any_moment_the_same_command_gives_the_same_bytes(start, run, tmp_path):
     write_corpus(tmp_path / "in", make_texts(60), per_file=10)
-    options = ("--input", tmp_path / "in", "--vocab-size", 320, "--validation-fraction", 0.2)
+    options = ("--input", tmp_path / "in", "--vocab-size", 320, "--validation-fraction", 0.2, "--unit-bytes", 4000)
     assert run(*options, "--out", tmp_path / "whole")[0] == 0
     expected = contents(tmp_path / "whole")
     assert sum(name.endswith(".bin") for name in expected) > 6
@@ -241,27 +151,6 @@ def test_after_a_kill_at_any_moment_the_same_command_gives_the_same_bytes(start,
         assert contents(out) != expected
         assert run(*options, "--out", out)[0] == 0
         assert contents(out) == expected
-
-
-MANY_UNITS = "import prepare, prep.units; prep.units.MIN_BYTES = 100_000; raise SystemExit(prepare.main())"
-
-
-def test_the_number_of_workers_changes_nothing_not_even_after_a_kill(start, run, units, monkeypatch, tmp_path):
-    monkeypatch.setattr(units, "MIN_BYTES", 100_000)
-    write_corpus(tmp_path / "in", [text * 10 for text in make_texts(200)], per_file=10)
-    options = ("--input", tmp_path / "in", "--tokenizer", "bytes")
-    assert run(*options, "--out", tmp_path / "one")[0] == 0
-    assert len(load_manifest(tmp_path / "one")["splits"]["train"]["files"]) > 5
-
-    out = tmp_path / "two"
-    killed = start(MANY_UNITS, *options, "--out", out, "--workers", 2)
-    with killed:
-        while not list(out.glob("*.bin*")):
-            assert killed.poll() is None
-        killed.kill()
-        killed.communicate(timeout=60)  # returns when the last process that holds the pipe has ended: the workers too
-    assert run(*options, "--out", out, "--workers", 2)[0] == 0
-    assert contents(out) == contents(tmp_path / "one")
 
 
 def test_a_finished_folder_answers_at_once(start, run, tmp_path):
@@ -392,7 +281,8 @@ BAD_FILES = {
     "b.txt": (b"\x7fELF\0\0\0", "is not text"),
     "c.jsonl.gz": (gzip.compress(b'{"text": "abc"}\n' * 10_000)[:-20], "damaged or cut short"),
     "d.jsonl.gz": (gzip.compress(b'{"text": "abc"}\n' * 10_000)[:40] + b"x" * 40, "damaged or cut short"),
-    "e.parquet": (b"PAR1", ".parquet files cannot be read"),
+    "e.parquet": (b"PAR1", "damaged or cut short"),
+    "f.jsonl": (b"BZh91AY&SY", "cannot be read; unpack it"),
 }
 
 

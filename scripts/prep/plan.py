@@ -1,0 +1,267 @@
+"""The plan of a preparation: all that decides its bytes, written down first; and who may work on a folder."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lit_gpt.atomic import write_atomically
+from lit_gpt.errors import DataError
+from lit_gpt.packed_dataset import MANIFEST, read_header
+from lit_gpt.tokenizer import BYTES_MARKER, Tokenizer, file_sha256, tokenizer_file
+from lit_gpt.tokenizer import FILE_NAMES as TOKENIZER_FILES
+from prep.bpe import train_bpe
+from prep.corpus import SPLIT_BUCKETS, InputFile, Reading, content_digests
+from prep.units import Unit, bytes_per_unit, group_files, read_json, to_json
+
+PLAN = "plan.json"
+FORMAT = 2
+DEFAULT_VALIDATION_FRACTION = 0.05
+NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)  # what file systems without links say
+ABANDONED_SECS = 86_400  # a temporary of another machine's process, of which we cannot see whether it lives
+
+
+def make_plan(args: argparse.Namespace, files: list[InputFile], source: str) -> dict[str, Any]:
+    """All that decides the output, as plain data. Does not depend on workers, on tasks, or on folder names."""
+    fraction = DEFAULT_VALIDATION_FRACTION if args.validation_fraction is None else args.validation_fraction
+    inputs = [
+        {"name": file.name, "bytes": file.n_bytes, "split": file.split, "digest": digest}
+        for file, digest in zip(files, content_digests(files), strict=True)
+    ]
+    plan = {
+        "format": FORMAT,
+        "source": source,
+        "inputs": inputs,
+        "tokenizer": _planned_tokenizer(args),
+        "separator": "none" if args.no_separator else "eos" if args.separator_id is None else args.separator_id,
+        "text_key": args.text_key,
+        "drop": [list(each) for each in args.drop],
+        "document_bytes": args.document_bytes,
+        "split": args.split,
+        "validation_buckets": round(fraction * SPLIT_BUCKETS),
+        "percentage": args.percentage,
+        "unit_bytes": args.unit_bytes or bytes_per_unit(files),
+    }
+    return {**plan, "plan_id": hashlib.sha256(to_json(plan)).hexdigest()}
+
+
+def _planned_tokenizer(args: argparse.Namespace) -> dict[str, Any]:
+    if args.tokenizer is None:
+        return {"train": "sentencepiece bpe", "vocab_size": args.vocab_size}
+    if args.tokenizer == "bytes":
+        return {"file": BYTES_MARKER}
+    path = tokenizer_file(Path(args.tokenizer))
+    beside = (path.with_name(name) for name in ("merges.txt", "tokenizer_config.json"))  # the other half; which is eos
+    return {"file": path.name, "sha256": [file_sha256(each) for each in (path, *beside) if each.is_file()]}
+
+
+def reading_of(plan: dict[str, Any]) -> Reading:
+    drop = tuple((key, value) for key, value in plan["drop"])
+    return Reading(plan["text_key"], plan["document_bytes"], plan["validation_buckets"], drop)
+
+
+def units_of(
+    plan: dict[str, Any], files: list[InputFile], out: Path, tokenizer: Tokenizer, *, skip_bad_files: bool
+) -> list[Unit]:
+    """The work, cut into units: the same for every number of workers and tasks."""
+    separator_id, reading = separator_of(plan, tokenizer), reading_of(plan)
+    return [
+        Unit(number, group, str(out), plan["plan_id"], separator_id, reading, skip_bad_files)
+        for number, group in enumerate(group_files(files, plan["unit_bytes"]))
+    ]
+
+
+def separator_of(plan: dict[str, Any], tokenizer: Tokenizer) -> int | None:
+    if plan["separator"] == "none":
+        return None
+    separator_id = tokenizer.eos_id if plan["separator"] == "eos" else plan["separator"]
+    if separator_id is None:
+        raise ValueError("the tokenizer has no eos token; choose --separator-id N, or --no-separator")
+    if not 0 <= separator_id < tokenizer.vocab_size:
+        raise ValueError(f"--separator-id {separator_id} is outside the vocabulary of {tokenizer.vocab_size}")
+    return separator_id
+
+
+def open_out(out: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
+    """See whether the folder is free for this plan; returns its manifest if all is done already.
+
+    Raises:
+        ValueError: the folder holds token files of another plan.
+    """
+    found = read_json(out / PLAN) if (out / PLAN).is_file() else {}
+    if found.get("plan_id") == plan["plan_id"]:
+        return _finished(out, plan)
+    if any(out.glob("*.bin")):
+        raise _another_plan(out, plan, found)
+    return None
+
+
+def _another_plan(out: Path, plan: dict[str, Any], found: dict[str, Any]) -> ValueError:
+    differing = [key for key in plan if key != "plan_id" and found.get(key) != plan[key]]
+    return ValueError(
+        f"{out} holds token files that were prepared from something else (different: {', '.join(differing)}); "
+        f"choose another --out, or delete the folder to prepare it anew"
+    )
+
+
+def _finished(out: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
+    if not (out / MANIFEST).is_file():
+        return None
+    manifest = read_json(out / MANIFEST)
+    if manifest.get("plan_id") != plan["plan_id"]:
+        return None
+    try:
+        for split in manifest["splits"].values():
+            for name in split["files"]:
+                if read_header(out / name).n_tokens != split["file_tokens"][name]:
+                    return None
+    except (FileNotFoundError, DataError):
+        return None  # the receipts find out which shard to write again
+    return manifest
+
+
+def publish_plan(out: Path, plan: dict[str, Any], args: argparse.Namespace) -> None:
+    """Write the plan, unless it is there.
+
+    Raises:
+        ValueError: a task finds another plan; its neighbours may be at work on that.
+    """
+    path = out / PLAN
+    if args.task is None:
+        if not path.is_file() or read_json(path)["plan_id"] != plan["plan_id"]:
+            _clear_out(out, args)
+            write_atomically(path, to_json(plan))
+        return
+    if not path.is_file():
+        _write_once(path, to_json(plan))
+    found = read_json(path)
+    if found["plan_id"] != plan["plan_id"]:
+        raise _another_plan(out, plan, found)
+
+
+def _write_once(path: Path, data: bytes) -> None:
+    """Write a file completely, or leave the one that another process was faster to write."""
+    whole = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    try:
+        write_atomically(whole, data)
+        os.link(whole, path)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        os.replace(whole, path)
+    finally:
+        whole.unlink(missing_ok=True)
+
+
+def _clear_out(out: Path, args: argparse.Namespace) -> None:
+    """Remove what a failed run of another plan left behind: a tokenizer found here would be taken for ours."""
+    given = Path(args.tokenizer).resolve() if args.tokenizer else None
+    for name in (PLAN, *TOKENIZER_FILES):
+        path = out / name
+        if given not in (path.resolve(), out.resolve()):
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(out: Path, *, shared: bool = False) -> Iterator[None]:
+    """Keep a second run out of the folder, or all but tasks; the system lets go of the lock even after a kill -9."""
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise DataError(f"{out} is being written by another run of this command; wait for it") from error
+        warn(f"{out} cannot be locked ({error.strerror}); do not start a second run on it")
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def without_left_overs(out: Path) -> Iterator[None]:
+    """Remove what killed processes have not finished, before and after; what may still be written stays."""
+    remove_left_overs(out)
+    try:
+        yield
+    finally:
+        remove_left_overs(out)
+
+
+def remove_left_overs(out: Path) -> None:
+    """Remove the temporaries of dead processes of this machine, and old ones of others. No own one may be in use."""
+    for path in out.glob("*.tmp"):
+        with contextlib.suppress(FileNotFoundError):  # of a task that is just done with it
+            if _is_abandoned(path):
+                path.unlink()
+
+
+def _is_abandoned(path: Path) -> bool:
+    name, _, pid = path.name.removesuffix(".tmp").rpartition(".")
+    if pid.isdigit() and name.endswith(f".{socket.gethostname()}"):
+        return int(pid) == os.getpid() or not _is_alive(int(pid))  # nothing of ours is being written now
+    return time.time() - path.stat().st_mtime > ABANDONED_SECS
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+    except (OSError, IndexError):  # no Linux
+        return True
+    return state not in "ZX"  # dead, but nobody asked how it ended
+
+
+def place_tokenizer(args: argparse.Namespace, plan: dict[str, Any], files: list[InputFile], out: Path) -> Tokenizer:
+    """Put the tokenizer's file into the folder, training it if none was given.
+
+    Raises:
+        ValueError: a task without a tokenizer. DataError: another one is in the folder.
+    """
+    if args.tokenizer is not None:
+        return _copy_tokenizer(Tokenizer.load(args.tokenizer), out)
+    path = out / "tokenizer.model"
+    if not path.is_file():
+        if args.task is not None and args.task[1] > 1:
+            raise ValueError(
+                f"{out} holds no tokenizer, and every task must use the same: run the command once with --plan-only, "
+                f"which trains one, or give --tokenizer PATH"
+            )
+        train_bpe(path, files, args.vocab_size, reading_of(plan), skip_bad_files=args.on_bad_file == "skip")
+    return Tokenizer.load(path)
+
+
+def _copy_tokenizer(tokenizer: Tokenizer, out: Path) -> Tokenizer:
+    """What is there already is not written again: another task may be reading it."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(folder)
+        for saved in Path(folder).iterdir():
+            target = out / saved.name
+            if not target.is_file() or target.read_bytes() != saved.read_bytes():
+                write_atomically(target, saved.read_bytes())
+    placed = Tokenizer.load(out)
+    if placed.fingerprint != tokenizer.fingerprint:
+        raise DataError(f"{out} holds another tokenizer as well, {tokenizer_file(out).name}; delete that file")
+    return placed
+
+
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
