@@ -25,6 +25,7 @@ from lit_gpt.packed_dataset import (
 )
 from lit_gpt.token_files import TokenFiles, find_token_files
 from lit_gpt.tokenizer import FILE_NAMES, Tokenizer, tokenizer_file
+from prep.plan import locked, remove_left_overs
 from prep.units import read_json, to_json
 
 CHUNK_TOKENS = 2049 * 1024  # TinyLlama's: 1024 rows of 2048 + 1
@@ -149,10 +150,11 @@ def write_chunk(export: Export, counter: int) -> None:
 
 
 def check_ids(tokens: np.ndarray, export: Export) -> None:
-    wrong = tokens[(tokens < 0) | (tokens >= export.vocab_size)]
-    if wrong.size:
+    lowest, highest = int(tokens.min()), int(tokens.max())
+    if lowest < 0 or highest >= export.vocab_size:
+        wrong = lowest if lowest < 0 else highest
         raise DataError(
-            f"the source holds the id {wrong[0]}, outside the vocabulary of {export.vocab_size}; give the right "
+            f"the source holds the id {wrong}, outside the vocabulary of {export.vocab_size}; give the right "
             f"--vocab-size, or prepare the data again"
         )
 
@@ -250,15 +252,15 @@ def run_export(export: Export, tokenizer: Tokenizer | None) -> int:
     record = export.record(tokenizer)
     open_out(export.out, record)
     export.out.mkdir(parents=True, exist_ok=True)
-    for left_over in export.out.glob(f"{export.prefix}_0_*.tmp"):  # of a run that was killed
-        left_over.unlink()
-    missing = [counter for counter in range(export.n_chunks) if not is_done(export, counter)]
-    check_free_space(export.out, len(missing) * (HEADER.size + export.chunk_tokens * export.dtype.itemsize))
-    write_atomically(record_path(export.out, export.prefix), to_json(record))
-    if tokenizer is not None:
-        tokenizer.save(export.out)
-    for counter in missing:
-        write_chunk(export, counter)
+    with locked(export.out):
+        remove_left_overs(export.out)
+        missing = [counter for counter in range(export.n_chunks) if not is_done(export, counter)]
+        check_free_space(export.out, len(missing) * (HEADER.size + export.chunk_tokens * export.dtype.itemsize))
+        write_atomically(record_path(export.out, export.prefix), to_json(record))
+        if tokenizer is not None:
+            tokenizer.save(export.out)
+        for counter in missing:
+            write_chunk(export, counter)
     return export.n_chunks - len(missing)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import socket
 import struct
 import tempfile
 from collections.abc import Iterator
@@ -193,7 +195,7 @@ def test_a_stopped_export_is_continued_by_the_same_command(run, tmp_path: Path):
     written_ns = first.stat().st_mtime_ns
     second.unlink()
     third.write_bytes(third.read_bytes()[:-3])
-    second.with_name(f"{second.name}.host.1.tmp").write_bytes(b"half")
+    second.with_name(f"{second.name}.{socket.gethostname()}.{os.getpid()}.tmp").write_bytes(b"half")
 
     status, out, _ = run(*command)
 
