@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# Prepare data as a SLURM job array. Every task does its share of the same plan; how many there are changes nothing in
-# the output. From the root of the checkout:
+# Prepare data as a SLURM job array. Every task does its share of one plan, the last to finish writes the manifest; how
+# many there are changes nothing in the output. From the root of the checkout:
 #
 #   sbatch --array=0-7 --cpus-per-task=16 scripts/slurm/prepare.sh \
-#     --input 'SlimPajama/train/chunk*/*' --tokenizer llama --out data/slim
+#     --input 'SlimPajama/train/chunk*/*' --split train --tokenizer llama --out data/slim
 #
-# The arguments are those of scripts/prepare.py (see its --help). Relative paths start where you call sbatch.
-# When all tasks have ended, one job with the same arguments, and no array, writes the manifest:
+# The arguments are those of scripts/prepare.py (see its --help; --plan-only tells how many tasks have work). Relative
+# paths start where you call sbatch. Tasks that were cancelled, requeued or killed go on where they stopped: submit the
+# same again, with as many tasks as you like. To make sure that all is done before what needs it, let a single job of
+# the same arguments follow; where nothing is left to do it only says so:
 #
-#   sbatch --dependency=afterok:JOBID scripts/slurm/prepare.sh ...the same arguments...
+#   sbatch --dependency=afterany:JOBID scripts/slurm/prepare.sh ...the same arguments...
 #
-# A task that failed, was cancelled or requeued goes on where it stopped: submit the same command again. It is also how
-# to continue with another number of tasks. Exit codes are those of prepare.py: 2 a setting, 3 a file, 75 stopped.
+# Exit codes are those of prepare.py: 2 a setting, 3 a file, 75 stopped.
 #
 #   LIT_GROW_ROOT   root of the checkout, where sbatch is called from outside it
 #   PYTHON          interpreter with lit-grow[prep] (default: .venv/bin/python of the checkout)
