@@ -106,6 +106,8 @@ def open_train_data(
 
 
 def _find(name: str, path: str, split: str, data: DataConfig, corpus: Corpus, cache: Path | None) -> TokenFiles:
+    if cache is not None:
+        cache.mkdir(parents=True, exist_ok=True)
     return find_token_files(
         path,
         split,

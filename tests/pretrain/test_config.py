@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain.command_line import normalise, parse
-from pretrain.config import parse_token_count
+from pretrain.config import DataConfig, parse_token_count
 
 MINIMAL = {
     "out_dir": "out/x",
@@ -136,3 +136,74 @@ def test_the_shipped_configs_are_valid():
     for files in (["configs/demo.yaml"], ["configs/demo.yaml", "configs/smoke.yaml"]):
         invocation = parse([argument for file in files for argument in ("--config", file)])
         assert [stage.name for stage in invocation.config.stages] == ["base", "grown"]
+
+
+def data_error(config_file, **data) -> str:
+    with pytest.raises(ValueError) as error:
+        parse(config_file(data={"train": {"a": "x", "b": "y"}, **data}))
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"train": {}}, "data.train names no files"),
+        ({"weights": {"a": 1}}, r"data.weights names ['a'], data.train names ['a', 'b']"),
+        ({"weights": {"a": 0, "b": 0}}, "data.weights: all weights are 0"),
+        ({"weights": {"a": -1, "b": 1}}, "data.weights: -1.0 of 'a'"),
+        ({"order": "legacy"}, "data.legacy_world_size=None"),
+        ({"order": "legacy"}, "needs data.weights, those of the old run's data config"),
+        ({"order": "legacy", "legacy_world_size": 0}, "data.legacy_world_size=0"),
+        ({"legacy_world_size": 8}, "no effect without data.order=legacy"),
+        ({"order": "legacy", "window": 4}, "data.window cannot be used with order=legacy"),
+        ({"order": "legacy", "skips": [[0, 1]]}, "data.skips cannot be used with order=legacy"),
+        ({"order": "legacy", "segments": [{"start": 0, "weights": {"a": 1}}]}, "data.segments cannot be used"),
+        ({"weights": {"a": 1, "b": 1}, "segments": [{"start": 0, "weights": {"a": 1}}]}, "not both"),
+        ({"segments": []}, "data.segments start at []"),
+        ({"segments": [{"start": 5, "weights": {"a": 1}}]}, "data.segments start at [5]"),
+        ({"segments": [{"start": 0, "weights": {"a": 1}}, {"start": 0, "weights": {"b": 1}}]}, "must increase"),
+        ({"segments": [{"start": 0, "weights": {"c": 1}}]}, "data.segments[1] names ['c']"),
+        ({"segments": [{"start": 0, "weights": {"a": 0}}]}, "data.segments[1]: all weights are 0"),
+        ({"skips": [[5, 5]]}, "data.skips: [5, 5] must be [start, stop]"),
+        ({"skips": [[5]]}, "data.skips: [5] must be [start, stop]"),
+        ({"skips": [[5, 9], [0, 6]]}, "data.skips: [0, 6] and [5, 9] overlap"),
+        ({"window": 0}, "data.window=0"),
+        ({"dtype": "float32"}, "data.dtype='float32' is no type of tokens; known: uint8"),
+        ({"max_epochs": 0}, "data.max_epochs=0"),
+        ({"start_position": -1}, "data.start_position=-1"),
+    ],
+)
+def test_data_settings_that_cannot_be_are_refused(config_file, data, message):
+    assert message in data_error(config_file, **data)
+
+
+def test_an_unknown_order_is_refused(config_file):
+    assert "legacy" in data_error(config_file, order="shuffled")
+
+
+def test_a_key_of_a_segment_that_nobody_knows_is_named_with_the_nearest(config_file):
+    message = data_error(config_file, segments=[{"begin": 0, "weight": {"a": 1}}])
+    assert "data: segment 1: unknown key 'weight'; did you mean 'weights'?" in message
+
+
+def test_segments_and_skips_may_be_given_as_flags(config_file):
+    flags = ["--data.segments", "[{start: 0, weights: {somewhere: 1.5}}]", "--data.skips", "[[3, 7], [9, 10]]"]
+    data = parse([*config_file(), *flags]).config.data
+    assert [(segment.start, segment.weights) for segment in data.segments] == [(0, {"somewhere": 1.5})]
+    assert data.skips == [[3, 7], [9, 10]]
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("data/slim", "slim"),
+        ("data/slim/", "slim"),
+        ("/data/slim_star/train_slim*", "train_slim"),
+        ("data/slim/*", "slim"),
+        ("data/slim/*.bin", "slim"),
+        ("a/train_0.bin", "train_0.bin"),
+        (".", "train"),
+    ],
+)
+def test_a_source_without_a_name_has_that_of_its_path(path, name):
+    assert list(DataConfig(path).train_paths()) == [name]
