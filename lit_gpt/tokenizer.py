@@ -1,4 +1,4 @@
-"""Tokenizers behind one interface: SentencePiece `.model`, Hugging Face `tokenizer.json`, or plain bytes."""
+"""Tokenizers behind one interface: SentencePiece `.model`, Hugging Face's files, or plain bytes."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ EOS_NAMES = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>")
 BYTES_MARKER = "tokenizer_bytes.json"
 BYTES_DESCRIPTION = '{"kind": "bytes", "pad_id": 0, "bos_id": 1, "eos_id": 2, "first_byte_id": 3}\n'
 FILE_NAMES = ("tokenizer.model", "tokenizer.json", BYTES_MARKER)  # in this order: both forms of Llama's are the same
+VOCABULARY, MERGES = "vocab.json", "merges.txt"  # the two files of GPT-2, often with a prefix before both names
+CONFIG = "tokenizer_config.json"
 
 
 class Tokenizer(ABC):
@@ -32,13 +34,14 @@ class Tokenizer(ABC):
     bos_id: int | None
     eos_id: int | None
     fingerprint: str
-    """sha256 of the tokenizer's file."""
+    """sha256 of the file that `save` writes."""
     bytes_added_per_text: int
     """What `byte_lengths` counts beyond the text: 1 where encoding puts a space before it."""
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Tokenizer:
-        """`bytes`, a SentencePiece `.model`, a `tokenizer.json`, or a folder that holds one of them.
+        """`bytes`, a SentencePiece `.model`, a `tokenizer.json`, GPT-2's `vocab.json` or `merges.txt` with the other
+        beside it, or a folder that holds one of them.
 
         Raises:
             FileNotFoundError: nothing there.
@@ -159,11 +162,14 @@ class SentencePieceTokenizer(Tokenizer):
         return 1 if processor.is_byte(i) else len(processor.id_to_piece(i).replace(SPACE_PIECE, " ").encode())
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        _copy(self.path, Path(directory) / "tokenizer.model")
+        _write(Path(directory) / "tokenizer.model", self.path.read_bytes())
 
 
 class JsonTokenizer(Tokenizer):
-    """A Hugging Face `tokenizer.json`; bos and eos come from the `tokenizer_config.json` beside it, or by name."""
+    """A Hugging Face `tokenizer.json`; bos and eos come from the `tokenizer_config.json` beside it, or by name.
+
+    GPT-2's pair of files is turned into the `tokenizer.json` that means the same, and saved as that.
+    """
 
     kind = "tokenizer.json"
 
@@ -177,24 +183,27 @@ class JsonTokenizer(Tokenizer):
             ) from error
 
         self.path = path
-        self.fingerprint = file_sha256(path)
         try:
-            self._description = json.loads(path.read_text(encoding="utf-8"))
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            self._content = _as_tokenizer_json(path) if path.name.endswith(VOCABULARY) else path.read_bytes()
+            self._description = json.loads(self._content)
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(self._content)
+            self._vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+            self.vocab_size = max(self._vocabulary.values()) + 1  # get_vocab_size() is too small where ids have holes
+        except OSError:
+            raise
         except Exception as error:  # the Rust side raises bare Exception
-            raise DataError(f"{path} is not a tokenizer.json, or is damaged: {error}") from error
+            raise DataError(f"{path} is not a tokenizer of Hugging Face, or is damaged: {error}") from error
+        self.fingerprint = hashlib.sha256(self._content).hexdigest()
         self._tokenizer.no_truncation()  # a stored truncation would cut documents without a word
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # "</s>" in a web page is text, as in SentencePiece
-        self._vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(self._vocabulary.values()) + 1  # get_vocab_size() is too small where ids have holes
         self._special = {token["id"] for token in self._description.get("added_tokens", []) if token["special"]}
         self.bos_id = self._named_id("bos_token", BOS_NAMES)
         self.eos_id = self._named_id("eos_token", EOS_NAMES)
         self.bytes_added_per_text = self._count_added_bytes()
 
     def _named_id(self, role: str, names: Sequence[str]) -> int | None:
-        config = self.path.with_name("tokenizer_config.json")
+        config = self.path.with_name(CONFIG)
         if config.is_file():
             token = json.loads(config.read_text(encoding="utf-8")).get(role)
             return self._vocabulary.get(token["content"] if isinstance(token, dict) else token)
@@ -241,14 +250,42 @@ class JsonTokenizer(Tokenizer):
         return len(token.replace(SPACE_PIECE, " ").encode())
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        _copy(self.path, Path(directory) / "tokenizer.json")
-        config = self.path.with_name("tokenizer_config.json")
+        _write(Path(directory) / "tokenizer.json", self._content)
+        config = self.path.with_name(CONFIG)
         if config.is_file():
-            _copy(config, Path(directory) / config.name)
+            _write(Path(directory) / CONFIG, config.read_bytes())
+
+
+def _as_tokenizer_json(vocabulary: Path) -> bytes:
+    """The `tokenizer.json` of a byte-level BPE that is given as GPT-2's pair of files. Puts no space before a text."""
+    ids = json.loads(vocabulary.read_text(encoding="utf-8"))
+    lines = _merges_beside(vocabulary).read_text(encoding="utf-8").split("\n")
+    merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+    special = [name for name in (*BOS_NAMES, *EOS_NAMES) if name in ids]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    description = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": ids[name], "content": name, **flags} for name in sorted(special, key=ids.get)],
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": ids, "merges": merges},
+    }
+    return (json.dumps(description, ensure_ascii=False, indent=1) + "\n").encode()
+
+
+def _merges_beside(vocabulary: Path) -> Path:
+    return vocabulary.with_name(vocabulary.name.removesuffix(VOCABULARY) + MERGES)
 
 
 def well_formed(text: str) -> str:
     """The text with every lone surrogate replaced: such text, which JSON allows, has no UTF-8 form."""
+    if text.isascii():  # known without looking at the characters
+        return text
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -261,17 +298,46 @@ def file_sha256(path: Path) -> str:
 
 
 def tokenizer_file(path: Path) -> Path:
-    """The tokenizer file that a path means: itself, or the one inside a folder."""
+    """The tokenizer file that a path means: itself, or the one inside a folder; of a pair, the vocabulary."""
     if not path.exists():
         raise FileNotFoundError(f"tokenizer {path} does not exist; give a file, a folder that holds one, or 'bytes'")
     if path.is_file():
-        return path
+        return _vocabulary_of_pair(path)
     for name in FILE_NAMES:
         if (path / name).is_file():
             return path / name
-    raise FileNotFoundError(f"folder {path} holds no tokenizer; looked for {', '.join(FILE_NAMES)}")
+    pairs = [each for each in sorted(path.glob(f"*{VOCABULARY}")) if _merges_beside(each).is_file()]
+    if len(pairs) > 1:
+        raise ValueError(f"folder {path} holds several tokenizers: {', '.join(each.name for each in pairs)}; name one")
+    if not pairs:
+        known = ", ".join((*FILE_NAMES, f"{VOCABULARY} with {MERGES}"))
+        raise FileNotFoundError(f"folder {path} holds no tokenizer; looked for {known}")
+    return pairs[0]
 
 
-def _copy(src: Path, dst: Path) -> None:
-    if src.resolve() != dst.resolve():
-        write_atomically(dst, src.read_bytes())
+def _vocabulary_of_pair(path: Path) -> Path:
+    """The vocabulary where the path is one of GPT-2's two files, else the path."""
+    if path.name.endswith(MERGES):
+        vocabulary = path.with_name(path.name.removesuffix(MERGES) + VOCABULARY)
+    elif path.name.endswith(VOCABULARY):
+        vocabulary = path
+    else:
+        return path
+    for file in (vocabulary, _merges_beside(vocabulary)):
+        if not file.is_file():
+            raise FileNotFoundError(f"tokenizer {path} is one of two files, and {file.name} is not beside it; add it")
+    return vocabulary
+
+
+def tokenizer_files(path: Path) -> list[Path]:
+    """Every file that decides what the tokenizer behind a path does."""
+    file = tokenizer_file(path)
+    pair = [_merges_beside(file)] if file.name.endswith(VOCABULARY) else []
+    config = file.with_name(CONFIG)  # says which token is eos
+    return [file, *pair, *([config] if config.is_file() else [])]
+
+
+def _write(dst: Path, content: bytes) -> None:
+    """Also where the file is in its place already, which is then left as it is."""
+    if not (dst.is_file() and dst.read_bytes() == content):
+        write_atomically(dst, content)

@@ -118,7 +118,7 @@ def _in_folder(folder: Path, root: Path, split: str) -> tuple[list[InputFile], l
             folders.clear()
             files, left_out = files_of_saved(Path(place), split)
             found += [_input_file(file, file.relative_to(root).as_posix(), where) for file, where in files]
-            ignored += [f"{each.relative_to(root).as_posix()} (not for training)" for each in left_out]
+            ignored += [f"{each.relative_to(root).as_posix()} (split left out)" for each in left_out]
             continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for path in (Path(place, name) for name in sorted(names) if not name.startswith(".")):
@@ -254,7 +254,7 @@ def _texts_of(
                 text = formats.value_at(row, reading.text_key)
                 if isinstance(text, str | bytes):
                     yield text
-                if missing := _missing(row, text, reading):
+                if (reading.drop or not isinstance(text, str)) and (missing := _missing(row, text, reading)):
                     lacking.update(missing)
                     incomplete = row
             if n_rows == ROWS_BEFORE_JUDGING:
@@ -272,7 +272,10 @@ def _missing(row: dict[str, Any], text: Any, reading: Reading) -> list[str]:
 
 
 def _is_dropped(row: dict[str, Any], drop: tuple[tuple[str, str], ...]) -> bool:
-    return any(_spelled(formats.value_at(row, key)) == value for key, value in drop)
+    for key, value in drop:
+        if _spelled(formats.value_at(row, key)) == value:
+            return True
+    return False
 
 
 def _spelled(value: Any) -> str | None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_gpt.errors import DataError
-from lit_gpt.tokenizer import BytesTokenizer, Tokenizer, well_formed
+from lit_gpt.tokenizer import BytesTokenizer, Tokenizer, tokenizer_files, well_formed
 
 EDGE_TEXTS = (
     "", " ", "  leading", "trailing  ", "a\n\n\tb\r\n", "naïve café", "中文字符", "😀👩‍👩‍👧", "x = 12345", "\x00\x7f",
@@ -51,9 +51,25 @@ def byte_level(tmp_path_factory):
     return Tokenizer.load(path)
 
 
+PIECES = ["Ġ", "t", "h", "e", "Ġt", "he", "Ġthe", "a", "b", "Ã", "©", "!", "1"]
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """GPT-2's two files, of every byte and a few pieces, with a prefix before their names."""
+    alphabet = sorted(
+        {*tokenizers.pre_tokenizers.ByteLevel.alphabet(), *PIECES, "Ã©"}, key=lambda piece: (len(piece), piece)
+    )
+    ids = {piece: i for i, piece in enumerate([*alphabet, "<|endoftext|>"])}
+    (tmp_path / "tiny-vocab.json").write_text(json.dumps(ids))
+    (tmp_path / "tiny-merges.txt").write_text("#version: 0.2\nĠ t\nh e\nĠt he\nÃ ©\n", encoding="utf-8")
+    return tmp_path
+
+
 def texts_of(data_dir):
-    """Real text: web pages, LaTeX, questions in several languages."""
-    texts = []
+    """Real text: web pages, LaTeX, questions in several languages, and a part of each book."""
+    books = sorted(data_dir("books").glob("*.md"))
+    texts = [book.read_text(encoding="utf-8")[-30_000:] for book in books]
     for file in sorted(data_dir("web_samples").glob("*.jsonl")):
         texts += [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines()]
     return texts
@@ -102,10 +118,21 @@ def test_both_formats_of_one_model_give_the_same_ids(text, llama, llama_json):
 
 def test_both_formats_of_one_model_give_the_same_ids_on_real_text(data_dir, llama, llama_json):
     texts = texts_of(data_dir)
-    assert len(texts) > 50
-    pairs = zip(llama.encode_batch(texts), llama_json.encode_batch(texts), strict=True)
-    assert all(np.array_equal(one, other) for one, other in pairs)
+    assert len(texts) > 100
+    assert_same_ids(texts, llama, llama_json)
     assert (llama.bos_id, llama.eos_id) == (llama_json.bos_id, llama_json.eos_id) == (1, 2)
+
+
+@pytest.mark.slow
+def test_both_formats_of_one_model_give_the_same_ids_on_whole_books(data_dir, llama, llama_json):
+    books = sorted(data_dir("books").glob("*.md"))
+    assert_same_ids([book.read_text(encoding="utf-8") for book in books], llama, llama_json)
+
+
+def assert_same_ids(texts, one, other):
+    """Also where a text spells the names of control tokens."""
+    texts = [*texts, *(text[:500] + "<s>" + text[500:900] + "</s><unk>" for text in texts)]
+    assert all(map(np.array_equal, one.encode_batch(texts), other.encode_batch(texts)))
 
 
 def test_literal_control_tokens_are_text(llama, llama_json, byte_level):
@@ -174,6 +201,72 @@ def test_eos_comes_from_the_config_beside_the_tokenizer(byte_level, tmp_path, co
     if config is not None:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     assert Tokenizer.load(tmp_path).eos_id == eos
+
+
+def test_the_two_files_of_gpt2_are_one_tokenizer_whichever_is_given(pair, tmp_path):
+    tokenizer = Tokenizer.load(pair)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (None, tokenizer.vocab_size - 1)
+    ids = tokenizer.encode("the théthe")
+    assert [tokenizer.decode([i]) for i in ids] == ["t", "he", " t", "h", "é", "t", "he"]
+    for text in EDGE_TEXTS:  # no space is put before a text, and no text becomes a control token
+        ids = tokenizer.encode(text + "<|endoftext|>")
+        assert tokenizer.decode(ids) == text + "<|endoftext|>" and tokenizer.eos_id not in ids
+        assert tokenizer.byte_lengths()[ids].sum() == len(text.encode()) + 13
+    assert tokenizer.byte_lengths()[tokenizer.eos_id] == 0
+    for name in ("tiny-vocab.json", "tiny-merges.txt"):
+        assert Tokenizer.load(pair / name).fingerprint == tokenizer.fingerprint
+
+    (tmp_path / "out").mkdir()
+    tokenizer.save(tmp_path / "out")
+    saved = Tokenizer.load(tmp_path / "out")
+    assert (saved.kind, saved.fingerprint, saved.eos_id) == (tokenizer.kind, tokenizer.fingerprint, tokenizer.eos_id)
+    assert saved.encode("the théthe").tolist() == tokenizer.encode("the théthe").tolist()
+
+
+def test_everything_that_decides_a_tokenizer_is_listed(pair):
+    (pair / "tokenizer_config.json").write_text('{"eos_token": "a", "bos_token": {"content": "b"}}')
+    names = ["tiny-vocab.json", "tiny-merges.txt", "tokenizer_config.json"]
+    assert [file.name for file in tokenizer_files(pair / "tiny-merges.txt")] == names
+    tokenizer = Tokenizer.load(pair)
+    assert [tokenizer.decode([i]) for i in (tokenizer.bos_id, tokenizer.eos_id)] == ["b", "a"]
+    before = tokenizer.fingerprint
+    (pair / "tiny-merges.txt").write_text("#version: 0.2\nh e\n", encoding="utf-8")
+    assert Tokenizer.load(pair).fingerprint != before
+
+
+def test_half_a_pair_or_two_pairs_are_refused(pair):
+    for name in ("vocab.json", "merges.txt"):
+        (pair / name).write_bytes((pair / f"tiny-{name}").read_bytes())
+    with pytest.raises(ValueError, match=r"several tokenizers: tiny-vocab\.json, vocab\.json; name one"):
+        Tokenizer.load(pair)
+    for lost, kept in (("tiny-vocab.json", "tiny-merges.txt"), ("merges.txt", "vocab.json")):
+        (pair / lost).unlink()
+        with pytest.raises(FileNotFoundError, match=rf"{kept} is one of two files, and {lost} is not beside it"):
+            Tokenizer.load(pair / kept)
+    with pytest.raises(FileNotFoundError, match=r"holds no tokenizer; .*vocab\.json with merges\.txt"):
+        Tokenizer.load(pair)
+
+
+@pytest.mark.parametrize("vocabulary", ["{}", "[]", '{"a": 0}', "{", '{"a": "b"}'])
+def test_a_damaged_pair_is_named(pair, vocabulary):
+    (pair / "tiny-vocab.json").write_text(vocabulary)
+    with pytest.raises(DataError, match=r"tiny-vocab\.json"):
+        Tokenizer.load(pair)
+
+
+def test_real_documents_give_the_ids_that_other_code_wrote(data_dir):
+    """1,000 web pages that Megatron tokenised: the text of the ids gives the ids back, all of them."""
+    folder = data_dir("openwebtext1k")
+    tokenizer = Tokenizer.load(folder)
+    assert (tokenizer.vocab_size, tokenizer.eos_id) == (5000, 4999)
+    ids = np.fromfile(folder / "meg-gpt2-openwebtext_text_document.bin", np.uint16)
+    documents = np.split(ids, np.flatnonzero(ids == tokenizer.eos_id) + 1)[:-1]
+    assert len(documents) == 1000
+    documents = [document[:-1] for document in documents]
+    texts = [tokenizer.decode(document) for document in documents]
+    assert all(map(np.array_equal, tokenizer.encode_batch(texts), documents))
+    lengths = tokenizer.byte_lengths()
+    assert [lengths[document].sum() for document in documents] == [len(text.encode()) for text in texts]
 
 
 def test_a_model_without_known_bytes_refuses_the_table(tmp_path):
