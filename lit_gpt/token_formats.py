@@ -69,7 +69,8 @@ def describe_file(path: str, dtype: np.dtype | None = None) -> Described:
     """
     with open(path, "rb", buffering=0) as opened:
         head, n_bytes = opened.read(HEAD_BYTES), os.fstat(opened.fileno()).st_size
-        _refuse_other_files(path, head)
+        if not head.startswith(MAGIC):
+            _refuse_other_files(path, head)
         told = _with_header(path, head, n_bytes) or _with_neighbour(path, n_bytes)
         if told is not None:
             file, kind, tokenizer = told

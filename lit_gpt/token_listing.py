@@ -27,6 +27,7 @@ DESCRIBING = (".idx", ".metadata", ".index")  # files that say what is in anothe
 HELD_OUT = ("validation", "val", "test")
 NAMES_OF_SPLIT = {"train": (("train", ()), ("", HELD_OUT)), "validation": (("validation", ()), ("val", ()))}
 """Split -> what its files begin with, and what they must not begin with; the second pair where the first finds none."""
+NOT_OURS = (zipfile.BadZipFile, zlib.error)
 
 Entry = tuple[str, os.stat_result]
 
@@ -67,11 +68,9 @@ class Listing:
         return digest.hexdigest()
 
     def _describing(self) -> list[tuple[str, int, int]]:
-        found = []
-        for folder in {os.path.dirname(before) or "." for before, _ in self.names.groups}:
-            entries = entries_of(folder)
-            found += [(path, stat.st_size, stat.st_mtime_ns) for path, stat in entries if path.endswith(DESCRIBING)]
-        return sorted(found)
+        folders = {os.path.dirname(before) or "." for before, _ in self.names.groups}
+        found = [entry for folder in folders for entry in entries_of(folder) if entry.name.endswith(DESCRIBING)]
+        return sorted((entry.path, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in found)
 
 
 def list_files(path: str, split: str) -> Listing:
@@ -126,21 +125,20 @@ def _list_folder(folder: str, split: str) -> Listing:
 
 def _named(folder: str, prefix: str, others: tuple[str, ...], left_out: list[str]) -> Iterator[Entry]:
     """The regular files of a folder with a token file's suffix and this prefix; the nearly right go to `left_out`."""
-    for path, stat in entries_of(folder):
-        name = os.path.basename(path)
+    for entry in entries_of(folder):
+        name = entry.name
         if name.endswith(DESCRIBING) or not name.startswith(prefix) or name.startswith("."):
             continue
         if name.startswith(others) or not name.endswith(SUFFIXES):
             left_out.append(name)
-        elif S_ISREG(stat.st_mode):
-            yield path, stat
+        elif S_ISREG(entry.stat().st_mode):
+            yield entry.path, entry.stat()
 
 
-def entries_of(folder: str) -> Iterator[Entry]:
-    """Path and state of everything in a folder."""
+def entries_of(folder: str) -> Iterator[os.DirEntry]:
+    """Everything in a folder."""
     with os.scandir(folder) as entries:
-        for entry in entries:
-            yield os.path.join(folder, entry.name), entry.stat()
+        yield from entries
 
 
 def _listed(words: tuple[str, ...]) -> str:
@@ -150,7 +148,8 @@ def _listed(words: tuple[str, ...]) -> str:
 def save_arrays(cache: Path, key: str, facts: dict[str, Any], arrays: dict[str, np.ndarray]) -> str:
     """Keep arrays and plain values in one .npz file; returns what prevented it, if anything did."""
     data = io.BytesIO()
-    np.savez(data, facts=np.array(json.dumps(facts | {"key": key})), **arrays)
+    facts = facts | {"key": key, "digest": _digest(arrays)}
+    np.savez(data, facts=np.array(json.dumps(facts)), **arrays)
     try:
         write_atomically(cache, data.getbuffer())
     except OSError as error:
@@ -161,14 +160,24 @@ def save_arrays(cache: Path, key: str, facts: dict[str, Any], arrays: dict[str, 
 def load_arrays(cache: Path, key: str, rows: int) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
     """What `save_arrays` kept under this key; None where there is nothing, something else, or a damaged file.
 
-    rows: first dimension that all arrays must have. Nothing in the file is executed, and zip checks its checksums.
+    rows: first dimension that all arrays must have. Nothing in the file is executed.
     """
     try:
-        with np.load(cache, allow_pickle=False) as stored:
+        with open(cache, "rb") as file, np.load(file, allow_pickle=False) as stored:
             facts = json.loads(str(stored["facts"]))
             if facts["key"] != key:
                 return None
             arrays = {name: stored[name] for name in stored.files if name != "facts"}
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
+    except (*NOT_OURS, OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, MemoryError):
         return None
-    return (facts, arrays) if all(len(each) == rows for each in arrays.values()) else None
+    whole = facts["digest"] == _digest(arrays) and all(len(each) == rows for each in arrays.values())
+    return (facts, arrays) if whole else None
+
+
+def _digest(arrays: dict[str, np.ndarray]) -> str:
+    """sha256 over all that arrays are; zip's own checksums do not cover names and types."""
+    digest = sha256()
+    for name, values in sorted(arrays.items()):
+        digest.update(f"{name} {values.dtype.str} {values.shape} ".encode())
+        digest.update(np.ascontiguousarray(values))
+    return digest.hexdigest()
