@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_gpt.checkpoint import TRAINING, detect_form, latest, read_exchange, read_training
-from lit_gpt.data_order import PROPORTIONAL
+from lit_gpt.data_order import PROPORTIONAL, DataOrder
 from lit_gpt.errors import DataError
 from pretrain.config import RunConfig
 from pretrain.corpus import Corpus
@@ -99,7 +99,7 @@ def _order_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
     """A data object's order in the terms of the settings; only what is not the default."""
     found: dict[str, Any] = {}
     if saved.get("order") == LEGACY:
-        found = {"order": LEGACY, "legacy_world_size": saved["world_size"], "weights": saved.get("weights")}
+        found = {"order": LEGACY, "legacy_world_size": saved["world_size"], "weights": dict(saved["weights"])}
     elif [weights for _, weights in saved["segments"]] != [PROPORTIONAL]:
         segments = [SegmentConfig(start, dict(weights)) for start, weights in saved["segments"]]
         found = {"weights": segments[0].weights} if len(segments) == 1 else {"segments": segments}
@@ -150,8 +150,25 @@ def continued_position(train: TrainData, saved: Mapping[str, Any]) -> int:
 
 
 def new_phase(train: TrainData, saved: Mapping[str, Any]) -> str:
-    """What it means that samples of another length cannot be told from those that were read."""
+    """What it means that samples of another length cannot be told from those that were read.
+
+    The permutation of so many samples more or fewer has nothing to do with the one before, so the share of a source
+    that was read is also the share of its first epoch that comes again.
+    """
+    shares = ", ".join(f"{name} {min(share, 1):.3g}" for name, share in read_epochs(saved).items())
     return (
         f"block_size was {saved['block']} and is {train.packed.block_size}, so samples are cut anew and the data "
-        f"starts over at sample 0"
+        f"starts over at sample 0. Read before, and expected again in the first epoch, as a share of each source: "
+        f"{shares}"
     )
+
+
+def read_epochs(saved: Mapping[str, Any]) -> dict[str, float]:
+    """How often a data object's position says that each of its sources was read."""
+    samples = {name: source["samples"] for name, source in saved["sources"].items()}
+    if saved.get("order") == LEGACY:
+        weights = dict(saved["weights"])
+        share = saved["position"] / sum(weights.values())
+        return {name: share * weights[name] / count for name, count in samples.items()}
+    segments = [(start, None if weights == PROPORTIONAL else weights) for start, weights in saved["segments"]]
+    return DataOrder(samples, saved["seed"], segments=segments, skips=saved["skips"]).epochs(saved["position"])

@@ -234,6 +234,9 @@ def check_init_from(config: RunConfig, stage: Stage, fresh: bool) -> None:
         )
     found, wanted = read_config(source), stage.config
     sizes = differing_sizes(found, wanted)
+    if "block_size" in sizes and config.model.block_size is not None:  # no weight has its size: another one is a choice
+        sizes.remove("block_size")
+        say(f"init_from was made for block_size={found.block_size}; this run trains with {wanted.block_size}")
     if sizes:
         lines = [
             f"  {size}: {getattr(found, size)} in the checkpoint, {getattr(wanted, size)} wanted" for size in sizes

@@ -1,0 +1,265 @@
+"""A run goes on in the data where another one stopped: its order, its position, and what may change on the way."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from grow.apply import grow_checkpoint
+from grow.operators import plan_growth
+from lit_gpt.checkpoint import latest, read_config, read_exchange, read_training, write_exchange
+from lit_gpt.packed_dataset import write_token_file
+from pretrain.command_line import merge
+from pretrain.data import TrainData
+from tests.pretrain.conftest import write_prepared
+
+BATCH = 4
+"""Sequences per step of the runs here."""
+
+
+@pytest.fixture(scope="session")
+def two_sources(tmp_path_factory) -> dict[str, str]:
+    """Two prepared folders of 112 samples each."""
+    folder = tmp_path_factory.mktemp("two")
+    random = np.random.default_rng(0)
+    return {name: str(write_prepared(folder / name, random.integers(3, 259, 2000))) for name in ("slim", "star")}
+
+
+@pytest.fixture
+def base(settings, two_sources) -> dict[str, object]:
+    """A run of four steps of one block on two weighted sources, with a checkpoint after every step."""
+    changes = {
+        "data": {"train": two_sources, "weights": {"slim": 3, "star": 1}},
+        "stages": [{"name": "base", "n_layer": 1, "max_steps": 4}],
+        "checkpoints": {"every_steps": 1, "keep_last": 9},
+        "validation": {"every_steps": 0, "max_tokens": 32},
+    }
+    return {**settings, **changes}
+
+
+@pytest.fixture
+def seen(monkeypatch) -> list[np.ndarray]:
+    """Every batch that the runs of a test train on, (micro_batch_size, block_size + 1) each."""
+    batches: list[np.ndarray] = []
+    original = TrainData.batches
+
+    @contextmanager
+    def recording(*arguments):
+        with original(*arguments) as rows:
+            yield (batches.append(np.array(each)) or each for each in rows)
+
+    monkeypatch.setattr(TrainData, "batches", recording)
+    return batches
+
+
+def records(settings: dict, name: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (Path(settings["out_dir"]) / name).read_text().splitlines()]
+
+
+def checkpoint(settings: dict) -> Path:
+    return latest(Path(settings["out_dir"]) / "checkpoints")
+
+
+def data_of(settings: dict) -> dict:
+    return read_training(checkpoint(settings)).state["data"]
+
+
+def cut_back_to(settings: dict, step: int) -> None:
+    """As if the run had been killed after this step's checkpoint."""
+    for path in (Path(settings["out_dir"]) / "checkpoints").glob("*/step-*"):
+        if int(path.name[5:]) > step:
+            shutil.rmtree(path)
+
+
+def grown(settings: dict, tmp_path: Path) -> Path:
+    path = tmp_path / "grown-checkpoint"
+    grow_checkpoint(checkpoint(settings), path, plan_growth("stack", read_config(checkpoint(settings)), n_layer=3))
+    return path
+
+
+def next_run(base: dict, tmp_path: Path, parent: Path, n_layer: int = 3, **changes) -> dict:
+    """Settings of a run that starts from a checkpoint and says nothing about the order of its data."""
+    own = {
+        "out_dir": str(tmp_path / "next"),
+        "init_from": str(parent),
+        "data": {"train": base["data"]["train"]},
+        "stages": [{"name": "next", "n_layer": n_layer, "max_steps": 2}],
+    }
+    return merge({**base, **own}, changes)
+
+
+def test_a_grown_run_starts_exactly_where_its_base_stopped(base, pretrain, seen, tmp_path):
+    """With another global batch, another micro-batch, and the weights and skips that only the checkpoint knows."""
+    base["data"] = {**base["data"], "skips": [[4, 9]]}
+    assert pretrain(base).returncode == 0
+    packed_rows = np.concatenate(seen)
+    seen.clear()
+
+    settings = next_run(base, tmp_path, grown(base, tmp_path), batch={"global_batch_size": 6, "micro_batch_size": 3})
+    result = pretrain(settings)
+    assert result.returncode == 0, result.stderr
+    assert "data.weights as in init_from: {'slim': 3.0, 'star': 1.0}" in result.stdout
+    assert "data.skips as in init_from: [[4, 9]]" in result.stdout
+    assert [record["position"] for record in records(settings)] == [16 + 6, 16 + 12]
+    assert [len(batch) for batch in seen] == [3, 3, 3, 3]
+
+    whole = {**base, "out_dir": str(tmp_path / "whole"), "stages": [{"name": "all", "n_layer": 1, "max_steps": 7}]}
+    continued_rows = np.concatenate([packed_rows, *seen])
+    seen.clear()
+    assert pretrain(whole).returncode == 0
+    assert np.array_equal(np.concatenate(seen), continued_rows)
+    then, now = data_of(base), data_of(settings)
+    assert {key: now[key] for key in ("segments", "skips", "order_id")} == {
+        key: then[key] for key in ("segments", "skips", "order_id")
+    }
+
+
+def test_a_run_that_took_its_order_over_resumes_without_its_parent(base, pretrain, tmp_path):
+    assert pretrain(base).returncode == 0
+    parent = shutil.copytree(checkpoint(base), tmp_path / "parent")
+    settings = next_run(base, tmp_path, parent, n_layer=1)
+    assert pretrain(settings).returncode == 0
+    undisturbed = [record["loss"] for record in records(settings)]
+    cut_back_to(settings, 1)
+    shutil.rmtree(parent)
+    result = pretrain(settings)
+    assert result.returncode == 0, result.stderr
+    assert [record["loss"] for record in records(settings)] == undisturbed
+
+
+def test_a_checkpoint_in_exchange_form_carries_the_data_object_too(base, pretrain, tmp_path):
+    assert pretrain(base).returncode == 0
+    source = read_training(checkpoint(base))
+    exchange = tmp_path / "exchange"
+    provenance = {"history": [], "data": source.state["data"], "tokenizer": source.state["tokenizer"]}
+    write_exchange(exchange, read_config(checkpoint(base)), source.model, provenance=provenance)
+    grow_checkpoint(exchange, tmp_path / "grown", plan_growth("stack", read_config(exchange), n_layer=3))
+    assert read_exchange(tmp_path / "grown").provenance["data"] == source.state["data"]
+    settings = next_run(base, tmp_path, tmp_path / "grown")
+    assert pretrain(settings).returncode == 0
+    assert records(settings)[0]["position"] == 16 + BATCH
+
+
+def test_sources_of_other_names_are_refused_with_the_ways_out(base, pretrain, two_sources, tmp_path):
+    assert pretrain(base).returncode == 0
+    renamed = {"a": two_sources["slim"], "b": two_sources["star"]}
+    settings = {**next_run(base, tmp_path, checkpoint(base), 1), "data": {"train": renamed}}
+    result = pretrain(settings)
+    assert result.returncode == 2
+    assert "['slim', 'star']" in result.stderr
+    assert "data.train.NAME" in result.stderr
+    assert pretrain(settings, "--data.start_position", "0").returncode == 0
+    assert records(settings)[0]["position"] == BATCH
+
+
+def test_another_order_than_the_parents_is_refused_by_field(base, pretrain, tmp_path):
+    assert pretrain(base).returncode == 0
+    settings = next_run(base, tmp_path, checkpoint(base), 1, data={"weights": {"slim": 1, "star": 1}})
+    result = pretrain(settings)
+    assert result.returncode == 2
+    assert "data.segments" in result.stderr
+    assert "allow_order_change" in result.stderr
+    allowed = pretrain(settings, "--data.allow_order_change", "true")
+    assert allowed.returncode == 0, allowed.stderr
+    assert records(settings)[0]["position"] == 16 + BATCH
+
+
+def test_samples_of_another_length_begin_a_new_phase_by_consent(base, pretrain, tmp_path):
+    """Position 16 of one length is no place in an order of another."""
+    assert pretrain(base).returncode == 0
+    settings = next_run(base, tmp_path, checkpoint(base), 1, model={"block_size": 8})
+    result = pretrain(settings)
+    assert result.returncode == 2
+    assert "data.block" in result.stderr
+    allowed = pretrain(settings, "--data.allow_order_change", "true")
+    assert allowed.returncode == 0, allowed.stderr
+    assert "starts over at sample 0" in allowed.stderr
+    assert "slim 0.116, star 0.0268" in allowed.stderr
+    assert records(settings)[0]["position"] == BATCH
+
+
+def test_a_first_sample_may_be_given_by_hand(base, pretrain, seen):
+    assert pretrain(base).returncode == 0
+    whole = np.concatenate(seen)
+    seen.clear()
+    assert pretrain(base, "--fresh", "--data.start_position", "8").returncode == 0
+    assert [record["position"] for record in records(base)] == [12, 16, 20, 24]
+    assert np.array_equal(np.concatenate(seen)[:8], whole[8:])
+
+
+def test_what_the_base_read_counts_among_the_epochs(base, pretrain, tmp_path):
+    """Two steps read 7 samples in 112 of 'slim', and the base 13."""
+    assert pretrain(base).returncode == 0
+    settings = next_run(base, tmp_path, checkpoint(base), 1, data={"max_epochs": 0.15})
+    result = pretrain(settings)
+    assert result.returncode == 2
+    assert "'slim' 0.17 times (0.12 times before its start)" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"weights": None, "segments": [(0, 3, 1), (8, 0, 1)]}, "data.segments"),
+        ({"weights": {"slim": 1, "star": 3}}, "data.segments"),
+        ({"skips": [[2, 5]]}, "data.skips"),
+    ],
+)
+def test_the_past_of_the_order_may_not_change(base, pretrain, change, field):
+    assert pretrain(base).returncode == 0
+    cut_back_to(base, 3)
+    result = pretrain({**base, "data": {**base["data"], **in_words(change)}})
+    assert result.returncode == 2
+    assert field in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "stays"),
+    [
+        ({"weights": None, "segments": [(0, 3, 1), (10, 0, 1)]}, (slice(0, 2), slice(0, 2))),
+        ({"skips": [[8, 12]]}, (slice(0, 4), slice(4, 8))),
+        ({"skips": [[10, 12]]}, (slice(0, 2), slice(0, 2))),
+    ],
+)
+def test_the_future_of_the_order_may_change(base, pretrain, seen, change, stays):
+    """Rows of the run from sample 8 on: `stays` are the same ones after and before the change."""
+    assert pretrain(base).returncode == 0
+    before = np.concatenate(seen)[8:]
+    seen.clear()
+    cut_back_to(base, 2)
+    result = pretrain({**base, "data": {**base["data"], **in_words(change)}})
+    assert result.returncode == 0, result.stderr
+    after = np.concatenate(seen)
+    assert np.array_equal(after[stays[0]], before[stays[1]])
+    assert not np.array_equal(after, before)
+
+
+def in_words(change: dict) -> dict:
+    """(start, slim, star) -> a segment as it is written in a settings file."""
+    if "segments" not in change:
+        return change
+    segments = [{"start": start, "weights": {"slim": a, "star": b}} for start, a, b in change["segments"]]
+    return {**change, "segments": segments}
+
+
+def test_a_windowed_run_resumes_to_the_bit(base, pretrain, seen, tmp_path):
+    random = np.random.default_rng(1)
+    for number in range(6):
+        write_token_file(tmp_path / f"train_{number}.bin", random.integers(3, 259, 100), np.dtype("uint16"))
+    base["data"] = {"train": {"files": str(tmp_path)}, "tokenizer": "bytes", "window": 2}
+    assert pretrain(base).returncode == 0
+    weights = dict(read_training(checkpoint(base)).model)
+    whole = np.concatenate(seen)
+    seen.clear()
+    cut_back_to(base, 2)
+    assert pretrain(base).returncode == 0
+    assert np.array_equal(np.concatenate(seen), whole[8:])
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in read_training(checkpoint(base)).model.items())
+    result = pretrain({**base, "data": {**base["data"], "window": 3}})
+    assert result.returncode == 2
+    assert "data.window" in result.stderr
