@@ -39,6 +39,7 @@ NOT_TOKENS = {
     "again with scripts/prepare.py",
 }
 PRINTABLE = bytes(range(32, 127)) + b"\t\n\r"
+TEXT_BYTES = 32  # so many printable characters in a row are no accident
 MAX_UPPER = 3  # the upper 16 bits of ids up to 262,143
 ASSUMED = "no file says how its tokens are stored: uint16 was assumed; give data.dtype if they are of another type"
 
@@ -77,9 +78,10 @@ def describe_file(path: str, dtype: np.dtype | None = None) -> Described:
             _check_given_dtype(file, dtype)
             return Described(file, kind, _head_digest(opened, file, head), tokenizer=tokenizer)
         kind = "datatrove" if path.endswith(".ds") else "raw"
-        file = TokenFile(path, 0, n_bytes // (dtype or np.dtype("<u2")).itemsize, dtype or np.dtype("<u2"))
+        width_known, dtype = dtype is not None, np.dtype("<u2") if dtype is None else dtype
+        file = TokenFile(path, 0, n_bytes // dtype.itemsize, dtype)
         _check_raw(file, head, _sample(opened), n_bytes)
-        return Described(file, kind, _head_digest(opened, file, head), note="" if dtype else ASSUMED)
+        return Described(file, kind, _head_digest(opened, file, head), note="" if width_known else ASSUMED)
 
 
 def given_dtype(name: str | None) -> np.dtype | None:
@@ -288,7 +290,7 @@ def _check_raw(file: TokenFile, head: bytes, sample: bytes, n_bytes: int) -> Non
             f"{file.path} has {n_bytes} bytes, not a multiple of the {file.dtype.itemsize} bytes of {file.dtype}; "
             f"it was cut short, or data.dtype is not what it was written as"
         )
-    if file.dtype.itemsize > 1 and not head.translate(None, PRINTABLE):
+    if file.dtype.itemsize > 1 and len(head) >= TEXT_BYTES and not head.translate(None, PRINTABLE):
         raise DataError(f"{file.path} is text, not tokens; prepare it with scripts/prepare.py")
     zeros = {"uint32": "every second", "int64": "most"}
     written = _wider_dtype(sample, file.dtype.itemsize)
