@@ -13,9 +13,13 @@ def main() -> int:
 
 
 def _main() -> int:
+    argv = sys.argv[1:]
+    if argv[:1] == ["data"]:
+        from pretrain.data_command import main as data_main
+
+        return data_main(argv[1:])
     from pretrain.command_line import build_parser, parse
 
-    argv = sys.argv[1:]
     if not argv:
         build_parser().print_help(sys.stderr)
         return EXIT_USAGE

@@ -36,9 +36,9 @@ OPTIONAL = [
 WITHOUT_TORCH = [
     *("lit_gpt.errors", "lit_gpt.config", "lit_gpt.flops", "lit_gpt.axes", "lit_gpt.tokenizer"),
     *("lit_gpt.data_order", "lit_gpt.packed_data", "lit_gpt.packed_dataset", "lit_gpt.token_files"),
-    "lit_gpt.token_source",
+    *("lit_gpt.token_source", "lit_gpt.inspect_data"),
     *("grow.layer_map", "grow.plan", "grow.depth", "grow.operators", "grow.curves", "grow.__main__"),
-    *("pretrain.config", "pretrain.command_line", "pretrain.__main__"),
+    *("pretrain.config", "pretrain.command_line", "pretrain.data_command", "pretrain.__main__"),
 ]
 
 
@@ -163,7 +163,7 @@ print(json.dumps(culprits))
     "command",
     [
         *("grow --help", "grow map --help", "grow apply --help", "grow inspect --help", "grow operators --help"),
-        *("grow operators", "grow map 12-3456*5-56", "grow report --help", "pretrain --help"),
+        *("grow operators", "grow map 12-3456*5-56", "grow report --help", "pretrain --help", "pretrain data --help"),
     ],
 )
 def test_commands_that_need_no_tensor_do_not_import_torch(command: str):

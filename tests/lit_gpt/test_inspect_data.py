@@ -331,6 +331,16 @@ def test_real_tokens_of_megatron(data_dir):
     )
 
 
+def test_real_tokens_of_megatron_with_their_tokenizer(data_dir):
+    found = check_data(data_dir("openwebtext1k"), tokenizer=data_dir("openwebtext1k"), characters=60)
+
+    (split,) = found.splits
+    assert found.problems == () and found.vocab_size == 5000 and split.boundaries == {"<|eos 4999|>": 1000}
+    first, _, last = split.documents
+    assert first.start == "A magazine supplement with an image of A" and first.before == ""
+    assert last.start.startswith("Man who stabbed ex-partner's") and last.end == "t posted<|eos 4999|>"
+
+
 def test_stats_of_real_tokens(data_dir):
     found = data_stats(data_dir("openwebtext1k"), separator_id=4999, block_size=256, budget_tokens=13_616_640)
 
