@@ -157,5 +157,7 @@ def warn_about(manifest: dict[str, Any]) -> None:
                 f"{name}: the tokenizer accounts for {split['table_bytes']} of {split['text_bytes']} bytes (it changes "
                 f"or does not know some text); bits per byte will be off by that much"
             )
-    if manifest["options"]["split"] == "auto" and not manifest["splits"]["validation"]["documents"]:
+    options = manifest["options"]
+    wanted = options["split"] == "auto" and options["validation_fraction"] > 0
+    if wanted and not manifest["splits"]["validation"]["documents"]:
         warn("no document fell into the validation split; use --validation-input, or --document-bytes on long texts")

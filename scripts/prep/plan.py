@@ -10,7 +10,6 @@ import hashlib
 import os
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 from lit_gpt.atomic import write_atomically
 from lit_gpt.errors import DataError
 from lit_gpt.packed_dataset import MANIFEST, read_header
-from lit_gpt.tokenizer import BYTES_MARKER, Tokenizer, file_sha256, tokenizer_file
+from lit_gpt.tokenizer import BYTES_MARKER, Tokenizer, file_sha256, tokenizer_file, tokenizer_files
 from lit_gpt.tokenizer import FILE_NAMES as TOKENIZER_FILES
 from prep.bpe import train_bpe
 from prep.corpus import SPLIT_BUCKETS, InputFile, Reading, content_digests
@@ -61,9 +60,8 @@ def _planned_tokenizer(args: argparse.Namespace) -> dict[str, Any]:
         return {"train": "sentencepiece bpe", "vocab_size": args.vocab_size}
     if args.tokenizer == "bytes":
         return {"file": BYTES_MARKER}
-    path = tokenizer_file(Path(args.tokenizer))
-    beside = (path.with_name(name) for name in ("merges.txt", "tokenizer_config.json"))  # the other half; which is eos
-    return {"file": path.name, "sha256": [file_sha256(each) for each in (path, *beside) if each.is_file()]}
+    files = tokenizer_files(Path(args.tokenizer))
+    return {"file": files[0].name, "sha256": [file_sha256(each) for each in files]}
 
 
 def reading_of(plan: dict[str, Any]) -> Reading:
@@ -250,13 +248,7 @@ def place_tokenizer(args: argparse.Namespace, plan: dict[str, Any], files: list[
 
 
 def _copy_tokenizer(tokenizer: Tokenizer, out: Path) -> Tokenizer:
-    """What is there already is not written again: another task may be reading it."""
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save(folder)
-        for saved in Path(folder).iterdir():
-            target = out / saved.name
-            if not target.is_file() or target.read_bytes() != saved.read_bytes():
-                write_atomically(target, saved.read_bytes())
+    tokenizer.save(out)
     placed = Tokenizer.load(out)
     if placed.fingerprint != tokenizer.fingerprint:
         raise DataError(f"{out} holds another tokenizer as well, {tokenizer_file(out).name}; delete that file")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 from collections import Counter
@@ -155,6 +156,7 @@ class SplitWriter:
         }
 
 
+@functools.lru_cache(maxsize=1)
 def byte_lengths_of(tokenizer: Tokenizer) -> np.ndarray | None:
     """Bytes per id; None for a kind of model whose pieces have no known bytes."""
     try:

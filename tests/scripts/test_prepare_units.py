@@ -166,7 +166,7 @@ def test_the_manifest_says_what_was_chosen_and_describes_each_file(run, many_uni
 @pytest.fixture
 def large_units(tmp_path):
     """Options that keep two workers busy for some seconds, with files of about equal size."""
-    texts = [text * 100 for text in make_texts(320)]
+    texts = [text * 60 for text in make_texts(320)]
     folder = write_corpus(tmp_path / "large", texts, per_file=20)
     return ("--input", folder, "--tokenizer", "bytes", "--unit-bytes", 100, "--workers", 2)
 
