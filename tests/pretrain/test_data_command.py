@@ -127,8 +127,8 @@ def test_a_run_that_inherits_its_position_is_shown_as_it_was_trained(
     assert_shown_is_trained(show, Path(settings["out_dir"]), trained_rows)
 
 
-def test_a_resumed_run_with_new_skips_is_shown_as_it_was_trained(pretrain, show, settings, trained_rows):
-    """Weights and skips of the future may be edited between two sittings; the steps before keep their samples."""
+def test_a_run_resumed_with_another_order_is_shown_as_it_was_trained(pretrain, show, settings, trained_rows):
+    """By consent even the past of the order may change: the steps before keep the samples that they had."""
     settings["checkpoints"]["every_steps"] = 100
     assert pretrain(settings).returncode == EXIT_OK
     before = list(trained_rows)
@@ -136,7 +136,7 @@ def test_a_resumed_run_with_new_skips_is_shown_as_it_was_trained(pretrain, show,
     for path in (folder / "checkpoints" / "stage-02").iterdir():
         shutil.rmtree(path)
     trained_rows.clear()
-    settings["data"]["skips"] = [[32, 40]]
+    settings["data"] |= {"skips": [[0, 8], [32, 40]], "allow_order_change": True}
 
     assert pretrain(settings).returncode == EXIT_OK
 
