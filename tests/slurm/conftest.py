@@ -92,6 +92,14 @@ class Slurm:
         self.wait_until(has_ended, f"the end of job {job}", timeout_s)
         return states
 
+    def requeue(self, job: int, task: int = NO_TASK) -> None:
+        """Take a job or task from its node, and let it start again in three seconds, where SLURM would take minutes."""
+        name = str(job) if task == NO_TASK else f"{job}_{task}"
+        self.command("scontrol", "requeue", name)
+        self.wait_until(lambda: self.states(job)[task] == "PENDING", f"{name} to be queued again")
+        # not at once: in the same second the node refuses it, as one that was revoked
+        self.command("scontrol", "update", f"jobid={name}", "starttime=now+3")
+
     def wait_until(self, condition: Callable[[], bool], what: str, timeout_s: float = 120) -> None:
         """Wait for anything; fails with SLURM's queue when it does not come."""
         deadline = time.monotonic() + timeout_s

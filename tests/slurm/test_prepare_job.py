@@ -121,12 +121,10 @@ def test_a_requeued_task_goes_on_by_itself(
 ):
     job = submit("--array=0-2", **slow)
     wait_for_process(slurm, tmp_path, 1)
-    slurm.command("scontrol", "requeue", f"{job}_1")
-    slurm.wait_until(lambda: slurm.states(job)[1] == "PENDING", "task 1 to be queued again")
+    slurm.requeue(job, 1)
     (tmp_path / "release").touch()
-    slurm.command("scontrol", "update", f"jobid={job}_1", "starttime=now")  # SLURM would let it wait for two minutes
 
-    assert slurm.wait(job) == dict.fromkeys(range(3), "COMPLETED")
+    assert slurm.wait(job) == dict.fromkeys(range(3), "COMPLETED"), slurm.output(job, 1)
     assert contents(tmp_path / "out") == plain
     assert slurm.output(job, 1).count("task 1 of job") == 2
 
