@@ -22,7 +22,7 @@ from lit_gpt.token_listing import Listing, list_files, load_arrays, save_arrays
 TABLE_VERSION = 1  # of the cached table; raise it when the same files would give another table
 THREADS = 16  # files are opened in parallel where there are many: on a network each open is a wait
 FILES_PER_TASK = 256
-TAIL_TOKENS = 1 << 19
+TAIL_TOKENS = 1 << 16  # read at a time, from the end, to find where padding begins
 SEPARATORS = (1, 2, 0)  # <s>, </s> and <unk> of the lineage
 SAMPLED_FILES, SAMPLED_TOKENS = 3, 1 << 20
 MOST_FREQUENT_SEPARATOR = 1 / 8  # a document has at least seven tokens of its own, on average

@@ -295,19 +295,20 @@ class TestCache:
         assert find_token_files(tmp_path, cache=tmp_path / "index.npz").dtype == np.uint32
 
     @given(st.booleans(), st.integers(0, 10**6), st.integers(0, 7))
-    def test_a_damaged_cache_is_made_anew(self, tmp_path_factory, cut, at, bit):
-        folder = tmp_path_factory.mktemp("damaged")
-        (folder / "data").mkdir()
-        self.write(folder / "data")
-        expected = find_token_files(folder / "data", cache=folder / "index.npz")
-        stored = bytearray((folder / "index.npz").read_bytes())
+    def test_a_damaged_cache_is_made_anew(self, tmp_path, cut, at, bit):
+        data, cache = tmp_path / "data", tmp_path / "index.npz"
+        if not data.exists():
+            data.mkdir()
+            self.write(data)
+        expected, _ = find_token_files(data), find_token_files(data, cache=cache)
+        stored = bytearray(cache.read_bytes())
         if cut:
             del stored[at % len(stored) :]
         else:
             stored[at % len(stored)] ^= 1 << bit
-        (folder / "index.npz").write_bytes(stored)
-        assert self.same(expected, find_token_files(folder / "data", cache=folder / "index.npz"))
-        assert self.same(expected, find_token_files(folder / "data", cache=folder / "index.npz"))
+        cache.write_bytes(stored)
+        assert self.same(expected, find_token_files(data, cache=cache))
+        assert self.same(expected, find_token_files(data, cache=cache))
 
     @pytest.mark.parametrize("content", [b"", b"no zip", b"\x80\x04."])
     def test_a_foreign_file_in_its_place_is_replaced(self, tmp_path, content):
