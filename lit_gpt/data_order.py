@@ -1,8 +1,7 @@
-"""The order of training samples as a pure function of one integer: permutation, mixture, segments, skips.
+"""The order of training samples as a pure function of one integer: permutation, window, mixture, segments, skips.
 
 A position counts samples of the global order: 0, 1, 2, ... Nothing is stored per sample, per rank or per worker, so a
 run that stops at a position continues there exactly, on any number of devices and with any micro-batch size.
-Reading inside a window of files, for storage that dislikes random access, is not here yet: `window` is always null.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from lit_gpt.permutation import Permutation
+from lit_gpt.permutation import Permutation, WindowedPermutation, distinct
 
 PROPORTIONAL = "proportional"
 BLOCK_POSITIONS = 4096  # a weight is exact to 1/4096 of every 4096 samples; smaller weights need the larger block
@@ -74,7 +73,7 @@ class _Mixture:
         """positions: (k,), none before the start. Returns source and index inside the source's stream, (k,) each."""
         numbers, places = np.divmod(positions - self.start, self.length)
         source, index = np.empty_like(positions), np.empty_like(positions)
-        for number in _distinct(numbers):
+        for number in distinct(numbers):
             inside = numbers == number
             block_source, block_rank = self.block(int(number))
             source[inside], index[inside] = block_source[places[inside]], block_rank[places[inside]]
@@ -85,12 +84,6 @@ class _Mixture:
         number, place = divmod(max(stop - self.start, 0), self.length)
         counts = self.base + number * self.places
         return counts + np.bincount(self.block(number)[0][:place], minlength=len(counts)) if place else counts
-
-
-def _distinct(values: np.ndarray) -> np.ndarray:
-    if values.size and values.min() == values.max():  # by far the most frequent case, and cheaper than a sort
-        return values[:1]
-    return np.unique(values)
 
 
 def _counters(lengths: np.ndarray) -> np.ndarray:
@@ -105,6 +98,9 @@ class DataOrder:
     weights: share of each source; None reads everything once per epoch in one permutation over all of it.
     segments: [(start_position, weights), ...] for weights that change during the run; replaces `weights`.
     skips: [(start, stop), ...]: stretches of the order that are never trained on, e.g. around a loss spike.
+    window: this many files, shuffled, are read before the next ones are; None shuffles the samples of all files.
+    files: (files,) samples of each file, for each source; only needed with a window. Without weights a window holds
+        files of any source, with weights every source has windows of its own.
 
     Segments and skips are counted in the order itself, that is, with skipped samples included; see `unskipped`.
 
@@ -120,23 +116,28 @@ class DataOrder:
         *,
         segments: Sequence[tuple[int, Weights]] | None = None,
         skips: Sequence[tuple[int, int]] = (),
+        window: int | None = None,
+        files: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         self.samples = dict(samples)
         self.seed = seed
+        self.window = window
         self.names = tuple(sorted(samples))
         """source_index refers to this tuple: sorted, so that the order of keys in a file has no effect."""
         if weights is not None and segments is not None:
             raise ValueError("give weights or segments, not both: [[0, weights]] is the same as weights")
         self.segments = [(0, weights)] if segments is None else [(int(start), each) for start, each in segments]
         self.skips = sorted((int(start), int(stop)) for start, stop in skips)
-        problems = self._problems()
+        self._files = {} if window is None else {name: np.asarray(each) for name, each in (files or {}).items()}
+        problems = self._problems() + self._window_problems()
         if problems:
             raise ValueError("\n".join(problems))
         self._sizes = np.array([self.samples[name] for name in self.names], dtype=np.int64)
         self._first = np.cumsum(self._sizes) - self._sizes
         self._skip_after, self._skip_length = self._skip_table()
         self._mixtures = [] if self.proportional else self._build_mixtures()
-        self._permutations: OrderedDict[tuple[str, int], Permutation] = OrderedDict()
+        self._permutations: OrderedDict[tuple[str, int], Permutation | WindowedPermutation] = OrderedDict()
+        self._cached_permutations = CACHED_PERMUTATIONS if window is None else 2 * len(self.names)
 
     @property
     def proportional(self) -> bool:
@@ -152,11 +153,17 @@ class DataOrder:
         segments = [[start, PROPORTIONAL if each is None else dict(each)] for start, each in self.segments]
         return {
             "seed": self.seed,
-            "window": None,
+            "window": self.window,
             "segments": segments,
             "skips": [list(skip) for skip in self.skips],
-            "sources": {name: {"samples": self.samples[name]} for name in self.names},
+            "sources": {name: self._source_to_dict(name) for name in self.names},
         }
+
+    def _source_to_dict(self, name: str) -> dict[str, Any]:
+        if self.window is None:
+            return {"samples": self.samples[name]}
+        digest = hashlib.sha256(self._files[name].astype("<i8").tobytes()).hexdigest()
+        return {"samples": self.samples[name], "samples_per_file": digest}
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """positions: (k,) integers >= 0. Returns (index into `names`, sample of that source), (k,) int64 each."""
@@ -189,23 +196,13 @@ class DataOrder:
 
     def raw_stop(self, position: int) -> int:
         """The first place of the order that lies behind all that a run has read when it stands at `position`."""
-        return int(self.unskipped(np.array([position - 1]))[0]) + 1 if position > 0 else 0
-
-    def past(self, position: int) -> dict[str, Any]:
-        """What may not change once a run stands at `position`: settings of the future are left out."""
-        stop = self.raw_stop(position)
-        segments = [segment for segment in self.to_dict()["segments"] if segment[0] < stop]
-        return {
-            "segments": segments,
-            "skips": [list(skip) for skip in self.skips if skip[0] < stop],
-            "sources": [name for name in self.names if any(_uses(weights, name) for _, weights in segments)],
-        }
+        return raw_stop(self.skips, position)
 
     def _locate_mixed(self, raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         starts = np.array([mixture.start for mixture in self._mixtures])
         segment_of = np.searchsorted(starts, raw, side="right") - 1
         source, index = np.empty_like(raw), np.empty_like(raw)
-        for segment in _distinct(segment_of):
+        for segment in distinct(segment_of):
             inside = segment_of == segment
             source[inside], index[inside] = self._mixtures[segment].locate(raw[inside])
         sample = np.empty_like(raw)
@@ -218,18 +215,26 @@ class DataOrder:
         """Index in an endless stream -> sample: every epoch is its own permutation of all samples."""
         epochs, rest = np.divmod(index, n_samples)
         sample = np.empty_like(index)
-        for epoch in _distinct(epochs):
+        for epoch in distinct(epochs):
             inside = epochs == epoch
             sample[inside] = self._permutation(name, int(epoch), n_samples)(rest[inside])
         return sample
 
-    def _permutation(self, name: str, epoch: int, n_samples: int) -> Permutation:
+    def _permutation(self, name: str, epoch: int, n_samples: int) -> Permutation | WindowedPermutation:
         key = name, epoch
         if key not in self._permutations:
-            self._permutations[key] = Permutation(n_samples, self.seed, name, epoch)
-            if len(self._permutations) > CACHED_PERMUTATIONS:
+            self._permutations[key] = self._new_permutation(name, epoch, n_samples)
+            if len(self._permutations) > self._cached_permutations:
                 self._permutations.popitem(last=False)
+        self._permutations.move_to_end(key)
         return self._permutations[key]
+
+    def _new_permutation(self, name: str, epoch: int, n_samples: int) -> Permutation | WindowedPermutation:
+        if self.window is None:
+            return Permutation(n_samples, self.seed, name, epoch)
+        names = self.names if name == PROPORTIONAL else (name,)
+        sizes = np.concatenate([self._files[each] for each in names])
+        return WindowedPermutation(sizes, self.window, self.seed, name, epoch)
 
     def _skip_table(self) -> tuple[np.ndarray, np.ndarray]:
         starts = np.array([start for start, _ in self.skips], dtype=np.int64)
@@ -256,7 +261,7 @@ class DataOrder:
         if len(self.segments) > 1 and any(weights is None for _, weights in self.segments):
             problems.append("weights cannot change in a proportional order; start the run with explicit weights")
         for _, weights in self.segments:
-            problems += _weight_problems(weights, self.samples)
+            problems += weight_problems(weights, self.samples)
         for i, (start, stop) in enumerate(self.skips):
             if start < 0 or stop <= start:
                 problems.append(f"skip [{start}, {stop}) must have 0 <= start < stop")
@@ -264,8 +269,18 @@ class DataOrder:
                 problems.append(f"skips {list(self.skips[i - 1])} and {[start, stop]} overlap; join them")
         return problems
 
+    def _window_problems(self) -> list[str]:
+        if self.window is None:
+            return []
+        if self.window < 1:
+            return [f"window={self.window} must be at least 1 file; leave it out to shuffle the samples of all files"]
+        counts = {name: int(each.sum()) for name, each in self._files.items()}
+        if counts != self.samples:
+            return [f"the files of a windowed order hold {counts} samples, the sources {self.samples}; give all files"]
+        return []
 
-def _weight_problems(weights: Weights | None, samples: Mapping[str, int]) -> list[str]:
+
+def weight_problems(weights: Weights | None, samples: Mapping[str, int]) -> list[str]:
     if weights is None:
         return []
     unknown = [name for name in weights if name not in samples]
@@ -277,8 +292,15 @@ def _weight_problems(weights: Weights | None, samples: Mapping[str, int]) -> lis
     return problems
 
 
-def _uses(weights: Weights | str, name: str) -> bool:
-    return weights == PROPORTIONAL or weights.get(name, 0) > 0
+def raw_stop(skips: Sequence[Sequence[int]], position: int) -> int:
+    """The first place of an order with these skips that a run has not passed when it stands at `position`."""
+    if position <= 0:
+        return 0
+    last = position - 1
+    for start, stop in sorted(skips):
+        if start <= last:
+            last += stop - start
+    return last + 1
 
 
 def fingerprint(value: object) -> str:

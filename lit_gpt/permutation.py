@@ -1,4 +1,4 @@
-"""A shuffle of any number of things that is computed, not stored: a keyed bijection of range(n)."""
+"""Shuffles of any number of things that are computed, not stored: keyed bijections of range(n)."""
 
 from __future__ import annotations
 
@@ -57,6 +57,43 @@ class Permutation:
                 high += _hash_below(low, key, columns)
                 np.subtract(high, columns, out=high, where=high >= columns)
         return high * rows + low
+
+
+class WindowedPermutation:
+    """A keyed bijection of range(sum(sizes)) that leaves one window of parts before it enters the next.
+
+    The parts, files say, are shuffled; every `window` of them in a row then have their elements shuffled together.
+    For storage that dislikes random access: a reader holds `window` files at a time. 16 bytes are kept per part.
+
+    sizes: (parts,) int64 number of elements of each part, 0 included.
+    """
+
+    def __init__(self, sizes: np.ndarray, window: int, *key: object) -> None:
+        order = Permutation(len(sizes), *key, "files")(np.arange(len(sizes)))
+        self._key = key
+        self._first = (np.cumsum(sizes) - sizes)[order]
+        stops = np.cumsum(sizes[order])
+        self._starts = stops - sizes[order]
+        self._bounds = np.append(self._starts[::window], stops[-1:])  # of the windows
+
+    def __call__(self, points: np.ndarray) -> np.ndarray:
+        """points: (k,) int64 in range(sum(sizes)). Returns (k,) int64."""
+        shuffled = np.empty_like(points)
+        windows = np.searchsorted(self._bounds, points, side="right") - 1
+        for window in distinct(windows):
+            start, stop = self._bounds[window : window + 2].tolist()
+            inside = windows == window
+            shuffle = Permutation(stop - start, *self._key, "window", window)
+            shuffled[inside] = shuffle(points[inside] - start) + start
+        parts = np.searchsorted(self._starts, shuffled, side="right") - 1
+        return self._first[parts] + shuffled - self._starts[parts]
+
+
+def distinct(values: np.ndarray) -> np.ndarray:
+    """The different values of a (k,) array, sorted."""
+    if values.size and values.min() == values.max():  # by far the most frequent case, and cheaper than a sort
+        return values[:1]
+    return np.unique(values)
 
 
 def _hash_below(values: np.ndarray, key: np.uint64, limit: np.uint64) -> np.ndarray:

@@ -166,6 +166,113 @@ def test_skipped_stretches_are_left_out_and_nothing_else(cuts, weights):
     assert [order.raw_stop(position) for position in range(1, len(kept) + 1)] == [p + 1 for p in kept]
 
 
+FILE_SIZES = st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(any)
+
+
+def windowed(files: dict[str, list[int]], seed: int, window: int | None, **options) -> DataOrder:
+    sizes = {name: np.array(each) for name, each in files.items()}
+    samples = {name: int(each.sum()) for name, each in sizes.items()}
+    return DataOrder(samples, seed, window=window, files=sizes, **options)
+
+
+@given(st.dictionaries(st.sampled_from("abc"), FILE_SIZES, min_size=1), st.integers(1, 40), st.integers(0, 2**32))
+def test_a_windowed_epoch_reads_every_sample_once(files, window, seed):
+    order = windowed(files, seed, window)
+    total = sum(order.samples.values())
+    everything = sorted((i, j) for i, name in enumerate(order.names) for j in range(order.samples[name]))
+    for epoch in range(3):
+        source, sample = order.locate(np.arange(epoch * total, (epoch + 1) * total))
+        assert sorted(zip(source.tolist(), sample.tolist(), strict=True)) == everything
+
+
+@given(FILE_SIZES, st.integers(1, 15), st.integers(0, 2**32))
+def test_a_window_is_done_with_its_files_before_the_next_one(sizes, window, seed):
+    _, sample = windowed({"a": sizes}, seed, window, weights={"a": 1.0}).locate(np.arange(sum(sizes)))
+    file_of = np.repeat(np.arange(len(sizes)), sizes)[sample].tolist()
+    shuffled = Permutation(len(sizes), seed, "a", 0, "files")(np.arange(len(sizes))).tolist()
+    for first in range(0, len(sizes), window):
+        files = shuffled[first : first + window]
+        count = sum(sizes[file] for file in files)
+        assert sorted(file_of[:count]) == sorted(file for file in files for _ in range(sizes[file]))
+        del file_of[:count]
+    assert not file_of
+
+
+def test_a_window_without_weights_holds_files_of_any_source():
+    files = {"a": [50] * 20, "b": [30] * 20}
+    order = windowed(files, 1, 4)
+    source, sample = order.locate(np.arange(1600))
+    file_of = source * 20 + sample // np.array([50, 30])[source]
+    assert len(np.unique(file_of[:100])) <= 4
+    assert len(np.unique(file_of)) == 40
+    firsts = [int(source[np.flatnonzero(file_of == file)[0]]) for file in dict.fromkeys(file_of.tolist())]
+    assert 0 < sum(firsts[:20]) < 20, "the first windows hold files of one source only"
+
+
+def test_windows_are_shuffled_inside_and_their_epochs_differ():
+    sizes, window = [40] * 30, 5
+    order = windowed({"a": sizes}, 1, window)
+    first, second = (order.locate(np.arange(start, start + 1200))[1] for start in (0, 1200))
+    assert is_shuffled(first, 1200) and is_shuffled(second, 1200)
+    in_first_window = [set((epoch[: 40 * window] // 40).tolist()) for epoch in (first, second)]
+    assert in_first_window[0] != in_first_window[1]
+    assert len(set((first[:40] // 40).tolist())) == window, "the files of a window are read one after the other"
+    other_seed = windowed({"a": sizes}, 2, window).locate(np.arange(1200))[1]
+    assert not np.array_equal(other_seed, first)
+
+
+def test_a_window_of_all_files_is_an_order_over_all():
+    sizes = [40] * 30
+    for window in (30, 31, 10**6):
+        _, sample = windowed({"a": sizes}, 1, window).locate(np.arange(1200))
+        assert is_shuffled(sample, 1200)
+        assert len(np.unique(sample[:200] // 40)) > 25
+
+
+@given(st.integers(0, 900), st.integers(1, 80), st.integers(0, 900), st.sampled_from([None, {"a": 1, "b": 3}]))
+def test_a_windowed_order_does_not_depend_on_what_was_asked_before(start, count, before, weights):
+    files = {"a": [7, 0, 20, 3, 3, 40], "b": [11] * 9}
+    whole = np.array(windowed(files, 5, 2, weights=weights).locate(np.arange(1000)))
+    order = windowed(files, 5, 2, weights=weights)
+    order.locate(np.array([before]))
+    assert np.array_equal(order.locate(np.arange(start, start + count)), whole[:, start : start + count])
+
+
+def test_the_windowed_order_is_what_it_always_was():
+    files = {"a": [7, 0, 20, 3, 3, 40], "b": [11] * 9}
+    order = windowed(files, 3407, 3)
+    source, sample = order.locate(np.arange(10))
+    assert source.tolist() == [1, 0, 0, 0, 0, 1, 0, 0, 0, 0]
+    assert sample.tolist() == [93, 32, 53, 59, 57, 94, 62, 49, 43, 48]
+    assert order.order_id == "b081406794f418e4549f4caee188f1d3d91e5e180f4298ec6cd2cf8a1c5e3ab0"
+    mixture = windowed(files, 3407, 3, weights={"a": 0.7, "b": 0.3})
+    source, sample = mixture.locate(np.arange(10))
+    assert source.tolist() == [1, 0, 0, 0, 0, 0, 0, 0, 0, 0]
+    assert sample.tolist() == [18, 31, 27, 30, 28, 29, 32, 25, 54, 46]
+
+
+def test_the_order_id_knows_the_window_and_the_files_in_it():
+    ids = [
+        windowed({"a": files}, 1, window).order_id
+        for files, window in (([4, 6], None), ([4, 6], 1), ([4, 6], 2), ([6, 4], 1))
+    ]
+    assert len(set(ids)) == 4
+    assert ids[0] == DataOrder({"a": 10}, 1).order_id
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": 0, "files": {"a": np.array([5])}}, "window=0 must be at least 1"),
+        ({"window": 2}, "give all files"),
+        ({"window": 2, "files": {"a": np.array([5, 1])}}, "hold {'a': 6} samples"),
+    ],
+)
+def test_an_impossible_window_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        DataOrder({"a": 5}, 1, **options)
+
+
 def test_epochs_counts_what_is_read():
     assert DataOrder({"a": 30, "b": 10}, 1).epochs(80) == {"a": 2.0, "b": 2.0}
     weighted = DataOrder({"a": 30, "b": 10}, 1, {"a": 1, "b": 3})
