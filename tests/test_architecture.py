@@ -36,7 +36,7 @@ OPTIONAL = [
 WITHOUT_TORCH = [
     *("lit_gpt.errors", "lit_gpt.config", "lit_gpt.flops", "lit_gpt.axes", "lit_gpt.tokenizer"),
     *("lit_gpt.data_order", "lit_gpt.packed_data", "lit_gpt.packed_dataset", "lit_gpt.token_files"),
-    *("lit_gpt.token_source", "lit_gpt.inspect_data"),
+    *("lit_gpt.token_source", "lit_gpt.legacy_order", "lit_gpt.prefetch", "lit_gpt.inspect_data"),
     *("grow.layer_map", "grow.plan", "grow.depth", "grow.operators", "grow.curves", "grow.__main__"),
     *("pretrain.config", "pretrain.command_line", "pretrain.data_command", "pretrain.__main__"),
 ]
