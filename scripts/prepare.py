@@ -299,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return export([dashed(argument) for argument in argv[1:]])
     args = parse_args(argv)
-    args.task = task_of(args.task, os.environ)
+    args.task = None if args.plan_only else task_of(args.task, os.environ)
     check_args(args)
     try:
         with termination_as_interrupt():

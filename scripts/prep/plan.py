@@ -34,6 +34,8 @@ ABANDONED_SECS = 86_400  # a temporary of another machine's process, of which we
 def make_plan(args: argparse.Namespace, files: list[InputFile], source: str) -> dict[str, Any]:
     """All that decides the output, as plain data. Does not depend on workers, on tasks, or on folder names."""
     fraction = DEFAULT_VALIDATION_FRACTION if args.validation_fraction is None else args.validation_fraction
+    if args.split != "auto":
+        fraction = 0.0
     inputs = [
         {"name": file.name, "bytes": file.n_bytes, "split": file.split, "digest": digest}
         for file, digest in zip(files, content_digests(files), strict=True)

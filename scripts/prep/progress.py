@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import rich.progress
 
 SECS_BETWEEN_LINES = 30.0
+SECS_BETWEEN_DRAWINGS = 0.1
 
 
 class Progress:
@@ -93,6 +94,8 @@ class Lines(Progress):
 class Bar(Progress):
     """A bar that is drawn anew a few times per second."""
 
+    next_secs = 0.0
+
     def __enter__(self) -> Progress:
         from rich.console import Console
         from rich.progress import BarColumn, TextColumn
@@ -101,22 +104,28 @@ class Bar(Progress):
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>5.1f} %"))
         figures = TextColumn("{task.fields[figures]}")
         self.display: rich.progress.Progress = RichProgress(*columns, figures, console=Console(stderr=True))
-        self.task = self.display.add_task(self.description, total=max(self.total_bytes, 1), figures="")
+        self.task = self.display.add_task("", total=max(self.total_bytes, 1), figures="")
         self.display.start()
         return self
-
-    @property
-    def description(self) -> str:
-        return f"{self.units_done}/{self.n_units} units"
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.draw()
         self.display.stop()
 
     def show(self) -> None:
-        figures = f"{self.text_bytes / 1e6:,.0f} MB  {self.speed}  {self.remaining}"
-        self.display.update(self.task, completed=self.read_bytes, description=self.description, figures=figures)
+        if self.elapsed_secs >= self.next_secs:
+            self.next_secs = self.elapsed_secs + SECS_BETWEEN_DRAWINGS
+            self.draw()
+
+    def draw(self) -> None:
+        self.display.update(
+            self.task,
+            completed=self.read_bytes,
+            description=f"{self.units_done}/{self.n_units} units",
+            figures=f"{self.text_bytes / 1e6:,.0f} MB  {self.speed}  {self.remaining}",
+        )
 
 
 def choose_progress(total_bytes: int, n_units: int, *, quiet: bool) -> Progress:

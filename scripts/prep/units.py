@@ -188,9 +188,10 @@ class Reader:
         try:
             for split, text in read_documents(file, self.unit.reading, self.counters):
                 documents += 1
-                read_bytes = min(len(text), text_bytes(file) - seen_bytes)
+                n_bytes = len(text) if text.isascii() else len(text.encode())
+                read_bytes = min(n_bytes, text_bytes(file) - seen_bytes)
                 seen_bytes += read_bytes
-                self.advance(len(text), read_bytes)
+                self.advance(n_bytes, read_bytes)
                 yield split, text
         except WrongKeyError:
             raise

@@ -23,6 +23,7 @@ import pytest
 from lit_gpt.errors import EXIT_DATA, EXIT_STOPPED, EXIT_USAGE
 from lit_gpt.packed_dataset import load_manifest
 from lit_gpt.token_files import find_token_files
+from lit_gpt.tokenizer import Tokenizer
 from tests.scripts.corpora import contents, documents_in, make_texts, write_corpus
 
 MAIN = "import prepare; raise SystemExit(prepare.run_command(prepare.main))"
@@ -109,7 +110,7 @@ def test_a_task_that_is_no_share_is_refused(run, many_units, tmp_path, task):
     assert code == EXIT_USAGE and f"--task {task} must be I/N" in errors
 
 
-def test_tasks_need_a_tokenizer_which_plan_only_provides(run, tmp_path):
+def test_tasks_need_a_tokenizer_which_plan_only_provides(run, monkeypatch, tmp_path):
     write_corpus(tmp_path / "in", make_texts(60), per_file=10)
     options = ("--input", tmp_path / "in", "--vocab_size", 320, "--unit_bytes", 4000)
     code, _, errors = run(*options, "--out", tmp_path / "out", "--task", "0/2")
@@ -119,7 +120,11 @@ def test_tasks_need_a_tokenizer_which_plan_only_provides(run, tmp_path):
     assert not list((tmp_path / "out").glob("*.bin"))
     code, told, _ = run(*options, "--out", tmp_path / "out", "--plan-only", "--json")
     assert [unit["unit"] for unit in json.loads(told)["units"]] == list(range(6))
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "2")
+    assert run(*options, "--out", tmp_path / "in-a-job", "--plan-only")[0] == 0
     assert [run(*options, "--out", tmp_path / "out", "--task", f"{i}/2")[0] for i in range(2)] == [0, 0]
+    monkeypatch.undo()
     assert run(*options, "--out", tmp_path / "alone")[0] == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "alone")
 
@@ -270,6 +275,21 @@ def test_what_is_before_the_damage_is_kept_if_asked_and_listed(run, tmp_path):
 
     code, _, errors = run(*options, "--out", tmp_path / "out")
     assert code == EXIT_DATA and "part-001.jsonl.gz" in errors  # nobody said this time that it may be skipped
+
+
+def test_what_is_wrong_in_a_worker_is_one_clear_error_of_the_command(run, tmp_path):
+    folder = write_damaged(tmp_path / "in", make_texts(90))
+    code, _, errors = run("--input", folder, "--tokenizer", "bytes", "--unit-bytes", 100, "--out", tmp_path / "out",
+                          "--workers", 2)  # fmt: skip
+    assert code == EXIT_DATA and errors.startswith("error: ") and errors.count("\n") == 1
+    assert "part-001.jsonl.gz is damaged" in errors
+    assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+def test_a_wrong_key_is_no_damage_to_skip(run, many_units, tmp_path):
+    options = ("--text-key", "body", "--on-bad-file", "skip", "--workers", 2)
+    code, _, errors = run(*many_units, "--out", tmp_path / "out", *options)
+    assert code == EXIT_DATA and "--text-key" in errors and errors.count("\n") == 1
 
 
 def test_a_damaged_file_can_be_skipped_while_a_tokenizer_is_trained(run, tmp_path):
@@ -436,8 +456,6 @@ def test_progress_ends_at_all_there_was_to_read_packed_or_not(units, corpus, man
     reading = corpus.Reading("text", 0, 0)
     unit = units.Unit(0, tuple(files), str(tmp_path), "plan", 2, reading)
     steps: list[tuple[int, int]] = []
-    from lit_gpt.tokenizer import Tokenizer
-
     units.run_unit(unit, Tokenizer.load("bytes"), lambda *step: steps.append(step))
     assert sum(read for _, read in steps) == unit.n_bytes
     assert sum(text for text, _ in steps) == sum(len(text) for text in make_texts(100))
