@@ -15,8 +15,8 @@ from lit_gpt.legacy_order import LegacyOrder
 
 # Each case was read once, with numpy 2.4, by TinyLlama's PackedDataset and CombinedDataset in a DataLoader of batch
 # size 8 for every rank, put together as `create_dataloader` of its pretrain/tinyllama.py does, from LITPKDS files whose
-# samples hold source, file and block. `first` and `later` are source * 10**6 + file * blocks + block, for positions 0 ..
-# and for those from half of `count` on; `sha256` is that of all `count` of them as little-endian int64.
+# samples hold source, file and block. `first` and `later` are source * 10**6 + file * blocks + block: of positions 0 ..
+# and of those from half of `count` on; `sha256` is that of all `count` of them as little-endian int64.
 CASES = {
     "three ranks that begin again": {
         "order": ({"slim": 100, "star": 53}, {"slim": 5, "star": 7}, 3407, {"slim": 0.693584, "star": 0.306416}, 3),
