@@ -22,6 +22,7 @@ from lit_gpt.token_text import TokenText
 from lit_gpt.tokenizer import Tokenizer
 
 SPLITS = ("train", "validation")
+PLAN = "plan.json"  # scripts/prepare.py writes it first and the manifest last
 USUAL_SEPARATORS = (0, 1, 2)  # unknown, bos and eos of Llama-like tokenizers, where no tokenizer says more
 
 Progress = Callable[[int, int], None]
@@ -95,6 +96,7 @@ def open_data(
     problems: list[str] = []
     notes: list[str] = []
     if manifest is None:
+        _refuse_unfinished(Path(path))
         vocabulary = _given_vocabulary(tokenizer, vocab_size, separator_id)
         splits = _given_splits(os.fspath(path), split, dtype, problems, notes)
     else:
@@ -105,17 +107,26 @@ def open_data(
     return OpenedData(Path(path), manifest, vocabulary, splits, problems, notes)
 
 
+def _refuse_unfinished(path: Path) -> None:
+    if (path / PLAN).is_file():
+        raise DataError(
+            f"{path} holds a {PLAN} but no {MANIFEST}: it was not prepared to the end, or the manifest is lost; repeat "
+            f"the command of scripts/prepare.py, which writes what is missing"
+        )
+
+
 def _given_vocabulary(
     given: str | os.PathLike[str] | None, vocab_size: int | None, separator_id: int | None
 ) -> Vocabulary:
-    if given is None:
-        return Vocabulary(None, vocab_size, separator_id)
-    tokenizer = Tokenizer.load(given)
-    if vocab_size not in (None, tokenizer.vocab_size):
-        raise ValueError(
-            f"vocab_size={vocab_size}, but tokenizer {given} has {tokenizer.vocab_size} ids; leave out one of the two"
-        )
-    return Vocabulary(tokenizer, tokenizer.vocab_size, separator_id)
+    tokenizer = None if given is None else Tokenizer.load(given)
+    size = vocab_size if tokenizer is None else tokenizer.vocab_size
+    if vocab_size not in (None, size):
+        raise ValueError(f"vocab_size={vocab_size}, but tokenizer {given} has {size} ids; leave out one of the two")
+    if size is not None and size < 1:
+        raise ValueError(f"vocab_size={size} must be at least 1")
+    if separator_id is not None and not 0 <= separator_id < (size or separator_id + 1):
+        raise ValueError(f"separator_id={separator_id} is no id of the vocabulary ({size or 'of unknown size'})")
+    return Vocabulary(tokenizer, size, separator_id)
 
 
 def _refuse_known(given: Mapping[str, Any], path: Path) -> None:

@@ -140,7 +140,8 @@ class RecordedSplit:
             return []
         problems = []
         for key in SUMMED:
-            found = sum(receipt.get(key, 0) for receipt in self._receipts.values())
+            counted = [receipt.get(key) for receipt in self._receipts.values()]
+            found = sum(count for count in counted if isinstance(count, int))
             if key in self.entry and found != self.entry[key]:
                 problems.append(
                     f"{self.folder / MANIFEST}, {self.split}: announces {self.entry[key]} {key}, the receipts add up "
@@ -151,7 +152,11 @@ class RecordedSplit:
     def _byte_problems(self, counts: IdCounts, tokenizer: Tokenizer | None, where: str) -> list[str]:
         """The text bytes that the tokens stand for must be those that were counted when they were made."""
         recorded, documents = self.entry.get("table_bytes"), self.entry.get("documents")
-        if tokenizer is None or recorded is None or tokenizer.fingerprint != self.manifest["tokenizer"]["sha256"]:
+        if (
+            tokenizer is None
+            or None in (recorded, documents)
+            or tokenizer.fingerprint != self.manifest["tokenizer"]["sha256"]
+        ):
             return []
         lengths = tokenizer.byte_lengths()
         separator_id = self.manifest.get("separator_id")

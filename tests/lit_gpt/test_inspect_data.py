@@ -129,11 +129,11 @@ def test_a_changed_receipt_is_named(prepared):
     assert "train_000000.json has 00000001" in only_problem(prepared)
 
 
-@pytest.mark.parametrize("key", ["documents", "text_bytes"])
-def test_a_receipt_with_another_sum_is_found(prepared, key):
-    edit_json(prepared / "validation_000000.json", **{key: 1})
+@pytest.mark.parametrize(("key", "value"), [("documents", 1), ("text_bytes", 1), ("text_bytes", "many")])
+def test_a_receipt_with_another_sum_is_found(prepared, key, value):
+    edit_json(prepared / "validation_000000.json", **{key: value})
 
-    assert f" {key}, the receipts add up to 1" in only_problem(prepared)
+    assert f" {key}, the receipts add up to {int(value == 1)}" in only_problem(prepared)
 
 
 def test_a_receipt_that_is_no_json_is_found(prepared):
@@ -247,6 +247,21 @@ def test_files_that_the_manifest_does_not_list_are_a_note(prepared):
     found = check_data(prepared)
 
     assert found.problems == () and any("train_000001.bin" in note for note in found.notes)
+
+
+def test_a_folder_that_was_not_prepared_to_the_end_is_refused(prepared):
+    (prepared / "manifest.json").unlink()
+
+    with pytest.raises(DataError, match="holds a plan.json but no manifest.json"):
+        check_data(prepared)
+
+
+@pytest.mark.parametrize("option", [{"vocab_size": 0}, {"separator_id": -1}, {"separator_id": 9, "vocab_size": 9}])
+def test_a_vocabulary_that_cannot_be_is_refused(tmp_path, option):
+    write_token_file(tmp_path / "train_0.bin", np.arange(5), np.uint16)
+
+    with pytest.raises(ValueError, match=next(iter(option))):
+        check_data(tmp_path, **option)
 
 
 def test_a_folder_without_that_split_is_refused(prepared):
