@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,9 @@ import numpy as np
 
 from lit_gpt.config import Config
 from lit_gpt.data_order import DataOrder
+from lit_gpt.legacy_order import LegacyOrder
 from lit_gpt.packed_data import PackedData
+from lit_gpt.prefetch import batches
 from lit_gpt.token_files import TokenFiles, detect_separator, find_token_files
 from lit_gpt.token_source import TokenSource
 from pretrain.config import BatchConfig
@@ -39,13 +41,19 @@ class TrainData:
     notes: tuple[str, ...]
     """What was found, for the log."""
 
-    @contextmanager
-    def batches(self, start: int, steps: int, batch: BatchConfig, fabric: Fabric) -> Iterator[Iterator[np.ndarray]]:
+    def batches(
+        self, start: int, steps: int, batch: BatchConfig, fabric: Fabric
+    ) -> AbstractContextManager[Iterator[np.ndarray]]:
         """This rank's (micro_batch_size, block_size + 1) int64 batches of `steps` steps from a position on."""
-        share = batch.global_batch_size // fabric.world_size
-        firsts = (start + step * batch.global_batch_size + fabric.global_rank * share for step in range(steps))
-        micro = batch.micro_batch_size
-        yield (self.packed.samples(first + i, micro) for first in firsts for i in range(0, share, micro))
+        return batches(
+            self.packed,
+            start=start,
+            steps=steps,
+            global_batch_size=batch.global_batch_size,
+            micro_batch_size=batch.micro_batch_size,
+            rank=fabric.global_rank,
+            world_size=fabric.world_size,
+        )
 
     def bytes_per_token(self, position: int) -> float | None:
         """Text bytes per training token under the weights in force before `position`: estimates bits per byte."""
@@ -92,6 +100,8 @@ def open_train_data(
     notes: list[str] = []
     for name, path in data.train_paths().items():
         notes += _source_notes(name, files[name], sources[name], None if path in corpus.manifests else corpus, config)
+    if isinstance(order, LegacyOrder):
+        notes += _unread_notes(order)
     rates = {
         name: _bytes_per_token(sources[name], corpus.manifests.get(path), corpus)
         for name, path in data.train_paths().items()
@@ -123,7 +133,7 @@ def _open(files: TokenFiles, data: DataConfig, config: Config) -> TokenSource:
     return TokenSource(files, config.block_size, config.vocab_size, windowed=data.window is not None)
 
 
-def build_order(data: DataConfig, sources: Mapping[str, TokenSource], seed: int) -> DataOrder:
+def build_order(data: DataConfig, sources: Mapping[str, TokenSource], seed: int) -> DataOrder | LegacyOrder:
     """The order that the settings ask for.
 
     Raises:
@@ -137,28 +147,28 @@ def build_order(data: DataConfig, sources: Mapping[str, TokenSource], seed: int)
         data.weights,
         segments=None if data.segments is None else [(each.start, each.weights) for each in data.segments],
         skips=[(start, stop) for start, stop in data.skips or []],
+        window=data.window,
+        files=None if data.window is None else {name: each.samples_per_file for name, each in sources.items()},
     )
 
 
-def _legacy_order(data: DataConfig, sources: Mapping[str, TokenSource], seed: int) -> Any:
-    from lit_gpt.legacy_order import LegacyOrder
-
-    blocks = {}
-    for name, source in sources.items():
-        counts = np.unique(source.samples_per_file)
-        if len(counts) > 1:
-            raise ValueError(
-                f"data.order=legacy: the files of {name!r} hold {counts.min()} to {counts.max()} blocks; the old "
-                f"reader needs files of one size, so name only such files, or use order=permuted"
-            )
-        blocks[name] = int(counts[0])
+def _legacy_order(data: DataConfig, sources: Mapping[str, TokenSource], seed: int) -> LegacyOrder:
     return LegacyOrder(
         {name: len(source.files) for name, source in sources.items()},
-        blocks,
+        {name: int(source.samples_per_file[0]) for name, source in sources.items()},
         seed,
-        data.weights or dict.fromkeys(sources, 1.0),
+        data.weights,
         data.legacy_world_size or 1,
     )
+
+
+def _unread_notes(order: LegacyOrder) -> list[str]:
+    return [
+        f"data {name}: {count:,} of {order.files[name]:,} files are never read, as by the old reader, which "
+        f"takes whole groups of {order.files_per_group} per device"
+        for name, count in order.unread_files().items()
+        if count
+    ]
 
 
 def _source_notes(

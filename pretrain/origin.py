@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from lit_gpt.checkpoint import TRAINING, detect_form, latest, read_exchange, read_training
-from lit_gpt.data_order import PROPORTIONAL, DataOrder
+from lit_gpt.data_order import PROPORTIONAL
 from lit_gpt.errors import DataError
+from lit_gpt.legacy_order import LEGACY
+from lit_gpt.packed_data import describe_overlap
 from pretrain.config import RunConfig
 from pretrain.corpus import Corpus
 from pretrain.data import TrainData
 from pretrain.data_config import ORDER_SETTINGS, DataConfig, SegmentConfig, data_problems
-
-LEGACY = "legacy"
 
 
 def own_state(out_dir: Path) -> dict[str, Any] | None:
@@ -143,32 +143,7 @@ def continued_position(train: TrainData, saved: Mapping[str, Any]) -> int:
         if not train.settings.allow_order_change:
             raise
         sys.stderr.write(f"warning: data.allow_order_change: {str(error).splitlines()[0]}\n")
-        if saved["block"] != train.packed.block_size:
-            sys.stderr.write(f"warning: {new_phase(train, saved)}\n")
+        if (saved["block"], saved["stride"]) != (train.packed.block_size, train.packed.stride):
+            sys.stderr.write(f"warning: the data starts over at sample 0. {describe_overlap(saved)}\n")
             return 0
     return saved["position"]
-
-
-def new_phase(train: TrainData, saved: Mapping[str, Any]) -> str:
-    """What it means that samples of another length cannot be told from those that were read.
-
-    The permutation of so many samples more or fewer has nothing to do with the one before, so the share of a source
-    that was read is also the share of its first epoch that comes again.
-    """
-    shares = ", ".join(f"{name} {min(share, 1):.3g}" for name, share in read_epochs(saved).items())
-    return (
-        f"block_size was {saved['block']} and is {train.packed.block_size}, so samples are cut anew and the data "
-        f"starts over at sample 0. Read before, and expected again in the first epoch, as a share of each source: "
-        f"{shares}"
-    )
-
-
-def read_epochs(saved: Mapping[str, Any]) -> dict[str, float]:
-    """How often a data object's position says that each of its sources was read."""
-    samples = {name: source["samples"] for name, source in saved["sources"].items()}
-    if saved.get("order") == LEGACY:
-        weights = dict(saved["weights"])
-        share = saved["position"] / sum(weights.values())
-        return {name: share * weights[name] / count for name, count in samples.items()}
-    segments = [(start, None if weights == PROPORTIONAL else weights) for start, weights in saved["segments"]]
-    return DataOrder(samples, saved["seed"], segments=segments, skips=saved["skips"]).epochs(saved["position"])

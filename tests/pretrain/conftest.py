@@ -6,9 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -133,3 +135,20 @@ def pretrain_process(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
         )
 
     return start
+
+
+@pytest.fixture
+def batches_of(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
+    """Every batch that the runs of a test train on, (micro_batch_size, block_size + 1) each."""
+    from pretrain.data import TrainData
+
+    batches: list[np.ndarray] = []
+    original = TrainData.batches
+
+    @contextmanager
+    def recording(*arguments: Any) -> Iterator[Iterator[np.ndarray]]:
+        with original(*arguments) as rows:
+            yield (batches.append(np.array(each)) or each for each in rows)
+
+    monkeypatch.setattr(TrainData, "batches", recording)
+    return batches
