@@ -82,7 +82,8 @@ def find_inputs(paths: list[str], split: str = "auto") -> tuple[list[InputFile],
             found += files
             ignored += left_out
         else:
-            _refuse_unreadable(path)
+            if not _known(path.name):
+                _refuse_unreadable(path)
             found.append(_input_file(path, path.relative_to(root).as_posix(), split))
     distinct = {os.path.realpath(file.path): file for file in found}
     return sorted(distinct.values(), key=lambda file: (file.name, file.path)), ignored

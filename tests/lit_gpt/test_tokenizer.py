@@ -69,7 +69,7 @@ def pair(tmp_path):
 def texts_of(data_dir):
     """Real text: web pages, LaTeX, questions in several languages, and a part of each book."""
     books = sorted(data_dir("books").glob("*.md"))
-    texts = [book.read_text(encoding="utf-8")[-30_000:] for book in books]
+    texts = [book.read_text(encoding="utf-8")[-8_000:] for book in books]
     for file in sorted(data_dir("web_samples").glob("*.jsonl")):
         texts += [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines()]
     return texts

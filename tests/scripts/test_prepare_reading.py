@@ -71,14 +71,14 @@ def parquet(rows: list[dict], **options: object) -> bytes:
 def arrow_stream(rows: list[dict], schema: pa.Schema | None = None) -> bytes:
     table, sink = pa.Table.from_pylist(rows, schema), pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table, max_chunksize=270)
+        writer.write_table(table, max_chunksize=257)
     return sink.getvalue().to_pybytes()
 
 
 def arrow_file(rows: list[dict]) -> bytes:
     table, sink = pa.Table.from_pylist(rows), pa.BufferOutputStream()
     with pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table, max_chunksize=270)
+        writer.write_table(table, max_chunksize=257)
     return sink.getvalue().to_pybytes()
 
 
@@ -142,6 +142,7 @@ def test_lines_are_those_of_the_whole_text_however_it_comes_in_pieces(formats, p
     texts = list(formats.texts(iter(pieces), document_bytes))
     assert b"".join(texts) == data
     assert not document_bytes or all(text.endswith(b"\n") and len(text) > document_bytes for text in texts[:-1])
+    assert list(formats.texts(iter([b"ab\nc", b"d\nef"]), 3)) == [b"ab\ncd\n", b"ef"]
 
 
 DAMAGED = ("a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.arrow", "b.arrow", "two frames.jsonl.zst")
@@ -164,6 +165,21 @@ def test_a_file_cut_short_anywhere_is_an_error_with_its_path(read, tmp_path, nam
 def test_garbage_behind_the_end_is_an_error_with_the_path(read, tmp_path, name, garbage):
     (tmp_path / name).write_bytes(FORMS[name] + garbage)
     with pytest.raises(DataError, match=f"{name} is damaged.*get it again"):
+        read(tmp_path / name)
+
+
+def test_a_second_arrow_stream_behind_the_first_is_an_error(read, tmp_path):
+    (tmp_path / "a.arrow").write_bytes(FORMS["a.arrow"] * 2)
+    with pytest.raises(DataError, match=r"a\.arrow is damaged"):
+        read(tmp_path / "a.arrow")
+
+
+@pytest.mark.parametrize(
+    ("name", "data"), [("a.parquet", JSON_LINES), ("a.arrow", b"text"), ("a.jsonl.zst", b"(\xb5\xfd")]
+)
+def test_a_packed_file_without_its_first_bytes_is_not_taken_for_text(read, tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError, match=f"{name} is damaged: it does not begin like a"):
         read(tmp_path / name)
 
 
@@ -217,10 +233,11 @@ def test_what_is_not_text_is_refused(read, tmp_path):
 
 
 @pytest.mark.parametrize("head", [b"BZh91AY", b"\xfd7zXZ\0", b"PK\x03\x04"])
-def test_other_packings_are_refused_before_anything_is_read(corpus, tmp_path, head):
-    (tmp_path / "a.txt").write_bytes(head + b"abc")
-    with pytest.raises(ValueError, match=r"a\.txt: .*cannot be read; unpack it"):
-        corpus.find_inputs([str(tmp_path / "a.txt")])
+def test_other_packings_are_refused_even_before_anything_is_read_where_the_name_is_unknown(corpus, tmp_path, head):
+    (tmp_path / "a").write_bytes(head + b"abc")
+    with pytest.raises(ValueError, match=r"a: .*cannot be read; unpack it"):
+        corpus.find_inputs([str(tmp_path / "a")])
+    (tmp_path / "a").rename(tmp_path / "a.txt")
     (file,), _ = corpus.find_inputs([str(tmp_path)])
     with pytest.raises(DataError, match=r"a\.txt is packed with"):
         list(corpus.read_documents(file, corpus.Reading("text", 0, 0), Counter()))
@@ -346,6 +363,25 @@ def test_a_key_to_drop_by_that_most_rows_lack_stops_too(read, formats, tmp_path)
         formats.WrongKeyError, match=r"600 of the first 600 rows have no 'meta\.kind'.*meta\.set.*--drop"
     ):
         read(tmp_path / "a.jsonl", drop=(("meta.kind", "b"),))
+
+
+def test_rows_to_be_dropped_do_not_count_when_keys_are_judged(read, formats, tmp_path):
+    rows = [{"text": None if i % 3 else "a", "kind": "code" if i < 700 else "web"} for i in range(1000)]
+    (tmp_path / "a").write_bytes(parquet(rows))
+    with pytest.raises(formats.WrongKeyError, match="200 of the first 300 rows"):
+        read(tmp_path / "a", drop=(("kind", "code"),))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.arrow"])
+def test_a_key_with_a_dot_in_its_own_name_is_found(read, tmp_path, name):
+    rows = [{"a.text": str(i), "meta.set": "ab"[i % 2]} for i in range(10)]
+    form = {
+        "a.jsonl": lambda rows: "\n".join(map(json.dumps, rows)).encode(),
+        "a.parquet": parquet,
+        "a.arrow": arrow_stream,
+    }
+    (tmp_path / name).write_bytes(form[name](rows))
+    assert read(tmp_path / name, text_key="a.text", drop=(("meta.set", "a"),))[0] == ["1", "3", "5", "7", "9"]
 
 
 @pytest.mark.parametrize("form", [parquet, arrow_stream, arrow_file])
