@@ -54,9 +54,9 @@ class PackedData:
         cuts = {name: (source.block_size, source.stride) for name, source in sources.items()}
         if len(set(cuts.values())) > 1:
             raise ValueError(f"all sources of a run need the same block_size and stride, got {cuts}")
-        if isinstance(order, LegacyOrder):
-            _check_legacy(sources, order)
         counts = {name: source.n_samples for name, source in sources.items()}
+        if isinstance(order, LegacyOrder) and counts.keys() == order.samples.keys():
+            _check_legacy(sources, order)
         if counts != order.samples:
             raise ValueError(f"the order was made for {order.samples} samples, but the sources hold {counts}")
         self.sources = [sources[name] for name in order.names]
@@ -207,7 +207,7 @@ def _check_legacy(sources: Mapping[str, TokenSource], order: LegacyOrder) -> Non
     for name, source in sources.items():
         if source.stride != source.block_size + 1:
             raise ValueError(f"stride={source.stride} of source {name!r}; order=legacy needs {source.block_size + 1}")
-        expected = order.blocks_per_file.get(name)
+        expected = order.blocks_per_file[name]
         odd = np.flatnonzero(source.samples_per_file != expected)
         if odd.size:
             raise DataError(
