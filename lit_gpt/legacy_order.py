@@ -158,7 +158,7 @@ class _Picks:
     """
 
     def __init__(self, seed: int, weights: list[float]) -> None:
-        total = sum(weights)
+        *_, total = itertools.accumulate(weights)  # sum() rounds otherwise since Python 3.12
         cumulative = list(itertools.accumulate(weight / total for weight in weights))
         self._total, self._bounds = cumulative[-1] + 0.0, np.array(cumulative[:-1])
         self._n_sources = len(weights)
