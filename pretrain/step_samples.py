@@ -194,8 +194,10 @@ def _open(
     corpus = read_corpus(dataclasses.replace(config.data, validation={}))
     model_config = model_config_for(corpus, config.model)
     cache = folder / INDEX_FOLDER
+    if data_flags or not cache.is_dir():
+        cache = None  # the run's index is of the run's data, wherever we look for it
     own = None if covering is None else covering.state
-    train, first = open_stream(config, model_config, corpus, own, cache if cache.is_dir() else None)
+    train, first = open_stream(config, model_config, corpus, own, cache)
     batch = config.batch.global_batch_size
     wanted = step if step is not None else ((position or 0) - first) // batch + 1
     nearest = min(_logged(folder), key=lambda moment: abs(moment[0] - wanted), default=None)
