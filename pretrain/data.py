@@ -231,7 +231,7 @@ def open_validation_sets(
 
 
 def check_epochs(train: TrainData, start: int, stop: int) -> list[str]:
-    """Refuse a run that would repeat its data more often than it may; one line for the log per source.
+    """Refuse a run that would repeat its data more often than it may; returns lines for the log.
 
     Args:
         train: the stream.
@@ -249,8 +249,6 @@ def check_epochs(train: TrainData, start: int, stop: int) -> list[str]:
             f"before its start), data.max_epochs={train.settings.max_epochs:g}; train on fewer tokens, prepare more "
             f"data, or raise data.max_epochs"
         )
-    lines = [f"data {name}: read {before[name]:.3g} -> {each:.3g} times" for name, each in epochs.items()]
+    lines = ["epochs in this run: " + ", ".join(f"{name} {before[name]:.3g} -> {epochs[name]:.3g}" for name in epochs)]
     repeated = [name for name, each in epochs.items() if each > 1]
-    if repeated:
-        lines.append(f"warning: {', '.join(repeated)}: read more than once")
-    return lines
+    return [*lines, f"warning: read more than once: {', '.join(repeated)}"] if repeated else lines

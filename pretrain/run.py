@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from pretrain.command_line import Invocation
 from pretrain.config import RunConfig, StageConfig, to_plain
 from pretrain.corpus import Corpus, model_config_for, read_corpus
 from pretrain.data import TrainData, check_epochs, open_train_data, open_validation_sets
+from pretrain.held_out import ValidationSet
 from pretrain.loggers import EVALS_FILE, METRICS_FILE, TENSORBOARD_FOLDER, RunLog, say
 from pretrain.loop import Run, Trained, describe_stages, set_up, step_flops, train_in_stages
 from pretrain.optim import load_named_state
@@ -55,6 +57,23 @@ CONFIG_FILE = "config.yaml"
 INDEX_FOLDER = "data_index"
 
 
+@dataclass(frozen=True)
+class Plan:
+    """A run whose settings, data and starting point are known to be good; nothing is computed or deleted yet."""
+
+    config: RunConfig
+    stages: list[Stage]
+    corpus: Corpus
+    train: TrainData
+    position: int
+    """Of the run's first sample."""
+    samples: int
+    """Training samples of all stages."""
+    validation: list[ValidationSet]
+    data_lines: list[str]
+    """What was found, for the log."""
+
+
 def run(invocation: Invocation, command: list[str]) -> None:
     """Start the run, resume it, or, if it is finished, say so.
 
@@ -63,6 +82,45 @@ def run(invocation: Invocation, command: list[str]) -> None:
         DataError, OSError: damaged or missing files, a folder that cannot be written.
         NonFiniteError, StopRequested: see pretrain/loop.py.
     """
+    plan = preflight(invocation)
+    config, stages = plan.config, plan.stages
+    if invocation.dry_run:
+        describe(plan)
+        return
+    fabric = launch(config)
+    compute = choose_compute(config, fabric.device, plan.samples * stages[-1].config.block_size)
+    out_dir = Path(config.out_dir)
+    with run_folder(out_dir, invocation.fresh):
+        metadata = {
+            "run_config": to_plain(config),
+            "seed": config.seed,
+            "command": command,
+            "tokenizer": plan.corpus.tokenizer_entry,
+            "compute": {"precision": compute.precision, "compile": compute.compile, "reason": compute.reason},
+        }
+        checkpoints = RunCheckpoints(out_dir, config.checkpoints, metadata)
+        checkpoint = checkpoints.resume()
+        state = resumed_state(checkpoint, config, plan.train) if checkpoint else TrainState(position=plan.position)
+        if is_finished(state, stages):
+            say(f"{out_dir} is finished: {state.step_count:,} steps. --fresh starts over")
+            return
+        describe(plan)
+        say(f"compute: {compute.precision}, compile {compute.compile} ({compute.reason})")
+        stage = stages[state.stage - 1]
+        with StopSignal() as stop:
+            kept_stage = 0 if checkpoint is None else state.stage  # nothing stays of a run killed before its first save
+            log = RunLog(out_dir, stage=kept_stage, step=state.step_count, tensorboard=config.logging.tensorboard)
+            this_run = Run(config, stages, fabric, compute, plan.train, plan.validation, checkpoints, log, stop)
+            trained = start(this_run, stage, state) if checkpoint is None else resume(this_run, stage, checkpoint)
+            try:
+                train_in_stages(this_run, trained, state)
+            finally:
+                log.close()
+        say(f"done: {state.step_count:,} steps, {state.tokens:,} tokens; last checkpoint {checkpoints.last}")
+
+
+def preflight(invocation: Invocation) -> Plan:
+    """Resolve and check all that can be checked before anything is computed; what raises, raises here."""
     config = invocation.config
     corpus = read_corpus(config.data)
     model_config = model_config_for(corpus, config.model)
@@ -72,49 +130,16 @@ def run(invocation: Invocation, command: list[str]) -> None:
             raise ValueError("--scratch trains from the first step, init_from does not; give one of the two")
         config = scratch_config(config, stages)
         stages = plan_stages(config, model_config)
-    out_dir = Path(config.out_dir)
-    own = None if invocation.fresh else own_state(out_dir)
+    own = None if invocation.fresh else own_state(Path(config.out_dir))
     if config.init_from is not None and own is None:  # a run that has checkpoints of its own needs its parent no more
         check_init_from(config, stages[0], invocation.fresh)
-    cache = None if invocation.dry_run else out_dir / INDEX_FOLDER
+    cache = None if invocation.dry_run else Path(config.out_dir) / INDEX_FOLDER
     train, position = open_stream(config, model_config, corpus, own, cache)
-    samples = config.batch.global_batch_size * sum(stage.steps for stage in stages)
-    lines = [*train.notes, *check_epochs(train, position, position + samples)]
     validation, validation_lines = open_validation_sets(config.data, model_config, corpus, cache)
-    lines += [*validation_lines, *corpus.notes]
-    if invocation.dry_run:
-        describe(config, stages, lines)
-        return
-    fabric = launch(config)
-    tokens = sum(stage.steps for stage in stages) * config.batch.global_batch_size * model_config.block_size
-    compute = choose_compute(config, fabric.device, tokens)
-    with run_folder(out_dir, invocation.fresh):
-        metadata = {
-            "run_config": to_plain(config),
-            "seed": config.seed,
-            "command": command,
-            "tokenizer": corpus.tokenizer_entry,
-            "compute": {"precision": compute.precision, "compile": compute.compile, "reason": compute.reason},
-        }
-        checkpoints = RunCheckpoints(out_dir, config.checkpoints, metadata)
-        checkpoint = checkpoints.resume()
-        state = TrainState(position=position) if checkpoint is None else resumed_state(checkpoint, config, train)
-        if is_finished(state, stages):
-            say(f"{out_dir} is finished: {state.step_count:,} steps. --fresh starts over")
-            return
-        describe(config, stages, lines)
-        say(f"compute: {compute.precision}, compile {compute.compile} ({compute.reason})")
-        stage = stages[state.stage - 1]
-        with StopSignal() as stop:
-            kept_stage = 0 if checkpoint is None else state.stage  # nothing stays of a run killed before its first save
-            log = RunLog(out_dir, stage=kept_stage, step=state.step_count, tensorboard=config.logging.tensorboard)
-            this_run = Run(config, stages, fabric, compute, train, validation, checkpoints, log, stop)
-            trained = start(this_run, stage, state) if checkpoint is None else resume(this_run, stage, checkpoint)
-            try:
-                train_in_stages(this_run, trained, state)
-            finally:
-                log.close()
-        say(f"done: {state.step_count:,} steps, {state.tokens:,} tokens; last checkpoint {checkpoints.last}")
+    samples = config.batch.global_batch_size * sum(stage.steps for stage in stages)
+    epoch_lines = check_epochs(train, position, position + samples)
+    lines = [*train.notes, *epoch_lines, *validation_lines, *corpus.notes]
+    return Plan(config, stages, corpus, train, position, samples, validation, lines)
 
 
 def scratch_config(config: RunConfig, stages: list[Stage]) -> RunConfig:
@@ -154,12 +179,12 @@ def open_stream(
     return train, first_position(config, train, saved)
 
 
-def describe(config: RunConfig, stages: list[Stage], data_lines: list[str]) -> None:
+def describe(plan: Plan) -> None:
     """Data, sizes, FLOPs and the plan, before anything is computed."""
-    for line in data_lines:
+    for line in plan.data_lines:
         say(line)
-    for stage, line in zip(stages, describe_stages(stages, config), strict=True):
-        flops = step_flops(config, stage).times(stage.steps).paper
+    for stage, line in zip(plan.stages, describe_stages(plan.stages, plan.config), strict=True):
+        flops = step_flops(plan.config, stage).times(stage.steps).paper
         say(f"{line}, {count_parameters(stage.config):,} parameters, {flops:.3g} FLOPs")
         say(f"  {', '.join(f'{key}={value}' for key, value in stage.config.to_dict().items())}")
         if stage.plan is not None:

@@ -144,15 +144,15 @@ def test_a_single_file_may_be_the_validation_set(tmp_path):
 def test_epochs_count_what_was_read_before_the_run(tmp_path):
     train = opened(DataConfig(str(foreign(tmp_path)), max_epochs=2))  # 124 samples
     name = tmp_path.name
-    assert check_epochs(train, 0, 62) == [f"data {name}: read 0 -> 0.5 times"]
-    assert check_epochs(train, 62, 186)[-1] == f"warning: {name}: read more than once"
+    assert check_epochs(train, 0, 62) == [f"epochs in this run: {name} 0 -> 0.5"]
+    assert check_epochs(train, 62, 186)[-1] == f"warning: read more than once: {name}"
     with pytest.raises(ValueError, match=r"2\.50 times \(1\.00 times before its start\)"):
         check_epochs(train, 124, 310)
 
 
 def test_epochs_count_skipped_samples_as_used_up(tmp_path):
     train = opened(DataConfig(str(foreign(tmp_path)), max_epochs=1, skips=[[0, 62]]))
-    assert check_epochs(train, 0, 62) == [f"data {tmp_path.name}: read 0 -> 1 times"]
+    assert check_epochs(train, 0, 62) == [f"epochs in this run: {tmp_path.name} 0 -> 1"]
     with pytest.raises(ValueError, match="max_epochs=1"):
         check_epochs(train, 0, 63)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 
 from lit_gpt.checkpoint import latest, read_training
+from lit_gpt.errors import NonFiniteError
 from lit_gpt.legacy_order import LegacyOrder
 from lit_gpt.packed_dataset import write_token_file
 from pretrain.checkpointing import changed_settings
@@ -56,7 +59,7 @@ def test_a_folder_of_tinyllamas_is_trained_on(short, pretrain, tinyllama):
     result = pretrain({**short, "data": tinyllama_data(tinyllama)})
     assert result.returncode == 0, result.stderr
     assert "data slim: 18 litpkds files, 1,224 tokens, 72 samples of 16 targets" in result.stdout
-    assert "data slim: read 0 -> 0.0" in result.stdout
+    assert "epochs in this run: slim 0 -> 0.0" in result.stdout
     evaluated = {record["metric"]: record["value"] for record in records(short, "evals.jsonl")}
     assert evaluated["bpb"] == pytest.approx(evaluated["loss"] / np.log(2), rel=1e-6)
     assert records(short, "evals.jsonl")[0]["n"] == 2 * (BLOCKS_PER_FILE * (BLOCK_SIZE + 1) - 1)
@@ -193,3 +196,39 @@ def test_ranks_together_read_the_same_global_batches(tmp_path, world_size, micro
             shares.append(np.concatenate(list(rows)).reshape(4, 6 // world_size, CONFIG.block_size + 1))
     together = np.concatenate(shares, axis=1).reshape(24, -1)
     assert np.array_equal(together, train.packed.read(np.arange(5, 29)))
+
+
+def end_normally() -> None:
+    pass
+
+
+def send_a_signal() -> None:
+    signal.raise_signal(signal.SIGTERM)
+
+
+def diverge() -> None:
+    raise NonFiniteError("no number")
+
+
+@pytest.mark.parametrize(("happens", "code"), [(end_normally, 0), (send_a_signal, 75), (diverge, 4)])
+def test_the_thread_that_reads_ahead_ends_with_the_run_however_it_ends(short, pretrain, monkeypatch, happens, code):
+    """The batches are so large that it cannot have read them all when the first step is done."""
+    from pretrain import loop
+
+    was_reading = []
+
+    def advance(*arguments):
+        was_reading.append("read-ahead" in threads())
+        original(*arguments)
+        happens()
+
+    def threads():
+        return [thread.name for thread in threading.enumerate()]
+
+    original = loop.advance
+    monkeypatch.setattr(loop, "advance", advance)
+    large = {"batch": {"global_batch_size": 600, "micro_batch_size": 300}}
+    stages = [{"name": "main", "n_layer": 1, "max_steps": 4}]
+    assert pretrain({**short, **large, "stages": stages}).returncode == code
+    assert was_reading[0]
+    assert "read-ahead" not in threads()
