@@ -19,7 +19,7 @@ from lit_gpt.packed_dataset import MANIFEST, TokenFile
 from lit_gpt.token_formats import Described, describe_file, given_dtype, head_digest
 from lit_gpt.token_listing import Listing, list_files, load_arrays, save_arrays
 
-TABLE_VERSION = 1  # of the cached table; raise it when the same files would give another table
+TABLE_VERSION = 2  # of the cached table; raise it when the same files would give another table
 THREADS = 16  # files are opened in parallel where there are many: on a network each open is a wait
 FILES_PER_TASK = 256
 TAIL_TOKENS = 1 << 16  # read at a time, from the end, to find where padding begins
@@ -141,14 +141,14 @@ def find_token_files(
         files.fingerprint = stored[0]["fingerprint"]
     elif cache is not None:
         files.notes += _save(cache, key, table, files.fingerprint)
+    files.notes += listing.notes  # never from the cache, whose key knows only the files that are read
     return files
 
 
 def _described(listing: Listing, dtype: np.dtype | None, trim: bool) -> TokenFiles:
     table = _describe_files(listing.names, dtype)
     if trim and table.kind == "litpkds":
-        table = _without_padding(table)
-    table.notes += listing.notes
+        return _without_padding(table)
     return table
 
 

@@ -112,27 +112,42 @@ def _list_manifest(folder: str, split: str) -> Listing:
 
 def _list_folder(folder: str, split: str) -> Listing:
     for prefix, others in NAMES_OF_SPLIT.get(split, ((split, ()),)):
-        left_out: list[str] = []
-        listing = Listing.of(_named(folder, prefix, others, left_out)).in_natural_order()
+        unread: list[str] = []
+        listing = Listing.of(_named(folder, prefix, others, unread)).in_natural_order()
         if len(listing.names):
-            note = f"{folder}: left out {len(left_out)} file(s) of other splits or other forms, such as {left_out[:1]}"
-            return replace(listing, notes=(note,)) if left_out else listing
+            return replace(listing, notes=_unread_notes(folder, unread)) if split == "train" else listing
     raise FileNotFoundError(
         f"{folder} holds no {split}* file that ends in {_listed(SUFFIXES)}; prepare it with scripts/prepare.py, or "
         f"name the token files with a pattern"
     )
 
 
-def _named(folder: str, prefix: str, others: tuple[str, ...], left_out: list[str]) -> Iterator[Entry]:
-    """The regular files of a folder with a token file's suffix and this prefix; the nearly right go to `left_out`."""
+def _named(folder: str, prefix: str, others: tuple[str, ...], unread: list[str]) -> Iterator[Entry]:
+    """The regular files of a folder with a token file's suffix, this prefix and none of the others.
+
+    unread: gets the names of those that could be training data as well.
+    """
     for entry in entries_of(folder):
         name = entry.name
-        if name.endswith(DESCRIBING) or not name.startswith(prefix) or name.startswith("."):
+        if name.startswith(".") or name.endswith(DESCRIBING):
             continue
-        if name.startswith(others) or not name.endswith(SUFFIXES):
-            left_out.append(name)
-        elif S_ISREG(entry.stat().st_mode):
-            yield entry.path, entry.stat()
+        if name.endswith(SUFFIXES) and name.startswith(prefix) and not name.startswith(others):
+            if S_ISREG(entry.stat().st_mode):
+                yield entry.path, entry.stat()
+        elif _may_hold_tokens(name) and (others or not name.startswith(HELD_OUT)):
+            unread.append(name)
+
+
+def _may_hold_tokens(name: str) -> bool:
+    """Whether a name is a token file's, packed or cut off perhaps: `x.bin`, `x.bin.zst`, `x.bin.part`."""
+    return any(f"{suffix}." in f"{name}." for suffix in SUFFIXES)
+
+
+def _unread_notes(folder: str, unread: list[str]) -> tuple[str, ...]:
+    if not unread:
+        return ()
+    more = f" and {len(unread) - 1:,} more" if len(unread) > 1 else ""
+    return (f"{folder}: {min(unread)}{more} not read, to go by the name; a pattern may name what is to be read",)
 
 
 def entries_of(folder: str) -> Iterator[os.DirEntry]:

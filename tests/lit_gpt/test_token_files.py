@@ -85,12 +85,34 @@ def test_splits_of_a_folder_without_names_of_splits(tmp_path):
         write_token_file(tmp_path / name, np.arange(9), np.uint16)
     files = find_token_files(tmp_path)
     assert names_of(files) == ["part_2.bin", "part_10.bin"]
-    assert any("left out 2 file(s)" in note for note in files.notes)
+    assert [note for note in files.notes if "not read" in note] == [
+        f"{tmp_path}: test.bin and 1 more not read, to go by the name; a pattern may name what is to be read"
+    ]
     assert names_of(find_token_files(tmp_path, "validation")) == ["val_0.bin"]
     write_token_file(tmp_path / "train.bin", np.arange(9), np.uint16)
     assert names_of(find_token_files(tmp_path)) == ["train.bin"]
     with pytest.raises(FileNotFoundError, match=r"holds no other\* file that ends in .bin, .ds or .npy"):
         find_token_files(tmp_path, "other")
+
+
+@pytest.mark.parametrize(
+    ("name", "is_said"),
+    [
+        *(("part_7.bin", True), ("train_1.bin.zst", True), ("train_1.bin.part", True), ("more.ds", True)),
+        *(("validation_0.bin", False), ("val.bin", False), ("test_0.bin", False), ("train_0.json", False)),
+        *(("README.md", False), ("tokenizer.model", False), ("other.idx", False), ("gpt2-merges.txt", False)),
+    ],
+)
+def test_what_could_be_training_data_is_never_left_out_in_silence(tmp_path, name, is_said):
+    """Nor is there talk of files that plainly hold no tokens or belong to another split."""
+    write_token_file(tmp_path / "train_0.bin", np.arange(9), np.uint16)
+    cache = tmp_path / "cache" / "index.npz"
+    cache.parent.mkdir()
+    assert find_token_files(tmp_path, cache=cache).notes == ()
+    write_token_file(tmp_path / name, np.arange(9), np.uint16)
+    for _ in range(2):  # the second time from the cache
+        notes = find_token_files(tmp_path, cache=cache).notes
+        assert [name in note for note in notes] == [True] * is_said
 
 
 def test_patterns_and_single_files(tmp_path):
