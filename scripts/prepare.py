@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -177,19 +178,19 @@ def gather(args: argparse.Namespace) -> tuple[list[InputFile], str]:
     if args.stdlib:
         files, source = stdlib_inputs()
         return first_share(files, args.percentage), source
-    held_out, _ = find_inputs(args.validation_input, "validation")
-    files, ignored = find_inputs(args.input, "train" if held_out else args.split)
+    held_out, ignored = find_inputs(args.validation_input, "validation")
+    files, ignored_too = find_inputs(args.input, "train" if held_out else args.split)
     both = {os.path.realpath(file.path) for file in files} & {os.path.realpath(file.path) for file in held_out}
     if both:
         raise ValueError(f"{min(both)} is both training and validation input; leave it out of one of them")
-    if ignored:
-        warn(f"ignored {len(ignored)} files that are not text, e.g. {ignored[0]}")
+    if ignored := [*ignored_too, *ignored]:
+        warn(f"left out {len(ignored)} files or splits of other kinds, e.g. {ignored[0]}")
     files = first_share(files, args.percentage) + held_out
     return files, f"{len(files)} files"
 
 
 def first_share(files: list[InputFile], share: float) -> list[InputFile]:
-    kept = files[: int(len(files) * share)]
+    kept = files[: int(len(files) * Fraction(str(share)))]  # as floats, 0.29 of 100 are 28
     if files and not kept:
         raise ValueError(f"--percentage {share} of {len(files)} files is none; it must be {1 / len(files):.2g} or more")
     return kept

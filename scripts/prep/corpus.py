@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lit_gpt.errors import DataError
 from lit_gpt.tokenizer import well_formed
 from prep import formats
 from prep.columns import column_rows
@@ -100,7 +101,7 @@ def _matches(given: str) -> list[tuple[Path, Path]]:
     if not found:
         raise FileNotFoundError(f"no file matches the pattern {given}; check it, and the folder before the wildcard")
     root = next(parent for parent in path.parents if not glob.has_magic(str(parent)))
-    return [(each, root.parent) for each in found if each.is_dir() or each.is_file()]
+    return [(each, root.parent) for each in found if each.is_dir() or _is_file(each)]
 
 
 def _refuse_unreadable(path: Path) -> None:
@@ -114,16 +115,15 @@ def _in_folder(folder: Path, root: Path, split: str) -> tuple[list[InputFile], l
     """The files in a folder that are of a known kind, and what was left out."""
     found: list[InputFile] = []
     ignored: list[str] = []
-    for place, folders, names in os.walk(folder, onerror=_raise):
-        if is_saved(Path(place), names):
+    for place, folders, names in _walk(folder):
+        if is_saved(place, names):
             folders.clear()
-            files, left_out = files_of_saved(Path(place), split)
+            files, left_out = files_of_saved(place, split)
             found += [_input_file(file, file.relative_to(root).as_posix(), where) for file, where in files]
             ignored += [f"{each.relative_to(root).as_posix()} (split left out)" for each in left_out]
             continue
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for path in (Path(place, name) for name in sorted(names) if not name.startswith(".")):
-            if _known(path.name) and path.is_file():
+        for path in (place / name for name in names):
+            if _known(path.name) and _is_file(path):
                 found.append(_input_file(path, path.relative_to(root).as_posix(), split))
             else:
                 ignored.append(path.name)
@@ -132,8 +132,29 @@ def _in_folder(folder: Path, root: Path, split: str) -> tuple[list[InputFile], l
     return found, ignored
 
 
+def _walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """What `os.walk` gives, in one order, without what is hidden, and also behind links, but no folder twice."""
+    seen: set[str] = set()
+    for place, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield Path(place), folders, sorted(name for name in names if not name.startswith("."))
+
+
 def _raise(error: OSError) -> None:
     raise error
+
+
+def _is_file(path: Path) -> bool:
+    if path.is_symlink() and not path.exists():
+        raise FileNotFoundError(
+            f"{path} is a link to {os.readlink(path)}, which is missing; get it, or remove the link"
+        )
+    return path.is_file()
 
 
 def stdlib_inputs() -> tuple[list[InputFile], str]:
@@ -169,6 +190,12 @@ def _is_substantial(path: Path) -> bool:
 
 
 def _input_file(path: Path, name: str, split: str) -> InputFile:
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"the name of the file {str(path)!r} is not in UTF-8, as plan and manifest are; rename it"
+        ) from error
     return InputFile(str(path), name, path.stat().st_size, split)
 
 
@@ -229,7 +256,7 @@ def _contents(file: InputFile, reading: Reading, counters: Counter[str]) -> Iter
         names, rows = column_rows(file.path, kind, keys)
         yield from _texts_of(rows, names, file, reading, counters)
     elif file.holds_lines:
-        rows = formats.json_rows(formats.chunks(file.path, kind), counters)
+        rows = formats.json_rows(formats.without_array(file.path, formats.chunks(file.path, kind)), counters)
         yield from _texts_of(rows, None, file, reading, counters)
     else:
         yield from formats.texts(formats.chunks(file.path, kind), reading.document_bytes)

@@ -9,6 +9,7 @@ import codecs
 import contextlib
 import gzip
 import json
+import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -33,6 +34,8 @@ PACKED_SUFFIXES = (".gz", ".zst")
 COLUMNAR_SUFFIXES = (".parquet", ".arrow")
 UNREADABLE = {b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"PK\x03\x04": "zip", b"7z\xbc\xaf\x27\x1c": "7z"}
 LFS_MAGIC = b"version https://git-lfs"
+UTF_16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # the first also begins UTF-32
+ARRAY_START = re.compile(rb"\s*\[\s*\{")
 HEAD_BYTES = 4096
 CHUNK_BYTES = 1 << 20
 ABSENT = object()
@@ -109,21 +112,27 @@ def _damaged(path: str, error: Exception) -> DataError:
 
 
 def chunks(path: str, kind: str) -> Iterator[bytes]:
-    """The content of a plain, gzip or zstd file in pieces of about a megabyte.
+    """The content of a plain, gzip or zstd file in pieces of about a megabyte, without the mark of UTF-8 at its start.
 
     Raises:
         DataError: the file is damaged, cut short, followed by something else, or not text.
     """
     with damage_named(path), _opened(path, kind) as stream:
-        is_first = True
+        chunk = stream.read(CHUNK_BYTES)
+        _refuse_other_than_text(path, chunk[:HEAD_BYTES])
+        yield chunk.removeprefix(codecs.BOM_UTF8)
         while chunk := stream.read(CHUNK_BYTES):
-            if is_first and b"\0" in chunk[:HEAD_BYTES]:
-                raise DataError(
-                    f"{path} is not text: it holds zero bytes; give text or JSON lines in UTF-8, plain or packed with "
-                    f"gzip or zstd, or parquet or Arrow files"
-                )
-            is_first = False
             yield chunk
+
+
+def _refuse_other_than_text(path: str, head: bytes) -> None:
+    if head.startswith(UTF_16_MARKS):
+        raise DataError(f"{path} is in UTF-16 or UTF-32; make UTF-8 of it: iconv -f UTF-16 -t UTF-8, or -f UTF-32")
+    if b"\0" in head:
+        raise DataError(
+            f"{path} is not text: it holds zero bytes; give text or JSON lines in UTF-8, plain or packed with "
+            f"gzip or zstd, or parquet or Arrow files"
+        )
 
 
 def _opened(path: str, kind: str) -> BinaryIO:
@@ -184,14 +193,25 @@ def _with_line_feeds(found: Iterator[bytes]) -> Iterator[bytes]:
         yield previous
 
 
+def without_array(path: str, pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """The pieces of JSON lines.
+
+    Raises:
+        DataError: they are one array of objects, which would have to be held in memory as a whole.
+    """
+    first = next(pieces, b"")
+    if ARRAY_START.match(first):
+        raise DataError(
+            f"{path} begins with an array; give JSON lines, each of which is one object: jq -c '.[]' makes them of it"
+        )
+    yield first
+    yield from pieces
+
+
 def json_rows(pieces: Iterator[bytes], counters: Counter[str]) -> Iterator[dict[str, Any] | None]:
     """The objects on the lines of a text; None for a line that holds no JSON object, which is counted `bad_json`."""
     fast_loads = _fast_json()
-    is_first = True
     for line in lines(pieces):
-        if is_first:
-            line = line.removeprefix(codecs.BOM_UTF8)
-            is_first = False
         if line and not line.isspace():
             yield _parsed(line, fast_loads, counters)
 

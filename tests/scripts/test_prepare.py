@@ -358,7 +358,7 @@ def test_files_of_other_kinds_in_a_folder_are_mentioned(run, tmp_path):
     (tmp_path / "in" / ".git").mkdir()
     (tmp_path / "in" / ".git" / "a.txt").write_text("hidden")
     _, _, errors = run("--input", tmp_path / "in", "--tokenizer", "bytes", "--out", tmp_path / "out")
-    assert "ignored 1 files that are not text, e.g. picture.png" in errors
+    assert "left out 1 files or splits of other kinds, e.g. picture.png" in errors
 
 
 def test_an_out_folder_that_cannot_be_written_is_one_clear_error(run, tmp_path):

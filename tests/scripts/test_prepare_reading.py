@@ -225,11 +225,31 @@ def test_what_is_not_text_is_refused(read, tmp_path):
     for name, data in {
         "a.txt": b"\x7fELF\0\0\0",
         "b.txt": gz(b"\x7fELF\0\0\0"),
-        "c.jsonl": '{"text": "abc"}'.encode("utf-16"),
     }.items():
         (tmp_path / name).write_bytes(data)
         with pytest.raises(DataError, match=f"{name} is not text"):
             read(tmp_path / name)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+@pytest.mark.parametrize("pack", [bytes, gz])
+def test_text_in_another_form_of_unicode_says_how_to_convert_it(read, tmp_path, encoding, pack):
+    (tmp_path / "a.txt").write_bytes(pack("\u6587\u5b57".encode(encoding)))
+    with pytest.raises(DataError, match=r"a\.txt is in UTF-16 or UTF-32.*iconv"):
+        read(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("document_bytes", [0, 1])
+def test_the_mark_of_utf_8_is_no_part_of_the_text(read, tmp_path, document_bytes):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfabc\nd\xef\xbb\xbf")
+    assert "".join(read(tmp_path / "a.txt", document_bytes=document_bytes)[0]) == "abc\nd\ufeff"
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_one_large_array_instead_of_json_lines_says_how_to_make_lines_of_it(read, tmp_path, indent):
+    (tmp_path / "a.json").write_text(json.dumps(ROWS, indent=indent))
+    with pytest.raises(DataError, match=r"a\.json begins with an array.*jq -c"):
+        read(tmp_path / "a.json")
 
 
 @pytest.mark.parametrize("head", [b"BZh91AY", b"\xfd7zXZ\0", b"PK\x03\x04"])
@@ -519,6 +539,36 @@ def test_folders_files_and_patterns_are_found_in_one_order(corpus, tmp_path):
     odd = tmp_path / "[x].txt"
     odd.write_text("a file whose name is like a pattern")
     assert corpus.find_inputs([str(odd)])[0][0].path == str(odd)
+
+
+def test_folders_behind_links_are_read_and_none_is_read_twice(corpus, tmp_path):
+    for name in ("in/a.txt", "elsewhere/b.txt", "elsewhere/deep/c.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "same").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "deep" / "circle").symlink_to(tmp_path / "in")
+    files, ignored = corpus.find_inputs([str(tmp_path / "in")])
+    assert ([file.name for file in files], ignored) == (["in/a.txt", "in/link/b.txt", "in/link/deep/c.txt"], [])
+
+
+@pytest.mark.parametrize("pattern", ["", "*.txt"])
+def test_a_link_to_what_is_missing_is_no_file_to_leave_out(corpus, tmp_path, pattern):
+    (tmp_path / "a.txt").write_text("abc")
+    (tmp_path / "b.txt").symlink_to("blob")
+    with pytest.raises(FileNotFoundError, match=r"b\.txt is a link to blob, which is missing"):
+        corpus.find_inputs([str(tmp_path / pattern)])
+
+
+def test_a_name_that_no_plan_can_hold_is_refused(corpus, tmp_path):
+    path = os.fsencode(tmp_path) + b"/caf\xe9.txt"
+    try:
+        with open(path, "wb"):
+            pass
+    except OSError:
+        pytest.skip("this file system takes names in UTF-8 only")
+    with pytest.raises(DataError, match=r"caf\\udce9\.txt' is not in UTF-8.*rename it"):
+        corpus.find_inputs([str(tmp_path)])
 
 
 def test_a_missing_package_is_named_with_its_extra(read, tmp_path, monkeypatch):

@@ -346,6 +346,10 @@ def test_a_share_of_the_files_can_be_read(run, tmp_path, share, files):
 def test_a_share_of_no_file_is_refused(run, many_units, tmp_path):
     code, _, errors = run(*many_units, "--out", tmp_path / "out", "--percentage", 0.05)
     assert code == EXIT_USAGE and "is none" in errors
+    files = write_corpus(tmp_path / "hundred", make_texts(100), per_file=1)
+    options = ("--input", files, "--tokenizer", "bytes", "--plan-only", "--json", "--unit-bytes", 1)
+    _, told, _ = run(*options, "--out", tmp_path / "out", "--percentage", 0.29)
+    assert len(json.loads(told)["units"]) == 29
     code, _, errors = run(*many_units, "--out", tmp_path / "out", "--percentage", 2)
     assert code == EXIT_USAGE and "--percentage 2.0 must be in (0, 1]" in errors
 
