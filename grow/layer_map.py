@@ -3,18 +3,25 @@
     123456*4         the digit form of arXiv 2405.15319: every digit is a layer, `*4` repeats its part
     12-3456*5-56     parts are joined by `-`
     1..2-3..6*5-5,6  as soon as `..` or `,` occurs anywhere, numbers are decimal: ranges and lists
+    123-new*3        `new` is a layer without a source: it gets the initial weights of the grown model
 
 `*k` repeats the whole part it ends, in both forms: `125*3` and `1,2,5*3` are both 1 2 5 1 2 5 1 2 5.
-Layers count from 1 in these strings, as in the paper, and from 0 in every Python tuple and every JSON list.
+Layers count from 1 in these strings, as in the paper, and from 0 in every Python tuple and every JSON list, where a
+new layer is None (null).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from fractions import Fraction
+from itertools import groupby
+
+LayerMap = tuple[int | None, ...]
+"""LayerMap[i] is the source layer of layer i of the grown model, counted from 0; None for a layer without a source."""
 
 MAX_LAYERS = 1024  # the deepest Transformer published has 1000 (arXiv 2203.00555); a slip like *1000000 stops here
 
+NEW = "new"
 DIGITS = "0123456789"
 KNOWN = DIGITS + "-*.,"
 EMPTY_PART = "a layer is missing here; an empty part is not allowed, leave its '-' out"
@@ -39,7 +46,8 @@ class _Reader:
         char = self.text[self.at : self.at + 1]
         if char and char not in KNOWN:
             return self.error(
-                f"{char!r} is not part of a layer map; known: digits, '-' between parts, '*repeats', '..' and ','"
+                f"{char!r} is not part of a layer map; known: digits, '-' between parts, '*repeats', '..', ',' and "
+                f"'{NEW}'"
             )
         return self.error(expected)
 
@@ -72,17 +80,22 @@ class _Reader:
             raise self.error(f"there is no layer {number}; the source has layers 1 to {self.n_layer_src}", at)
         return number - 1
 
-    def digit_block(self) -> list[int]:
+    def block(self) -> list[int | None]:
+        if self.take(NEW):
+            return [None]
+        return self.decimal_block() if self.decimal else self.digit_block()
+
+    def digit_block(self) -> list[int | None]:
         start = self.at
         return [self.layer(int(digit), start + i) for i, digit in enumerate(self.digits(EMPTY_PART))]
 
-    def decimal_block(self) -> list[int]:
+    def decimal_block(self) -> list[int | None]:
         layers = self._range()
         while self.take(","):
             layers += self._range()
         return layers
 
-    def _range(self) -> list[int]:
+    def _range(self) -> list[int | None]:
         first, first_at = self.number(EMPTY_PART)
         first_layer = self.layer(first, first_at)
         if not self.take(".."):
@@ -102,8 +115,8 @@ class _Reader:
         return count
 
 
-def parse_layer_map(text: str, *, n_layer_src: int | None = None, n_layer: int | None = None) -> tuple[int, ...]:
-    """The source layer of every layer, counted from 0.
+def parse_layer_map(text: str, *, n_layer_src: int | None = None, n_layer: int | None = None) -> LayerMap:
+    """The source layer of every layer, counted from 0; None for a new one.
 
     Args:
         text: the map, with layers counted from 1; the language is at the top of this file.
@@ -116,10 +129,10 @@ def parse_layer_map(text: str, *, n_layer_src: int | None = None, n_layer: int |
     if not isinstance(text, str):
         raise ValueError(f"layer map {text!r} must be a string; write it in quotes, e.g. '123456*4'")
     reader = _Reader(text, n_layer_src)
-    layers: list[int] = []
+    layers: list[int | None] = []
     while True:
         start = reader.at
-        block = reader.decimal_block() if reader.decimal else reader.digit_block()
+        block = reader.block()
         repeats = reader.repeats()
         if len(layers) + len(block) * repeats > MAX_LAYERS:
             raise reader.error(f"the map grows past {MAX_LAYERS} layers in this part", start)
@@ -136,30 +149,42 @@ def parse_layer_map(text: str, *, n_layer_src: int | None = None, n_layer: int |
     return tuple(layers)
 
 
-def format_layer_map(layer_map: Sequence[int]) -> str:
+def format_layer_map(layer_map: Sequence[int | None]) -> str:
     """A short text for a 0-based map; `parse_layer_map` gives the same map back."""
-    digits = max(layer_map) < 9
+    digits = max((layer for layer in layer_map if layer is not None), default=0) < 9
+    parts: list[str] = []
+    for is_new, run in groupby(layer_map, key=lambda layer: layer is None):
+        layers = list(run)
+        if is_new:
+            parts.append(NEW if len(layers) == 1 else f"{NEW}*{len(layers)}")
+        else:
+            parts += _format_run(layers, digits)
+    if not digits and not any(".." in part or "," in part for part in parts):
+        at = next(i for i, part in enumerate(parts) if not part.startswith(NEW))
+        # a range of one layer: without it the text would be read digit by digit
+        parts[at] = f"{parts[at].partition('*')[0]}..{parts[at]}"
+    return "-".join(parts)
+
+
+def _format_run(layers: Sequence[int], digits: bool) -> list[str]:
+    """The parts for consecutive layers that all have a source."""
     parts: list[str] = []
     plain: list[int] = []
     at = 0
-    while at < len(layer_map):
-        length, repeats = _best_repeat(layer_map, at, digits)
+    while at < len(layers):
+        length, repeats = _best_repeat(layers, at, digits)
         if repeats == 1:
-            plain.append(layer_map[at])
+            plain.append(layers[at])
             at += 1
             continue
         if plain:
             parts.append(_format_block(plain, digits))
             plain = []
-        parts.append(f"{_format_block(layer_map[at : at + length], digits)}*{repeats}")
+        parts.append(f"{_format_block(layers[at : at + length], digits)}*{repeats}")
         at += length * repeats
     if plain:
         parts.append(_format_block(plain, digits))
-    text = "-".join(parts)
-    if digits or ".." in text or "," in text:
-        return text
-    first = str(layer_map[0] + 1)
-    return f"{first}..{text}"  # a range of one layer: without it the text would be read digit by digit
+    return parts
 
 
 def _best_repeat(layer_map: Sequence[int], at: int, digits: bool) -> tuple[int, int]:
@@ -198,26 +223,36 @@ def _format_block(layers: Sequence[int], digits: bool) -> str:
     return ",".join(items)
 
 
-def count_connections(layer_map: Sequence[int]) -> int:
+def is_connected(before: int | None, after: int | None) -> bool:
+    """Whether two neighbours of the grown model were neighbours, in this order, in the source."""
+    return before is not None and after == before + 1
+
+
+def count_connections(layer_map: Sequence[int | None]) -> int:
     """Adjacent pairs of the grown model that were adjacent, in this order, in the source."""
-    return sum(after == before + 1 for before, after in zip(layer_map, layer_map[1:], strict=False))
+    return sum(is_connected(before, after) for before, after in zip(layer_map, layer_map[1:], strict=False))
 
 
-def connection_rate(layer_map: Sequence[int]) -> Fraction | None:
+def connection_rate(layer_map: Sequence[int | None]) -> Fraction | None:
     """R_c of arXiv 2405.15319: the share of adjacent pairs that keep their neighbour. None for a single layer."""
     if len(layer_map) < 2:
         return None
     return Fraction(count_connections(layer_map), len(layer_map) - 1)
 
 
-def connection_rate_text(layer_map: Sequence[int]) -> str | None:
+def connection_rate_text(layer_map: Sequence[int | None]) -> str | None:
     """R_c unreduced, "k/(n-1)" with both numbers written out, e.g. "20/23". None for a single layer."""
     if len(layer_map) < 2:
         return None
     return f"{count_connections(layer_map)}/{len(layer_map) - 1}"
 
 
-def check_layer_map(layer_map: Sequence[int], n_layer_src: int, n_layer_dst: int) -> None:
+def further_copies(layer_map: Sequence[int | None]) -> tuple[int, ...]:
+    """Layers of the grown model, from 0, whose source another layer below them starts from already."""
+    return tuple(i for i, layer in enumerate(layer_map) if layer is not None and layer in layer_map[:i])
+
+
+def check_layer_map(layer_map: Sequence[int | None], n_layer_src: int, n_layer_dst: int) -> None:
     """Refuse a 0-based map that does not fit the two depths.
 
     Raises:
@@ -227,23 +262,31 @@ def check_layer_map(layer_map: Sequence[int], n_layer_src: int, n_layer_dst: int
         raise ValueError(
             f"layer map has {len(layer_map)} layers, but n_layer={n_layer_dst}; change one of the two to match"
         )
-    foreign = [layer for layer in layer_map if not isinstance(layer, int) or not 0 <= layer < n_layer_src]
+    copied = [layer for layer in layer_map if layer is not None]
+    foreign = [layer for layer in copied if not isinstance(layer, int) or not 0 <= layer < n_layer_src]
     if foreign:
         raise ValueError(
             f"layer map names layer {foreign[0]!r} (counted from 0); the source has layers 0 to {n_layer_src - 1}"
         )
 
 
-def unused_layers(layer_map: Sequence[int], n_layer_src: int) -> list[int]:
+def unused_layers(layer_map: Sequence[int | None], n_layer_src: int) -> list[int]:
     """Source layers (from 0) that no layer of the grown model starts from."""
     return sorted(set(range(n_layer_src)) - set(layer_map))
 
 
-def draw_layer_map(layer_map: Sequence[int], width: int = 100) -> list[str]:
-    """Lines of source layers, counted from 1, with a bar wherever two neighbours were none in the source."""
-    cells = [str(layer_map[0] + 1)]
-    for before, after in zip(layer_map, layer_map[1:], strict=False):
-        cells.append(f"{after + 1}" if after == before + 1 else f"| {after + 1}")
+def draw_layer_map(
+    layer_map: Sequence[int | None], identity_layers: Collection[int] = (), width: int = 100
+) -> list[str]:
+    """Lines of source layers, counted from 1, with a bar wherever two neighbours were none in the source.
+
+    Layers in `identity_layers` (counted from 0, of the grown model) stand in brackets; a new layer is `new`.
+    """
+    cells = []
+    for i, layer in enumerate(layer_map):
+        cell = NEW if layer is None else str(layer + 1)
+        cell = f"({cell})" if i in identity_layers else cell
+        cells.append(cell if i == 0 or is_connected(layer_map[i - 1], layer) else f"| {cell}")
     lines = [""]
     for cell in cells:
         if lines[-1] and len(lines[-1]) + 1 + len(cell) > width:

@@ -16,6 +16,7 @@ from grow.layer_map import (
     connection_rate_text,
     draw_layer_map,
     format_layer_map,
+    further_copies,
     parse_layer_map,
     unused_layers,
 )
@@ -64,6 +65,8 @@ def test_the_papers_maps_mean_what_the_paper_says(text):
         ("1,2,5*3", [0, 1, 4] * 3),
         ("1..3,7*2-10", [0, 1, 2, 6] * 2 + [9]),
         ("3..3-12", [2, 11]),
+        ("12-new*2-3", [0, 1, None, None, 2]),
+        ("new-10..12", [None, 9, 10, 11]),
     ],
 )
 def test_numbers_are_decimal_once_a_range_or_a_list_occurs(text, layers):
@@ -99,6 +102,9 @@ def test_numbers_are_decimal_once_a_range_or_a_list_occurs(text, layers):
         ("1.5", 1, "'.' cannot stand here"),
         ("12*99999", 3, "too large"),
         ("1-12*600", 2, "past 1024 layers"),
+        ("1-ne", 2, "'n' is not part of a layer map"),
+        ("1-newer", 5, "'e' is not part of a layer map"),
+        ("new*2000", 0, "past 1024 layers"),
     ],
 )
 def test_an_error_points_at_the_character(text, column, rule):
@@ -121,7 +127,7 @@ def test_a_map_that_yaml_took_for_a_number_is_refused():
         parse_layer_map(123456)
 
 
-@given(st.text(alphabet="0123456789-*., x", max_size=12))
+@given(st.lists(st.sampled_from([*"0123456789-*., x", "new"]), max_size=12).map("".join))
 def test_any_text_is_a_map_or_an_error_that_points_into_it(text):
     try:
         layers = parse_layer_map(text, n_layer_src=6)
@@ -130,13 +136,15 @@ def test_any_text_is_a_map_or_an_error_that_points_into_it(text):
         assert caret.endswith("^") and len(caret) - 3 <= len(text)
     else:
         assert 1 <= len(layers) <= MAX_LAYERS
-        assert all(0 <= layer < 6 for layer in layers)
+        assert all(layer is None or 0 <= layer < 6 for layer in layers)
 
 
 @st.composite
 def layer_maps(draw):
-    """Maps with repeated parts, of sources of up to 30 layers."""
+    """Maps with repeated parts, of sources of up to 30 layers, some with new layers."""
     layer = st.integers(0, draw(st.sampled_from([2, 8, 9, 29])))
+    if draw(st.booleans()):
+        layer |= st.none()
     part = st.tuples(st.lists(layer, min_size=1, max_size=5), st.integers(1, 4))
     parts = draw(st.lists(part, min_size=1, max_size=4))
     return tuple(layer for block, repeats in parts for layer in block * repeats)
@@ -147,7 +155,8 @@ def test_a_formatted_map_reads_as_itself(layers):
     text = format_layer_map(layers)
 
     assert parse_layer_map(text) == layers
-    assert len(text) <= max(len("10..10"), len(",".join(str(layer + 1) for layer in layers)) + len("10.."))
+    written_out = ",".join("new" if layer is None else str(layer + 1) for layer in layers)
+    assert len(text) <= len(written_out) + len("10..")
 
 
 @given(layer_maps())
@@ -155,7 +164,8 @@ def test_the_connection_rate_is_a_share_and_the_bars_of_a_drawing_are_its_comple
     rate = connection_rate(layers)
     drawn = " ".join(draw_layer_map(layers, width=20))
 
-    assert [int(word) - 1 for word in drawn.split() if word != "|"] == list(layers)
+    cells = [word for word in drawn.split() if word != "|"]
+    assert [None if cell == "new" else int(cell) - 1 for cell in cells] == list(layers)
     if len(layers) == 1:
         assert rate is None and connection_rate_text(layers) is None
         return
@@ -219,3 +229,11 @@ def test_maps_that_do_not_fit_two_depths_are_refused():
 
 def test_layers_that_a_map_leaves_out_are_known():
     assert unused_layers(parse_layer_map("12-5*3"), 6) == [2, 3, 5]
+
+
+def test_a_drawing_puts_identity_layers_in_brackets():
+    assert draw_layer_map((0, 0, 1, None), identity_layers={1}) == ["1 | (1) 2 | new"]
+
+
+def test_further_copies_are_all_but_the_lowest_of_a_source():
+    assert further_copies((0, 1, 0, None, 2, 1, None)) == (2, 5)
