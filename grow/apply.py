@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from grow.check import check_weights
 from grow.operators import operator
 from grow.plan import OPTIMIZER_POLICIES, GrowthPlan, differing_sizes
+from grow.tensors import grown_moments, grown_weight
 from lit_gpt.axes import parameter_shapes
 from lit_gpt.checkpoint import (
     TRAINING,
@@ -37,20 +37,21 @@ OptimizerState = Mapping[str, Mapping[str, Tensor]]
 
 
 class GrownWeights(Mapping[str, Tensor]):
-    """Name -> tensor of the grown model, copied from the source on every access: nothing is held."""
+    """Name -> tensor of the grown model, made from the source on every access: nothing is held."""
 
     def __init__(self, plan: GrowthPlan, weights: Mapping[str, Tensor]) -> None:
-        self._sources = plan.sources()
+        self._plan = plan
+        self._names = parameter_shapes(plan.dst)
         self._weights = weights
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._weights[self._sources[name]].clone()
+        return grown_weight(self._plan, name, self._weights)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._sources)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._sources)
+        return len(self._names)
 
 
 def grow_weights(plan: GrowthPlan, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -99,14 +100,11 @@ def grow_optimizer(
             f"e.g. {min(strange)}; use policy 'reset'"
         )
     grown: dict[str, dict[str, Tensor]] = {}
-    seen: set[str] = set()
+    seen: set[str | None] = set()
     for name, source in plan.sources().items():
         starts_from_zero = policy == "map-old-zero-new" and source in seen
         seen.add(source)
-        grown[name] = {
-            key: torch.zeros_like(value) if starts_from_zero else value.clone()
-            for key, value in optimizer_state[source].items()
-        }
+        grown[name] = grown_moments(plan, name, optimizer_state, from_zero=starts_from_zero)
     return grown
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from grow.layer_map import check_layer_map, connection_rate_text
-from lit_gpt.axes import layer_of, parameter_shapes, with_layer
+from lit_gpt.axes import layer_of, name_in_block, parameter_shapes, with_layer
 from lit_gpt.config import Config, unknown_key
 
 OPTIMIZER_POLICIES = {
@@ -16,11 +16,14 @@ OPTIMIZER_POLICIES = {
     "map": "every layer takes the moments and the step of the layer it was copied from",
     "map-old-zero-new": "the first copy of each layer keeps moments and step, further copies start from zero",
 }
+SILENCED = ("attn.proj.weight", "mlp.swiglu.w3.weight")
+"""What a block writes with; where both are zero it passes its input on unchanged, whatever else it holds."""
+ADDED_KEYS = ("identity_layers", "noise")  # plans written before these existed have none of them
 
 
 @dataclass(frozen=True)
 class GrowthPlan:
-    """From a source model to a larger one. Depth growth copies whole layers; all other sizes stay.
+    """From a source model to a larger one. Depth growth copies whole layers or adds new ones; all other sizes stay.
 
     Raises:
         ValueError: one message with a line for every way in which the parts do not fit each other.
@@ -32,51 +35,76 @@ class GrowthPlan:
     """Sizes before growth."""
     dst: Config
     """Sizes after growth."""
-    layer_map: tuple[int, ...]
-    """layer_map[i] is the source layer, counted from 0, that layer i of the grown model starts from."""
+    layer_map: tuple[int | None, ...]
+    """layer_map[i] is the source layer, counted from 0, that layer i of the grown model starts from. None: new."""
     seed: int = 0
-    """Seed of whatever the operator draws; copies draw nothing."""
+    """Seed of new weights and of all else that is drawn; copies draw nothing."""
     options: dict[str, Any] = field(default_factory=dict)
     """What the operator was asked for beyond the sizes, as the user wrote it."""
+    identity_layers: tuple[int, ...] = ()
+    """Layers of the grown model that start as the identity: what they write into the residual stream is zero."""
+    noise: float = 0.0
+    """Share of every grown matrix that is replaced by noise of its initial scale (arXiv 2405.15319, appendix I.2)."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layer_map", tuple(self.layer_map))  # the dataclass is frozen
-        changed = [name for name in differing_sizes(self.src, self.dst) if name != "n_layer"]
-        if changed:
-            raise ValueError("\n".join(_change(name, self.src, self.dst) for name in changed))
-        check_layer_map(self.layer_map, self.src.n_layer, self.dst.n_layer)
+        object.__setattr__(self, "identity_layers", tuple(sorted(set(self.identity_layers))))
+        problems = [_change(name, self.src, self.dst) for name in differing_sizes(self.src, self.dst)]
+        problems = [problem for problem in problems if problem]
+        outside = [layer for layer in self.identity_layers if not 0 <= layer < self.dst.n_layer]
+        if outside:
+            problems.append(f"identity layer {outside[0]} (counted from 0) is none of the {self.dst.n_layer} layers")
+        if not 0 <= self.noise <= 1:
+            problems.append(f"noise={self.noise} must be in [0, 1]: it is the share of the weights it replaces")
+        if problems:
+            raise ValueError("\n".join(problems))
+        copied = [0 if layer is None else layer for layer in self.layer_map]
+        check_layer_map(copied, self.src.n_layer, self.dst.n_layer)
 
     @property
     def connection_rate(self) -> str | None:
-        """R_c, unreduced: "k/(n-1)"; None for a grown model of one layer."""
-        return connection_rate_text(self.layer_map)
+        """R_c, unreduced: "k/(n-1)"; None for a grown model of one layer. A new layer is connected to no other."""
+        return connection_rate_text([-2 if layer is None else layer for layer in self.layer_map])
 
     @property
     def is_identity(self) -> bool:
         """Whether the grown model is the source."""
-        return self.layer_map == tuple(range(self.src.n_layer))
+        return self.layer_map == tuple(range(self.src.n_layer)) and not self.identity_layers and not self.noise
 
-    def sources(self) -> dict[str, str]:
-        """Every parameter of the grown model, in the order of the model -> the source parameter it starts from."""
-        layers = {name: layer_of(name) for name in parameter_shapes(self.dst)}
-        return {
-            name: name if layer is None else with_layer(name, self.layer_map[layer]) for name, layer in layers.items()
-        }
+    def sources(self) -> dict[str, str | None]:
+        """Every parameter of the grown model, in the order of the model -> the source parameter it starts from.
+
+        None for those of a new layer, and for those that are zero in an identity layer.
+        """
+        return {name: self.source_of(name) for name in parameter_shapes(self.dst)}
+
+    def source_of(self, name: str) -> str | None:
+        """The source parameter that the parameter `name` of the grown model starts from, see `sources`."""
+        layer = layer_of(name)
+        if layer is None:
+            return name
+        source = self.layer_map[layer]
+        return None if source is None or self.is_silenced(name) else with_layer(name, source)
+
+    def is_silenced(self, name: str) -> bool:
+        """Whether the parameter `name` of the grown model is zero because its layer is an identity layer."""
+        return layer_of(name) in self.identity_layers and name_in_block(name) in SILENCED
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, layers counted from 0."""
-        return dataclasses.asdict(self) | {"layer_map": list(self.layer_map)}
+        lists = {"layer_map": list(self.layer_map), "identity_layers": list(self.identity_layers)}
+        return dataclasses.asdict(self) | lists
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GrowthPlan:
-        """The inverse of `to_dict`.
+        """The inverse of `to_dict`; also for plans stored before new layers, identity layers and noise existed.
 
         Raises:
             ValueError: unknown or missing keys, or values that do not fit.
         """
         known = [part.name for part in dataclasses.fields(cls)]
         problems = [f"growth plan: {unknown_key(key, known)}" for key in values if key not in known]
-        problems += [f"growth plan: key {key!r} is missing" for key in known if key not in values]
+        problems += [f"growth plan: key {key!r} is missing" for key in known if key not in (*values, *ADDED_KEYS)]
         if problems:
             raise ValueError("\n".join(problems))
         configs = {key: Config.from_dict(values[key]) for key in ("src", "dst")}
@@ -93,5 +121,8 @@ def differing_sizes(a: Config, b: Config) -> list[str]:
 
 
 def _change(name: str, src: Config, dst: Config) -> str:
+    """A line about a size that the plan does not explain; empty for one that it does."""
+    if name == "n_layer":
+        return ""
     before, after = getattr(src, name), getattr(dst, name)
     return f"{name} changes from {before} to {after}, but growing in depth keeps it; make them equal"

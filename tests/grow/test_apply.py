@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grow.apply import GrownWeights, grow_checkpoint, grow_optimizer, grow_weights
+from grow.check import zero_gradient
 from grow.layer_map import parse_layer_map
 from grow.operators import plan_growth
 from grow.plan import GrowthPlan
@@ -28,7 +29,7 @@ from lit_gpt.checkpoint import (
 from lit_gpt.config import Config
 from lit_gpt.errors import DataError
 from lit_gpt.flops import count_parameters
-from lit_gpt.model import GPT
+from lit_gpt.model import GPT, init_tensor
 from tests.toys import toy_config, toy_configs, toy_model, toy_tokens, toy_weights
 
 EIGHT_MAPS = (
@@ -117,6 +118,74 @@ def test_copies_depend_on_no_seed(plan, seed):
 def test_growing_to_the_same_size_is_the_identity(config, name):
     src = toy_weights(config)
     assert digest(grow_weights(plan_growth(name, config, factor=1), src)) == digest(src)
+
+
+def with_new_layers(**changes) -> GrowthPlan:
+    """Two layers become five: one of them is new, one copied and silenced, one new and silenced."""
+    src = toy_config()
+    dst = dataclasses.replace(src, n_layer=5)
+    return GrowthPlan("partial", src, dst, (0, None, 1, 1, None), **{"identity_layers": (3, 4), "seed": 5, **changes})
+
+
+def test_new_layers_start_from_the_grown_models_initial_weights():
+    plan = with_new_layers()
+
+    grown = grow_weights(plan, toy_weights(plan.src, dtype=torch.bfloat16))
+
+    for name, weight in grown.items():
+        assert weight.dtype == torch.bfloat16
+        if plan.is_silenced(name):
+            assert not weight.any(), name
+        elif layer_of(name) in (1, 4):
+            assert torch.equal(weight, init_tensor(name, plan.dst, 5).bfloat16()), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_identity_layers_leave_the_function_untouched_to_the_last_bit(dtype):
+    config = toy_config()
+    plan = GrowthPlan("x", config, dataclasses.replace(config, n_layer=4), (0, None, 1, 1), identity_layers=(1, 3))
+    src = toy_model(config, dtype=dtype)
+    dst = GPT(plan.dst).to(dtype)
+    dst.load_state_dict(grow_weights(plan, src.state_dict()))
+
+    idx, targets = toy_tokens(config)[:, :-1], toy_tokens(config)[:, 1:]
+    assert torch.equal(dst(idx), src(idx))
+    writers = {name for name in dst.state_dict() if plan.is_silenced(name)}
+    quiet = set(zero_gradient(dst, idx, targets))
+    assert quiet == {name for name in dst.state_dict() if layer_of(name) in (1, 3)} - writers
+
+
+def test_moments_of_new_and_of_silenced_parameters_are_zero_with_step_0():
+    plan = with_new_layers()
+    moments = toy_moments(plan.src)
+
+    grown = grow_optimizer(plan, moments, "map")
+
+    assert {name: tuple(slots["exp_avg_sq"].shape) for name, slots in grown.items()} == parameter_shapes(plan.dst)
+    for name, source in plan.sources().items():
+        if source is None:
+            assert not any(value.any() for value in grown[name].values()), name
+        else:
+            assert digest(grown[name]) == digest(moments[source])
+
+
+def test_noise_replaces_its_share_of_every_matrix_and_no_norm():
+    config = toy_config(n_embd=128, intermediate_size=256)
+    src = toy_weights(config)
+
+    def noisy(noise: float, seed: int = 0) -> dict[str, torch.Tensor]:
+        return grow_weights(GrowthPlan("x", config, config, (0, 1), seed, noise=noise), src)
+
+    assert digest(noisy(0.0)) == digest(src)
+    assert digest(noisy(0.2)) == digest(noisy(0.2)) != digest(noisy(0.2, seed=1))
+    for name, weight in noisy(1.0).items():
+        if weight.dim() == 1:
+            assert torch.equal(weight, src[name])
+            continue
+        writes = name.endswith(("attn.proj.weight", "w3.weight"))
+        std = 1 / (128**0.5 * 2) if writes else (2 / (5 * 128)) ** 0.5
+        assert weight.std().item() == pytest.approx(std, rel=0.03), name
+        torch.testing.assert_close(noisy(0.2)[name], 0.8 * src[name] + 0.2 * weight)
 
 
 @given(depth_plans())

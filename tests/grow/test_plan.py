@@ -31,6 +31,15 @@ def test_a_plan_survives_json(src, data):
     assert GrowthPlan.from_dict(stored) == plan
 
 
+def test_new_layers_identity_layers_and_noise_survive_json_and_old_plans_have_none():
+    plan = a_plan(layer_map=(0, None, 1, None), identity_layers=[3, 1, 1], noise=0.2)
+    assert plan.identity_layers == (1, 3)
+    assert GrowthPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+
+    before = {key: value for key, value in a_plan().to_dict().items() if key not in ("identity_layers", "noise")}
+    assert GrowthPlan.from_dict(before) == a_plan()
+
+
 def test_a_stored_plan_with_other_keys_is_refused_and_all_of_them_are_named():
     stored = a_plan().to_dict()
     stored["layermap"] = stored.pop("layer_map")
@@ -59,6 +68,14 @@ def test_sizes_that_depth_growth_cannot_change_are_all_named():
     assert "norm_eps changes from 1e-05 to 1e-06" in str(failure.value)
 
 
+def test_identity_layers_and_noise_that_cannot_be_are_refused_together():
+    with pytest.raises(ValueError) as failure:
+        a_plan(identity_layers=(1, 4), noise=1.5)
+
+    assert "identity layer 4 (counted from 0) is none of the 4 layers" in str(failure.value)
+    assert "noise=1.5 must be in [0, 1]" in str(failure.value)
+
+
 def test_names_of_models_are_no_difference():
     assert differing_sizes(toy_config(name="a"), toy_config(name="b", n_layer=3)) == ["n_layer"]
     assert a_plan(dst=toy_config(n_layer=4, name="large")).dst.name == "large"
@@ -75,11 +92,24 @@ def test_every_parameter_has_a_source():
     assert sources["lm_head.weight"] == "lm_head.weight"
 
 
+def test_parameters_of_new_and_of_silenced_layers_have_no_source():
+    sources = a_plan(layer_map=(0, 1, None, 1), identity_layers=(3,)).sources()
+
+    assert {name for name, source in sources.items() if source is None} == {
+        *(name for name in sources if name.startswith("transformer.h.2.")),
+        "transformer.h.3.attn.proj.weight",
+        "transformer.h.3.mlp.swiglu.w3.weight",
+    }
+
+
 def test_a_plan_knows_its_connection_rate_and_whether_it_does_anything():
     assert a_plan().connection_rate == "2/3"
     assert not a_plan().is_identity
     assert a_plan(dst=toy_config(), layer_map=(0, 1)).is_identity
     assert not a_plan(dst=toy_config(), layer_map=(1, 0)).is_identity
+    assert not a_plan(dst=toy_config(), layer_map=(0, 1), noise=0.1).is_identity
+    assert not a_plan(dst=toy_config(), layer_map=(0, 1), identity_layers=(0,)).is_identity
+    assert a_plan(layer_map=(0, 1, None, None)).connection_rate == "1/3"
 
 
 def test_a_plan_cannot_be_changed():
