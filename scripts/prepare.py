@@ -202,7 +202,7 @@ def prepare(args: argparse.Namespace, out: Path) -> None:
     if not sum(file.n_bytes for file in files):
         raise DataError(f"the corpus is empty: {len(files)} files with 0 bytes; check --input")
     plan = make_plan(args, files, source)
-    manifest = open_out(out, plan)
+    manifest = open_out(out, plan, args)
     if manifest is not None:
         check_bad_files(manifest["bad_files"], skip_bad_files=args.on_bad_file == "skip")
         tell(args, manifest, lambda: report(out, manifest, None))

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import socket
 import sys
 import time
@@ -28,6 +29,7 @@ PLAN = "plan.json"
 FORMAT = 2
 DEFAULT_VALIDATION_FRACTION = 0.05
 NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)  # what file systems without links say
+TEMPORARY = re.compile(r".+\.(bin|json|model)\.(?P<host>.+)\.(?P<pid>\d+)\.tmp")  # as what is written here is called
 ABANDONED_SECS = 86_400  # a temporary of another machine's process, of which we cannot see whether it lives
 
 
@@ -77,7 +79,7 @@ def units_of(
     """The work, cut into units: the same for every number of workers and tasks."""
     separator_id, reading = separator_of(plan, tokenizer), reading_of(plan)
     return [
-        Unit(number, group, str(out), plan["plan_id"], separator_id, reading, skip_bad_files)
+        Unit(number, group, str(out), plan["plan_id"], tokenizer.fingerprint, separator_id, reading, skip_bad_files)
         for number, group in enumerate(group_files(files, plan["unit_bytes"]))
     ]
 
@@ -93,21 +95,51 @@ def separator_of(plan: dict[str, Any], tokenizer: Tokenizer) -> int | None:
     return separator_id
 
 
-def open_out(out: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
+def open_out(out: Path, plan: dict[str, Any], args: argparse.Namespace) -> dict[str, Any] | None:
     """See whether the folder is free for this plan; returns its manifest if all is done already.
 
     Raises:
-        ValueError: the folder holds token files of another plan.
+        ValueError: the folder holds token files of another plan, or something that no run of this command wrote.
     """
-    found = read_json(out / PLAN) if (out / PLAN).is_file() else {}
-    if found.get("plan_id") == plan["plan_id"]:
+    is_taken = any(out.glob("*.bin"))
+    tokenizers = _tokenizers_in(out, args)
+    found = _found_plan(out)  # is looked for last, as it is written first
+    if found is None:
+        if is_taken or tokenizers:
+            what = "token files" if is_taken else tokenizers[0].name
+            raise ValueError(f"{out} holds {what}, but no {PLAN} of the run that wrote them; choose another --out")
+        return None
+    if found["plan_id"] == plan["plan_id"]:
         return _finished(out, plan)
-    if any(out.glob("*.bin")):
+    if is_taken:
         raise _another_plan(out, plan, found)
     return None
 
 
+def _found_plan(out: Path) -> dict[str, Any] | None:
+    if not (out / PLAN).is_file():
+        return None
+    found = read_json(out / PLAN)
+    if not isinstance(found, dict) or "plan_id" not in found:
+        raise ValueError(f"{out / PLAN} is not of this command; choose another --out")
+    return found
+
+
+def _tokenizers_in(out: Path, args: argparse.Namespace) -> list[Path]:
+    """The files of tokenizers in the folder, but for a given one."""
+    given = Path(args.tokenizer).resolve() if args.tokenizer else None
+    if given == out.resolve():
+        return []
+    return [path for name in TOKENIZER_FILES if (path := out / name).is_file() and path.resolve() != given]
+
+
 def _another_plan(out: Path, plan: dict[str, Any], found: dict[str, Any]) -> ValueError:
+    if found.get("format") != plan["format"]:
+        return ValueError(
+            f"{out} was prepared by another version of this command (format {found.get('format')} of {PLAN}, this one "
+            f"writes {plan['format']}). Finished data can be trained on as it is, but not continued; choose another "
+            f"--out, or delete the folder to prepare it anew"
+        )
     differing = [key for key in plan if key != "plan_id" and found.get(key) != plan[key]]
     return ValueError(
         f"{out} holds token files that were prepared from something else (different: {', '.join(differing)}); "
@@ -122,6 +154,8 @@ def _finished(out: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
     if manifest.get("plan_id") != plan["plan_id"]:
         return None
     try:
+        if file_sha256(tokenizer_file(out)) != manifest["tokenizer"]["sha256"]:
+            return None
         for split in manifest["splits"].values():
             for name in split["files"]:
                 if read_header(out / name).n_tokens != split["file_tokens"][name]:
@@ -135,19 +169,21 @@ def publish_plan(out: Path, plan: dict[str, Any], args: argparse.Namespace) -> N
     """Write the plan, unless it is there.
 
     Raises:
-        ValueError: a task finds another plan; its neighbours may be at work on that.
+        ValueError: the folder is no longer free; or a task finds another plan, and its neighbours may be at work on it.
     """
     path = out / PLAN
-    if args.task is None:
-        if not path.is_file() or read_json(path)["plan_id"] != plan["plan_id"]:
-            _clear_out(out, args)
-            write_atomically(path, to_json(plan))
-        return
-    if not path.is_file():
-        _write_once(path, to_json(plan))
-    found = read_json(path)
-    if found["plan_id"] != plan["plan_id"]:
-        raise _another_plan(out, plan, found)
+    open_out(out, plan, args)  # again: others may have been here before we had the lock
+    found = _found_plan(out)
+    if args.task is not None:
+        if found is None:
+            _write_once(path, to_json(plan))
+            found = read_json(path)
+        if found["plan_id"] != plan["plan_id"]:
+            raise _another_plan(out, plan, found)
+    elif found is None or found["plan_id"] != plan["plan_id"]:
+        for left_over in _tokenizers_in(out, args):  # of a failed run of another plan; would be taken for ours
+            left_over.unlink()
+        write_atomically(path, to_json(plan))
 
 
 def _write_once(path: Path, data: bytes) -> None:
@@ -164,15 +200,6 @@ def _write_once(path: Path, data: bytes) -> None:
         os.replace(whole, path)
     finally:
         whole.unlink(missing_ok=True)
-
-
-def _clear_out(out: Path, args: argparse.Namespace) -> None:
-    """Remove what a failed run of another plan left behind: a tokenizer found here would be taken for ours."""
-    given = Path(args.tokenizer).resolve() if args.tokenizer else None
-    for name in (PLAN, *TOKENIZER_FILES):
-        path = out / name
-        if given not in (path.resolve(), out.resolve()):
-            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -205,14 +232,13 @@ def remove_left_overs(out: Path) -> None:
     """Remove the temporaries of dead processes of this machine, and old ones of others. No own one may be in use."""
     for path in out.glob("*.tmp"):
         with contextlib.suppress(FileNotFoundError):  # of a task that is just done with it
-            if _is_abandoned(path):
+            if (named := TEMPORARY.fullmatch(path.name)) and _is_abandoned(path, named["host"], int(named["pid"])):
                 path.unlink()
 
 
-def _is_abandoned(path: Path) -> bool:
-    name, _, pid = path.name.removesuffix(".tmp").rpartition(".")
-    if pid.isdigit() and name.endswith(f".{socket.gethostname()}"):
-        return int(pid) == os.getpid() or not _is_alive(int(pid))  # nothing of ours is being written now
+def _is_abandoned(path: Path, host: str, pid: int) -> bool:
+    if f".{host}".endswith(f".{socket.gethostname()}"):
+        return pid == os.getpid() or not _is_alive(pid)  # nothing of ours is being written now
     return time.time() - path.stat().st_mtime > ABANDONED_SECS
 
 

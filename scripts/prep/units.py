@@ -39,6 +39,7 @@ class Unit:
     files: tuple[InputFile, ...]
     out: str
     plan_id: str
+    tokenizer_sha256: str
     separator_id: int | None
     reading: Reading
     skip_bad_files: bool = False
@@ -62,7 +63,7 @@ class Unit:
     def _holds(self, split: str) -> bool:
         try:
             receipt = self.receipt(split)
-            if receipt["plan_id"] != self.plan_id:
+            if receipt["plan_id"] != self.plan_id or receipt.get("tokenizer_sha256") != self.tokenizer_sha256:
                 return False
             if receipt["file"] is None:
                 return True
@@ -145,6 +146,7 @@ class SplitWriter:
         n_tokens = self.writer.n_tokens if self.writer else 0
         return {
             "plan_id": self.unit.plan_id,
+            "tokenizer_sha256": self.unit.tokenizer_sha256,
             "file": self.path.name if self.writer else None,
             "bytes": HEADER.size + n_tokens * self.writer.dtype.itemsize if self.writer else 0,
             "documents": self.documents,

@@ -207,8 +207,57 @@ def test_token_files_of_unknown_origin_are_left_alone(run, tmp_path):
     (tmp_path / "train_000000.bin").write_bytes(b"precious")
     write_corpus(tmp_path / "in", make_texts(10))
     code, _, errors = run("--input", tmp_path / "in", "--tokenizer", "bytes", "--out", tmp_path)
-    assert code == EXIT_USAGE and "prepared from something else" in errors
+    assert code == EXIT_USAGE and "holds token files, but no plan.json" in errors
     assert (tmp_path / "train_000000.bin").read_bytes() == b"precious"
+
+
+def test_a_tokenizer_or_a_plan_of_unknown_origin_is_left_alone(run, tmp_path):
+    write_corpus(tmp_path / "in", make_texts(10))
+    for name, content in {"tokenizer.model": "precious", "plan.json": '{"buy": "milk"}'}.items():
+        out = tmp_path / f"a {name}"
+        out.mkdir()
+        (out / name).write_text(content)
+        for task in ((), ("--task", "0/1")):
+            code, _, errors = run("--input", tmp_path / "in", "--tokenizer", "bytes", "--out", out, *task)
+            assert code == EXIT_USAGE and name in errors and "another --out" in errors
+            assert contents(out) == {name: content.encode()}
+
+
+def test_a_folder_of_another_version_says_so(run, tmp_path):
+    write_corpus(tmp_path / "in", make_texts(40))
+    options = ("--input", tmp_path / "in", "--tokenizer", "bytes", "--out", tmp_path / "out")
+    run(*options)
+    plan = tmp_path / "out" / "plan.json"
+    plan.write_text(json.dumps({**json.loads(plan.read_text()), "format": 1, "plan_id": "old"}))
+    for task in ((), ("--task", "0/2")):
+        code, _, errors = run(*options, *task)
+        assert code == EXIT_USAGE and "another version of this command (format 1 of plan.json, this one" in errors
+        assert "delete the folder" in errors and errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("tokenizer", [("--tokenizer", "bytes"), ("--vocab-size", 320)])
+def test_a_tokenizer_that_was_lost_is_put_back(run, tmp_path, tokenizer):
+    write_corpus(tmp_path / "in", make_texts(60))
+    options = ("--input", tmp_path / "in", *tokenizer, "--out", tmp_path / "out")
+    run(*options)
+    expected = contents(tmp_path / "out")
+    (name,) = (name for name in expected if name.startswith("tokenizer"))
+    (tmp_path / "out" / name).unlink()
+    assert run(*options)[0] == 0
+    assert contents(tmp_path / "out") == expected
+
+
+def test_tokens_of_another_tokenizer_are_not_taken_for_those_of_the_one_beside_them(run, tmp_path):
+    write_corpus(tmp_path / "in", make_texts(60))
+    options = ("--input", tmp_path / "in", "--vocab-size", 320, "--out", tmp_path / "out")
+    run(*options)
+    run("--input", tmp_path / "in", "--vocab-size", 330, "--out", tmp_path / "other")
+    os.replace(tmp_path / "other" / "tokenizer.model", tmp_path / "out" / "tokenizer.model")
+    assert run(*options)[0] == 0
+    assert load_manifest(tmp_path / "out")["tokenizer"]["vocab_size"] == 330
+    assert sorted(documents_in(tmp_path / "out", "train") + documents_in(tmp_path / "out", "validation")) == sorted(
+        make_texts(60)
+    )
 
 
 def test_a_second_run_on_the_same_folder_is_refused(run, prepare, tmp_path):

@@ -224,10 +224,12 @@ def test_only_what_dead_processes_left_is_removed(run, many_units, undisturbed, 
         f"train_000001.bin.{host}.{os.getpid()}.tmp": False,  # of an earlier process with our number
         "train_000001.bin.elsewhere.7.tmp": True,
         "train_000002.bin.elsewhere.8.tmp": False,
+        "notes.tmp": True,  # somebody's
     }
     for name in unfinished:
         (out / name).write_bytes(b"x")
-    os.utime(out / "train_000002.bin.elsewhere.8.tmp", times=(time.time() - 90_000,) * 2)
+    for name in ("train_000002.bin.elsewhere.8.tmp", "notes.tmp"):
+        os.utime(out / name, times=(time.time() - 90_000,) * 2)
     assert run(*many_units, "--out", out)[0] == 0
     assert contents(out).keys() - undisturbed.keys() == {name for name, stays in unfinished.items() if stays}
 
@@ -458,7 +460,7 @@ def test_progress_ends_at_all_there_was_to_read_packed_or_not(units, corpus, man
     files, _ = corpus.find_inputs([str(many_units[1])])
     assert any(file.name.endswith(".gz") for file in files)
     reading = corpus.Reading("text", 0, 0)
-    unit = units.Unit(0, tuple(files), str(tmp_path), "plan", 2, reading)
+    unit = units.Unit(0, tuple(files), str(tmp_path), "plan", "tokenizer", 2, reading)
     steps: list[tuple[int, int]] = []
     units.run_unit(unit, Tokenizer.load("bytes"), lambda *step: steps.append(step))
     assert sum(read for _, read in steps) == unit.n_bytes
