@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 from lit_gpt.config import Config
 from lit_gpt.errors import DataError
 from lit_gpt.packed_dataset import MANIFEST, load_manifest
+from lit_gpt.token_files import Separator, TokenFiles, detect_separator
 from lit_gpt.tokenizer import Tokenizer
 from pretrain.config import DataConfig, ModelConfig
 
@@ -54,12 +56,48 @@ class Corpus:
         reason = self._byte_lengths[1]
         return (f"bits per byte are not measured: {reason}",) if reason else ()
 
-    @property
-    def separator_candidates(self) -> tuple[int, ...] | None:
-        """Ids that may stand between documents; None if nobody knows."""
-        if self.tokenizer is None:
+    def assumption(self, path: str) -> tuple[str, ...]:
+        """What is taken for granted of a path without a manifest beside prepared folders, if it is."""
+        if path in self.manifests or self.tokenizer_path not in self.manifests:
+            return ()
+        return (f"its token ids are taken to be those of the tokenizer in {self.tokenizer_path}",)
+
+    def look_for_separator(self, files: TokenFiles, vocab_size: int) -> Separator:
+        """What seems to stand between the documents of files that no manifest describes."""
+        likely = (vocab_size - 1,)  # GPT-2 and Llama 3 end their vocabulary with it
+        if self.tokenizer is not None:
+            special = (self.tokenizer.bos_id, self.tokenizer.eos_id)
+            likely = tuple(each for each in special if each is not None) or likely
+        return detect_separator(files, likely)
+
+    def separator_id(self, data: DataConfig, found: Mapping[str, Separator], vocab_size: int) -> int | None:
+        """The token that ends a document in all of a run's data; None if documents are not told apart.
+
+        found: path -> what was found in files that no manifest describes.
+
+        Raises:
+            ValueError: the data does not say it, or not with one voice.
+        """
+        if not data.document_mask:
             return None
-        return tuple(each for each in (self.tokenizer.bos_id, self.tokenizer.eos_id) if each is not None)
+        eos_id = None if self.tokenizer is None else self.tokenizer.eos_id
+        ids = {path: manifest.get("separator_id") for path, manifest in self.manifests.items()}
+        for path, separator in found.items():
+            ids[path] = next((i for i in (data.separator_id, separator.id, eos_id) if i is not None), None)
+        listed = "; ".join(f"{path}: {'none known' if each is None else each}" for path, each in ids.items())
+        if None in ids.values() or len(set(ids.values())) > 1:
+            raise ValueError(
+                f"data.document_mask needs one token that ends the documents of all data, found {listed}; turn it off, "
+                f"or prepare the data alike (scripts/prepare.py --separator-id), or give data.separator_id or "
+                f"data.tokenizer for files of others"
+            )
+        separator_id = next(iter(ids.values()))
+        if data.separator_id not in (None, separator_id) or not 0 <= separator_id < vocab_size:
+            raise ValueError(
+                f"data.separator_id={data.separator_id} does not fit the data ({listed}) and its vocabulary of "
+                f"{vocab_size}; leave it out where manifests say it"
+            )
+        return separator_id
 
 
 def read_corpus(data: DataConfig) -> Corpus:

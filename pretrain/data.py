@@ -16,7 +16,7 @@ from lit_gpt.data_order import DataOrder
 from lit_gpt.legacy_order import LegacyOrder
 from lit_gpt.packed_data import PackedData
 from lit_gpt.prefetch import batches
-from lit_gpt.token_files import TokenFiles, detect_separator, find_token_files
+from lit_gpt.token_files import Separator, TokenFiles, find_token_files
 from lit_gpt.token_source import TokenSource
 from pretrain.config import BatchConfig
 from pretrain.corpus import Corpus
@@ -40,6 +40,8 @@ class TrainData:
     """Text bytes per token of each source; None if that is not known of every one."""
     notes: tuple[str, ...]
     """What was found, for the log."""
+    separator_id: int | None = None
+    """Ends a document, beyond which no token sees; None: all tokens of a sample see one another."""
 
     def batches(
         self, start: int, steps: int, batch: BatchConfig, fabric: Fabric
@@ -98,8 +100,15 @@ def open_train_data(
     sources = {name: _open(each, data, config) for name, each in files.items()}
     order = build_order(data, sources, seed)
     notes: list[str] = []
+    separators: dict[str, Separator] = {}
     for name, path in data.train_paths().items():
-        notes += _source_notes(name, files[name], sources[name], None if path in corpus.manifests else corpus, config)
+        notes += _source_notes(name, files[name], sources[name])
+        if path not in corpus.manifests:  # these say it themselves
+            separators[path] = corpus.look_for_separator(files[name], config.vocab_size)
+            notes += [f"  {each}" for each in (separators[path].describe(), *corpus.assumption(path))]
+    separator_id = corpus.separator_id(data, separators, config.vocab_size)
+    if separator_id is not None:
+        notes.append(f"documents do not see one another; token {separator_id} ends each")
     if isinstance(order, LegacyOrder):
         notes += _unread_notes(order)
     rates = {
@@ -112,6 +121,7 @@ def open_train_data(
         settings=data,
         bytes_per_token_of=known if len(known) == len(rates) else None,
         notes=tuple(notes),
+        separator_id=separator_id,
     )
 
 
@@ -171,21 +181,13 @@ def _unread_notes(order: LegacyOrder) -> list[str]:
     ]
 
 
-def _source_notes(
-    name: str, files: TokenFiles, source: TokenSource, corpus: Corpus | None, config: Config
-) -> list[str]:
-    """What a source holds; with a corpus also what stands between its documents, which no manifest says."""
-    lines = [
+def _source_notes(name: str, files: TokenFiles, source: TokenSource) -> list[str]:
+    """What a source holds."""
+    return [
         f"data {name}: {len(files):,} {files.kind} {'file' if len(files) == 1 else 'files'}, {source.n_tokens:,} "
-        f"tokens, {source.n_samples:,} samples of {source.block_size:,} targets"
+        f"tokens, {source.n_samples:,} samples of {source.block_size:,} targets",
+        *(f"  {note}" for note in files.notes),
     ]
-    lines += [f"  {note}" for note in files.notes]
-    if corpus is not None:
-        likely = corpus.separator_candidates or (
-            config.vocab_size - 1,
-        )  # GPT-2 and Llama 3 end their vocabulary with it
-        lines.append(f"  {detect_separator(files, likely).describe()}")
-    return lines
 
 
 def _bytes_per_token(source: TokenSource, manifest: dict[str, Any] | None, corpus: Corpus) -> float | None:
@@ -205,8 +207,10 @@ def open_validation_sets(
     config: Config,
     corpus: Corpus,
     cache: Path | None = None,
+    *,
+    separator_id: int | None = None,
 ) -> tuple[list[ValidationSet], list[str]]:
-    """Index the held-out files; returns the sets, and lines for the log.
+    """Index the held-out files; returns the sets, and lines for the log. separator_id: see TrainData.
 
     Raises:
         FileNotFoundError: a set that was asked for is not there. DataError: a damaged file.
@@ -224,9 +228,9 @@ def open_validation_sets(
             notes.append(f"no validation data beside {path}; name some with data.validation to see how the model does")
             continue
         source = TokenSource(files, config.block_size, config.vocab_size)
-        sets.append(ValidationSet(name, source, corpus.byte_lengths))
+        sets.append(ValidationSet(name, source, corpus.byte_lengths, separator_id))
         notes.append(f"validation {name}: {sets[-1].n_targets:,} targets")
-        notes += [f"  {note}" for note in files.notes]
+        notes += [f"  {note}" for note in (*files.notes, *(corpus.assumption(path) if asked else ()))]
     return sets, notes
 
 

@@ -50,6 +50,10 @@ class DataConfig:
     """[start, stop) stretches of the global order that are not trained on, in samples, e.g. around a loss spike."""
     window: int | None = None
     """Files that are read at a time, for storage that dislikes random access. Default: all files at once."""
+    document_mask: bool = False
+    """Tokens attend to their own document only, in training and validation, instead of to all of the sample."""
+    separator_id: int | None = None
+    """document_mask only: the token that ends a document, where the files do not say it. Default: looked for."""
     start_position: int | None = None
     """First sample of the global order; by hand only, a continued run takes it from its checkpoint."""
     allow_order_change: bool = False
@@ -84,6 +88,8 @@ def data_problems(data: DataConfig) -> list[str]:
     problems = [*_source_problems(data), *_order_problems(data)]
     if data.dtype is not None and data.dtype not in DTYPES:
         problems.append(f"data.dtype={data.dtype!r} is no type of tokens; known: {', '.join(DTYPES)}")
+    if data.separator_id is not None and not data.document_mask:
+        problems.append("data.separator_id has no effect without data.document_mask; remove it or turn the mask on")
     if not data.max_epochs > 0:
         problems.append(f"data.max_epochs={data.max_epochs} must be above 0")
     return problems

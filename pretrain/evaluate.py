@@ -79,7 +79,7 @@ def measure(
         start = (turn * world_size + rank) * micro_batch_size
         rows = np.arange(start, max(start, min(start + micro_batch_size, n_rows)))
         samples, targets = validation_set.read(rows)
-        losses = _losses(module, samples, targets, micro_batch_size, device)
+        losses = _losses(module, samples, targets, micro_batch_size, device, validation_set.separator_id)
         table[rows, TARGETS] = targets
         table[rows, NATS] = losses.sum(1)
         if validation_set.byte_lengths is not None:
@@ -106,7 +106,12 @@ def summarise(table: np.ndarray, limited: bool) -> Evaluation:
 
 
 def _losses(
-    module: nn.Module, samples: np.ndarray, targets: np.ndarray, micro_batch_size: int, device: torch.device
+    module: nn.Module,
+    samples: np.ndarray,
+    targets: np.ndarray,
+    micro_batch_size: int,
+    device: torch.device,
+    separator_id: int | None,
 ) -> np.ndarray:
     """(k, block_size) float64 losses, 0 behind a row's last target. A short batch is padded: compiled code sees one
     shape."""
@@ -115,5 +120,5 @@ def _losses(
     labels: Tensor = torch.full_like(batch[:, 1:], IGNORE_INDEX)
     for row, count in enumerate(targets.tolist()):
         labels[row, :count] = batch[row, 1 : count + 1]
-    losses = module(batch[:, :-1].to(device), labels.to(device), reduction="none")
+    losses = module(batch[:, :-1].to(device), labels.to(device), reduction="none", separator_id=separator_id)
     return losses[: len(samples)].double().cpu().numpy()

@@ -14,10 +14,13 @@ class ValidationSet:
     name: for records. source: the full rows, at a stride of block_size.
     byte_lengths: (vocab_size,) int64, UTF-8 bytes that each token stands for, 0 for separators and other controls;
         None if it is not known what the tokens stand for.
+    separator_id: token that ends a document, beyond which no token sees; None: they see all of their row.
     """
 
-    def __init__(self, name: str, source: TokenSource, byte_lengths: np.ndarray | None) -> None:
-        self.name, self.source, self.byte_lengths = name, source, byte_lengths
+    def __init__(
+        self, name: str, source: TokenSource, byte_lengths: np.ndarray | None, separator_id: int | None = None
+    ) -> None:
+        self.name, self.source, self.byte_lengths, self.separator_id = name, source, byte_lengths, separator_id
         tokens = source.files.n_tokens
         full_rows = np.maximum(0, (tokens - 1) // source.block_size)
         first = full_rows * source.block_size  # a row's last token is the next one's first

@@ -175,7 +175,7 @@ def train_step(
     loss = torch.zeros((), device=run.fabric.device)
     for _ in range(iters):
         rows = torch.from_numpy(next(batches)).to(run.fabric.device)  # (B, block_size + 1)
-        iter_loss = trained.module(rows[:, :-1], rows[:, 1:]) / iters
+        iter_loss = trained.module(rows[:, :-1], rows[:, 1:], separator_id=run.train.separator_id) / iters
         run.fabric.backward(iter_loss)
         loss += iter_loss.detach()
     max_norm = stage.optimizer.grad_clip or math.inf

@@ -58,6 +58,29 @@ def check_tokenizer(state: Mapping[str, Any], corpus: Corpus) -> None:
         )
 
 
+def check_separator(state: Mapping[str, Any], train: TrainData) -> None:
+    """Refuse to resume with other documents than those that a checkpoint's data was divided into.
+
+    Raises:
+        ValueError: with both separators.
+    """
+    before, now = state.get("separator_id"), train.separator_id
+    if before != now:
+        raise ValueError(
+            f"the run's documents were ended by token {before}, now they are by token {now}; give "
+            f"data.separator_id {before}, or the data.tokenizer that the run had"
+        )
+
+
+def mask_notes(state: Mapping[str, Any], train: TrainData) -> list[str]:
+    """A line for the log if a run sees more or less of a sample than the checkpoint that it starts from did."""
+    settings = state.get("run_config")  # growth leaves none
+    before = settings["data"].get("document_mask", False) if settings else train.settings.document_mask
+    if before == train.settings.document_mask:
+        return []
+    return [f"warning: init_from was trained with data.document_mask={before}, this run is with {not before}"]
+
+
 def continued_settings(data: DataConfig, saved: Mapping[str, Any] | None) -> tuple[DataConfig, list[str]]:
     """The data settings of a run that starts from a checkpoint: what is not given is what its data object says.
 

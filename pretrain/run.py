@@ -41,10 +41,12 @@ from pretrain.loggers import EVALS_FILE, METRICS_FILE, TENSORBOARD_FOLDER, RunLo
 from pretrain.loop import Run, Trained, describe_stages, set_up, step_flops, train_in_stages
 from pretrain.optim import load_named_state
 from pretrain.origin import (
+    check_separator,
     check_tokenizer,
     continued_position,
     continued_settings,
     first_position,
+    mask_notes,
     own_state,
     parent_state,
 )
@@ -96,6 +98,7 @@ def run(invocation: Invocation, command: list[str]) -> None:
             "seed": config.seed,
             "command": command,
             "tokenizer": plan.corpus.tokenizer_entry,
+            "separator_id": plan.train.separator_id,
             "compute": {"precision": compute.precision, "compile": compute.compile, "reason": compute.reason},
         }
         checkpoints = RunCheckpoints(out_dir, config.checkpoints, metadata)
@@ -135,7 +138,9 @@ def preflight(invocation: Invocation) -> Plan:
         check_init_from(config, stages[0], invocation.fresh)
     cache = None if invocation.dry_run else Path(config.out_dir) / INDEX_FOLDER
     train, position = open_stream(config, model_config, corpus, own, cache)
-    validation, validation_lines = open_validation_sets(config.data, model_config, corpus, cache)
+    validation, validation_lines = open_validation_sets(
+        config.data, model_config, corpus, cache, separator_id=train.separator_id
+    )
     samples = config.batch.global_batch_size * sum(stage.steps for stage in stages)
     epoch_lines = check_epochs(train, position, position + samples)
     lines = [*train.notes, *epoch_lines, *validation_lines, *corpus.notes]
@@ -173,7 +178,7 @@ def open_stream(
     inherited = saved if config.init_from is not None else None
     data, taken_over = continued_settings(config.data, inherited)
     train = open_train_data(data, model_config, corpus, config.seed, cache)
-    train = dataclasses.replace(train, notes=(*train.notes, *taken_over))
+    train = dataclasses.replace(train, notes=(*train.notes, *taken_over, *mask_notes(state, train)))
     if own is not None:
         return train, own["position"] - own["step_count"] * config.batch.global_batch_size
     return train, first_position(config, train, saved)
@@ -293,6 +298,7 @@ def inherit(trained: Trained, state: TrainState, parent: TrainingCheckpoint) -> 
 def resumed_state(checkpoint: TrainingCheckpoint, config: RunConfig, train: TrainData) -> TrainState:
     """Where the checkpoint stands, after checking that it is of this run and this data."""
     check_settings(checkpoint, config)
+    check_separator(checkpoint.state, train)
     continued_position(train, checkpoint.state["data"])
     return TrainState.from_dict(checkpoint.state)
 

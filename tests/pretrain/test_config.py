@@ -171,6 +171,7 @@ def data_error(config_file, **data) -> str:
         ({"dtype": "float32"}, "data.dtype='float32' is no type of tokens; known: uint8"),
         ({"max_epochs": 0}, "data.max_epochs=0"),
         ({"start_position": -1}, "data.start_position=-1"),
+        ({"separator_id": 2}, "data.separator_id has no effect without data.document_mask"),
     ],
 )
 def test_data_settings_that_cannot_be_are_refused(config_file, data, message):

@@ -134,6 +134,63 @@ def test_validation_that_was_asked_for_must_be_there(tmp_path):
         read_corpus(dataclasses.replace(data, validation=str(tmp_path / "nowhere")))
 
 
+def test_what_is_taken_for_granted_of_files_beside_prepared_ones_is_said_of_each(tmp_path):
+    ours, theirs = write_prepared(tmp_path / "ours", np.arange(2000) % 200), foreign(tmp_path / "theirs")
+    data = DataConfig({"ours": str(ours), "theirs": str(theirs)}, validation=str(theirs / "train_0.bin"))
+    said = f"  its token ids are taken to be those of the tokenizer in {ours}"
+    train = opened(data)
+    assert [train.notes[train.notes.index(said) - 2][:12], train.notes.count(said)] == ["data theirs:", 1]
+    assert open_validation_sets(data, CONFIG, read_corpus(data))[1].count(said) == 1
+    named = dataclasses.replace(data, tokenizer="bytes")
+    assert said not in (*opened(named).notes, *open_validation_sets(named, CONFIG, read_corpus(named))[1])
+
+
+def separators(folder: Path, data: DataConfig, manifest_ids: dict[str, int | None]) -> int | None:
+    """What document_mask finds in prepared folders that say this of themselves, and in what else `data` names."""
+    paths = data.train_paths() if isinstance(data.train, dict) else {}
+    for name, separator_id in manifest_ids.items():
+        path = write_prepared(folder / name, np.full(2000, 80)) / "manifest.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"separator_id": separator_id}))
+        paths[name] = str(folder / name)
+    return opened(dataclasses.replace(data, train=paths, document_mask=True)).separator_id
+
+
+def test_documents_end_where_manifest_files_settings_or_tokenizer_say_so(tmp_path):
+    theirs = {"theirs": str(foreign(tmp_path / "theirs"))}  # id 2, every tenth
+    plain = foreign(tmp_path / "plain") / "train_0.bin"
+    write_token_file(plain, np.arange(2000) % 200 + 50, np.dtype("uint16"))
+    assert opened(DataConfig(theirs)).separator_id is None
+    assert separators(tmp_path, DataConfig({}), {"a": 7, "b": 7}) == 7
+    assert separators(tmp_path, DataConfig(theirs), {}) == 2
+    assert separators(tmp_path, DataConfig(theirs), {"a": 2}) == 2
+    assert separators(tmp_path, DataConfig(theirs, separator_id=9), {"a": 9}) == 9
+    assert (
+        separators(tmp_path, DataConfig({"plain": str(plain)}, tokenizer="bytes"), {}) == Tokenizer.load("bytes").eos_id
+    )
+
+
+@pytest.mark.parametrize(
+    ("manifest_ids", "data", "message"),
+    [
+        ({"a": 1, "b": 2}, {}, "a: 1; .*b: 2"),
+        ({"a": None}, {}, "a: none known"),
+        ({"a": 1}, {"theirs": True}, "a: 1; .*theirs: 2"),
+        ({"a": 1}, {"separator_id": 2}, r"data.separator_id=2 does not fit .*a: 1"),
+        ({}, {"theirs": True, "separator_id": 259}, "separator_id=259 .* vocabulary of 259"),
+    ],
+)
+def test_documents_that_do_not_end_alike_everywhere_are_no_documents(tmp_path, manifest_ids, data, message):
+    theirs = {"theirs": str(foreign(tmp_path / "theirs"))} if data.pop("theirs", False) else {}
+    with pytest.raises(ValueError, match=message):
+        separators(tmp_path, DataConfig(theirs, **data), manifest_ids)
+
+
+def test_files_of_which_nobody_knows_where_documents_end_cannot_be_masked(tmp_path):
+    write_token_file(tmp_path / "train_0.bin", np.arange(2000) % 200 + 50, np.dtype("uint16"))
+    with pytest.raises(ValueError, match=r"none known; .*data\.separator_id or data\.tokenizer"):
+        separators(tmp_path, DataConfig({"plain": str(tmp_path)}), {})
+
+
 def test_a_single_file_may_be_the_validation_set(tmp_path):
     folder = foreign(tmp_path / "a", "held_out.bin", 52)
     data = DataConfig(str(folder), validation=str(folder / "held_out.bin"), tokenizer="bytes")
