@@ -60,7 +60,8 @@ step() {
   shift
   run_child "$@" || status=$?
   if [ "$status" -eq 75 ]; then stopped "$status"; fi
-  [ "$status" -eq 0 ] || die "stopped with exit status $status: $*" "$status"
+  [ "$status" -eq 0 ] || die "stopped with exit status $status: $*
+If another version of the demo left $out, --fresh removes that and starts over" "$status"
 }
 
 if [ "$fresh" = yes ]; then rm -rf "$out"/{data,stacked,scratch,figures} "$out"/report.{html,json}; fi

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import signal
@@ -291,20 +292,23 @@ def termination_as_interrupt() -> Iterator[None]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # text is shown where the locale may know ASCII alone
     if argv and argv[0] == "check":
         from pretrain.data_command import main as data_command
 
         return data_command(argv)
-    if argv and argv[0] == "export":
-        from prep.export import main as export
-
-        return export([dashed(argument) for argument in argv[1:]])
-    args = parse_args(argv)
-    args.task = None if args.plan_only else task_of(args.task, os.environ)
-    check_args(args)
     try:
         with termination_as_interrupt():
-            prepare(args, Path(args.out))
+            if argv and argv[0] == "export":
+                from prep.export import main as export
+
+                export([dashed(argument) for argument in argv[1:]])
+            else:
+                args = parse_args(argv)
+                args.task = None if args.plan_only else task_of(args.task, os.environ)
+                check_args(args)
+                prepare(args, Path(args.out))
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
         return EXIT_STOPPED

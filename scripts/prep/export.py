@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from lit_gpt.atomic import check_free_space, write_atomically
-from lit_gpt.errors import EXIT_STOPPED, DataError
+from lit_gpt.errors import DataError
 from lit_gpt.packed_dataset import (
     HEADER,
     MANIFEST,
@@ -25,7 +25,7 @@ from lit_gpt.packed_dataset import (
 )
 from lit_gpt.token_files import TokenFiles, find_token_files
 from lit_gpt.tokenizer import FILE_NAMES, Tokenizer, tokenizer_file
-from prep.plan import locked, remove_left_overs
+from prep.plan import locked, without_left_overs
 from prep.units import read_json, to_json
 
 CHUNK_TOKENS = 2049 * 1024  # TinyLlama's: 1024 rows of 2048 + 1
@@ -187,7 +187,7 @@ def open_out(out: Path, record: dict[str, Any]) -> None:
             )
         if other["tokenizer"] != record["tokenizer"]:
             raise ValueError(f"{out} holds tokens of another tokenizer, see {name}; choose another --out")
-    ours = (*records, *TOKENIZER_FILES, *(f"{other['prefix']}_0_" for other in records.values()))
+    ours = ("export_", *TOKENIZER_FILES, *(f"{other['prefix']}_0_" for other in records.values()))
     foreign = sorted(path.name for path in out.glob("*") if not path.name.startswith(ours))
     if foreign:
         raise ValueError(f"{out} holds what no export wrote, e.g. {foreign[0]}; choose another --out")
@@ -252,8 +252,8 @@ def run_export(export: Export, tokenizer: Tokenizer | None) -> int:
     record = export.record(tokenizer)
     open_out(export.out, record)
     export.out.mkdir(parents=True, exist_ok=True)
-    with locked(export.out):
-        remove_left_overs(export.out)
+    with locked(export.out), without_left_overs(export.out):
+        open_out(export.out, record)  # again: others may have been here before we had the lock
         missing = [counter for counter in range(export.n_chunks) if not is_done(export, counter)]
         check_free_space(export.out, len(missing) * (HEADER.size + export.chunk_tokens * export.dtype.itemsize))
         write_atomically(record_path(export.out, export.prefix), to_json(record))
@@ -282,13 +282,8 @@ def report(export: Export, found: int) -> None:
         )
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str]) -> None:
     args = parse_args(argv)
     check_args(args)
-    try:
-        export, tokenizer = make_export(args)
-        report(export, run_export(export, tokenizer))
-    except KeyboardInterrupt:
-        print("stopped; the same command continues", file=sys.stderr)
-        return EXIT_STOPPED
-    return 0
+    export, tokenizer = make_export(args)
+    report(export, run_export(export, tokenizer))

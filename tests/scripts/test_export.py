@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import socket
 import struct
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +32,7 @@ def export(root):
     """The sub-command as a module."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(root / "scripts"))
+        importlib.import_module("prepare")
         yield importlib.import_module("prep.export")
 
 
@@ -39,7 +42,8 @@ def run(export, capsys):
 
     def call(*arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()
-        code = run_command(lambda: export.main([str(argument) for argument in arguments]))
+        main = sys.modules["prepare"].main
+        code = run_command(lambda: main(["export", *map(str, arguments)]))
         return code, *capsys.readouterr()
 
     return call
@@ -195,7 +199,8 @@ def test_a_stopped_export_is_continued_by_the_same_command(run, tmp_path: Path):
     written_ns = first.stat().st_mtime_ns
     second.unlink()
     third.write_bytes(third.read_bytes()[:-3])
-    second.with_name(f"{second.name}.{socket.gethostname()}.{os.getpid()}.tmp").write_bytes(b"half")
+    for unfinished in (second.name, "export_train.json"):
+        (tmp_path / "out" / f"{unfinished}.{socket.gethostname()}.{os.getpid()}.tmp").write_bytes(b"half")
 
     status, out, _ = run(*command)
 
@@ -205,13 +210,14 @@ def test_a_stopped_export_is_continued_by_the_same_command(run, tmp_path: Path):
     assert "8 of them were there already" in out
 
 
-def test_ctrl_c_leaves_whole_chunks_only_and_says_how_to_go_on(export, run, tmp_path: Path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_whole_chunks_only_and_says_how_to_go_on(export, run, tmp_path: Path, monkeypatch, number):
     write_source(tmp_path / "source", [64, 36])
     command = (tmp_path / "source", "--out", tmp_path / "out", "--chunk", 10)
 
     def interrupted(tokens: np.ndarray, _: object) -> None:
         if len(chunks_in(tmp_path / "out")) > 4:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), number)
 
     with monkeypatch.context() as patch:
         patch.setattr(export, "check_ids", interrupted)
@@ -221,6 +227,14 @@ def test_ctrl_c_leaves_whole_chunks_only_and_says_how_to_go_on(export, run, tmp_
     assert {path.stat().st_size for path in chunks_in(tmp_path / "out")} == {24 + 2 * 10}
     assert run(*command)[0] == EXIT_OK
     assert len(chunks_in(tmp_path / "out")) == 10
+
+
+def test_an_export_that_was_killed_before_its_first_file_is_no_foreign_folder(run, tmp_path: Path):
+    write_source(tmp_path / "source", [64])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / f"export_train.json.{socket.gethostname()}.{os.getpid()}.tmp").write_bytes(b"half")
+    assert run(tmp_path / "source", "--out", tmp_path / "out", "--chunk", 10)[0] == EXIT_OK
+    assert not list((tmp_path / "out").glob("*.tmp"))
 
 
 def test_several_sets_share_a_folder_under_prefixes_of_their_own(run, tmp_path: Path):

@@ -10,6 +10,7 @@ import random
 import re
 import signal
 import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -267,6 +268,15 @@ def test_a_second_run_on_the_same_folder_is_refused(run, prepare, tmp_path):
         code, _, errors = run("--input", tmp_path / "in", "--tokenizer", "bytes", "--out", tmp_path / "out")
     assert code == EXIT_DATA and "another run" in errors
     assert os.listdir(tmp_path / "out") == []
+
+
+def test_text_that_the_terminal_cannot_show_is_no_error(root, tmp_path):
+    write_corpus(tmp_path / "in", [f"\u6587\u5b57 {text}" for text in make_texts(40)])
+    options = ["--input", tmp_path / "in", "--tokenizer", "bytes", "--out", tmp_path / "out"]
+    command = [sys.executable, root / "scripts" / "prepare.py", *options]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and "\\u6587\\u5b57" in done.stdout
 
 
 def test_json_is_one_object_and_nothing_else(run, tmp_path):

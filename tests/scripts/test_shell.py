@@ -243,6 +243,7 @@ def test_the_exit_status_of_a_failed_step_is_the_demos(checkout: Checkout, statu
 
     assert returned == status
     assert ("repeat the same command" in err) == (status == 75)
+    assert ("another version of the demo left out/demo, --fresh removes that" in err) == (status != 75)
     assert sum("-m pretrain" in call for call in checkout.calls()) == 1
 
 
