@@ -190,12 +190,11 @@ def _is_substantial(path: Path) -> bool:
 
 
 def _input_file(path: Path, name: str, split: str) -> InputFile:
+    """`name` is the same whatever encoding the locale has for names."""
     try:
-        name.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"the name of the file {str(path)!r} is not in UTF-8, as plan and manifest are; rename it"
-        ) from error
+        name = os.fsencode(name).decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"the name of {str(path)!r} is not in UTF-8, as plan and manifest are; rename it") from error
     return InputFile(str(path), name, path.stat().st_size, split)
 
 

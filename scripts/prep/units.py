@@ -124,11 +124,14 @@ class SplitWriter:
             return
         if self.writer is None:
             self.writer = self.stack.enter_context(TokenFileWriter(self.path, token_dtype(self.tokenizer.vocab_size)))
-        encoded = self.tokenizer.encode_batch(self.texts)
-        tokens = np.concatenate([part for ids in encoded for part in (ids, *self.separator)])
+        tokens = self._encoded()
         self._count(tokens)
         self.writer.write(tokens)
         self.texts, self.waiting_characters = [], 0
+
+    def _encoded(self) -> np.ndarray:
+        encoded = self.tokenizer.encode_batch(self.texts)
+        return np.concatenate([part for ids in encoded for part in (ids, *self.separator)])
 
     def _count(self, tokens: np.ndarray) -> None:
         """tokens: (k,) int64 of all waiting texts, with their separators."""
@@ -140,7 +143,8 @@ class SplitWriter:
             beside_text = self.tokenizer.bytes_added_per_text
             if self.unit.separator_id is not None:
                 beside_text += int(self.byte_lengths[self.unit.separator_id])
-            self.table_bytes += int(self.byte_lengths[tokens].sum()) - beside_text * len(self.texts)
+            used = np.bincount(tokens, minlength=len(self.byte_lengths))  # `[tokens]` would take as much as `tokens`
+            self.table_bytes += int(used @ self.byte_lengths) - beside_text * len(self.texts)
 
     def receipt(self) -> dict[str, Any]:
         n_tokens = self.writer.n_tokens if self.writer else 0

@@ -81,6 +81,19 @@ def test_tasks_may_share_a_folder_at_the_same_time(start, many_units, undisturbe
     assert contents(out) == undisturbed
 
 
+def test_neither_the_locale_nor_what_is_installed_changes_a_byte(start, run, monkeypatch, tmp_path):
+    texts = [f"{text}\u6587\ud800" for text in make_texts(30)]
+    for name, some in {"Z": texts[:10], "a \u00e4": texts[10:20], "\u00e9": texts[20:]}.items():
+        write_corpus(tmp_path / "in" / name, some)
+    options = ("--input", tmp_path / "in", "--tokenizer", "bytes", "--unit-bytes", 100)
+    assert run(*options, "--out", tmp_path / "here")[0] == 0
+    for name, value in {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONHASHSEED": "7"}.items():
+        monkeypatch.setenv(name, value)
+    with start("import sys; sys.modules['orjson'] = None; " + MAIN, *options, "--out", tmp_path / "there") as process:
+        assert process.wait(timeout=60) == 0, process.stderr.read()
+    assert contents(tmp_path / "there") == contents(tmp_path / "here")
+
+
 def test_the_command_without_a_task_does_what_is_missing(run, many_units, undisturbed, tmp_path):
     out = tmp_path / "out"
     run(*many_units, "--out", out, "--task", "1/3")
