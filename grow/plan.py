@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from grow.layer_map import check_layer_map, connection_rate_text
+from grow.width_plan import SIZES, WidthPlan
 from lit_gpt.axes import layer_of, name_in_block, parameter_shapes, with_layer
 from lit_gpt.config import Config, unknown_key
 
@@ -18,12 +19,12 @@ OPTIMIZER_POLICIES = {
 }
 SILENCED = ("attn.proj.weight", "mlp.swiglu.w3.weight")
 """What a block writes with; where both are zero it passes its input on unchanged, whatever else it holds."""
-ADDED_KEYS = ("identity_layers", "noise")  # plans written before these existed have none of them
+ADDED_KEYS = ("identity_layers", "width", "noise")  # plans written before these existed have none of them
 
 
 @dataclass(frozen=True)
 class GrowthPlan:
-    """From a source model to a larger one. Depth growth copies whole layers or adds new ones; all other sizes stay.
+    """From a source model to a larger one: whole layers are copied or added, then all of them grow in width.
 
     Raises:
         ValueError: one message with a line for every way in which the parts do not fit each other.
@@ -43,14 +44,19 @@ class GrowthPlan:
     """What the operator was asked for beyond the sizes, as the user wrote it."""
     identity_layers: tuple[int, ...] = ()
     """Layers of the grown model that start as the identity: what they write into the residual stream is zero."""
+    width: WidthPlan | None = None
+    """How every layer grows in width; None: it does not."""
     noise: float = 0.0
     """Share of every grown matrix that is replaced by noise of its initial scale (arXiv 2405.15319, appendix I.2)."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layer_map", tuple(self.layer_map))  # the dataclass is frozen
         object.__setattr__(self, "identity_layers", tuple(sorted(set(self.identity_layers))))
-        problems = [_change(name, self.src, self.dst) for name in differing_sizes(self.src, self.dst)]
-        problems = [problem for problem in problems if problem]
+        explained = {"n_layer"} if self.width is None else {"n_layer", "head_size", *SIZES}
+        changed = [name for name in differing_sizes(self.src, self.dst) if name not in explained]
+        problems = [_change(name, self.src, self.dst) for name in changed]
+        if self.width is not None:
+            problems += self.width.problems(self.src, self.dst)
         outside = [layer for layer in self.identity_layers if not 0 <= layer < self.dst.n_layer]
         if outside:
             problems.append(f"identity layer {outside[0]} (counted from 0) is none of the {self.dst.n_layer} layers")
@@ -69,7 +75,8 @@ class GrowthPlan:
     @property
     def is_identity(self) -> bool:
         """Whether the grown model is the source."""
-        return self.layer_map == tuple(range(self.src.n_layer)) and not self.identity_layers and not self.noise
+        same_layers = self.layer_map == tuple(range(self.src.n_layer)) and not self.identity_layers
+        return same_layers and not self.noise and (self.width is None or self.width.is_identity)
 
     def sources(self) -> dict[str, str | None]:
         """Every parameter of the grown model, in the order of the model -> the source parameter it starts from.
@@ -93,11 +100,12 @@ class GrowthPlan:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, layers counted from 0."""
         lists = {"layer_map": list(self.layer_map), "identity_layers": list(self.identity_layers)}
-        return dataclasses.asdict(self) | lists
+        width = None if self.width is None else self.width.to_dict()
+        return dataclasses.asdict(self) | lists | {"width": width}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GrowthPlan:
-        """The inverse of `to_dict`; also for plans stored before new layers, identity layers and noise existed.
+        """The inverse of `to_dict`; also for plans stored before width, identity layers and noise existed.
 
         Raises:
             ValueError: unknown or missing keys, or values that do not fit.
@@ -107,8 +115,10 @@ class GrowthPlan:
         problems += [f"growth plan: key {key!r} is missing" for key in known if key not in (*values, *ADDED_KEYS)]
         if problems:
             raise ValueError("\n".join(problems))
-        configs = {key: Config.from_dict(values[key]) for key in ("src", "dst")}
-        return cls(**{**values, **configs, "options": dict(values["options"])})
+        parts: dict[str, Any] = {key: Config.from_dict(values[key]) for key in ("src", "dst")}
+        if values.get("width") is not None:
+            parts["width"] = WidthPlan.from_dict(values["width"])
+        return cls(**{**values, **parts, "options": dict(values["options"])})
 
 
 def differing_sizes(a: Config, b: Config) -> list[str]:
@@ -121,8 +131,5 @@ def differing_sizes(a: Config, b: Config) -> list[str]:
 
 
 def _change(name: str, src: Config, dst: Config) -> str:
-    """A line about a size that the plan does not explain; empty for one that it does."""
-    if name == "n_layer":
-        return ""
     before, after = getattr(src, name), getattr(dst, name)
-    return f"{name} changes from {before} to {after}, but growing in depth keeps it; make them equal"
+    return f"{name} changes from {before} to {after}, but this growth keeps it; make them equal"

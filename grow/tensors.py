@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from grow.plan import GrowthPlan
-from lit_gpt.axes import EMBEDDING, parameter_shapes
+from grow.width_tensors import compute_dtype, generator, widened_moment, widened_weight, widening
+from lit_gpt.axes import EMBEDDING, axes_of, layer_of, parameter_shapes, with_layer
 from lit_gpt.model import init_std, init_tensor
 
 
@@ -27,7 +27,12 @@ def grown_weight(plan: GrowthPlan, name: str, weights: Mapping[str, Tensor]) -> 
     """
     shape = parameter_shapes(plan.dst)[name]
     source = plan.source_of(name)
-    if source is not None:
+    if source is not None and plan.width is not None:
+        following = _following(plan, source)
+        after = None if following is None else weights[following]
+        wide = widening(plan.width, plan.src, plan.dst)
+        grown = widened_weight(wide, name, plan.seed, weights[source], after)
+    elif source is not None:
         grown = weights[source].clone()
     else:
         like = weights[EMBEDDING]
@@ -46,8 +51,21 @@ def with_noise(weight: Tensor, plan: GrowthPlan, name: str) -> Tensor:
     return wide.mul(1 - plan.noise).add(fresh.to(wide), alpha=plan.noise).to(weight.dtype)
 
 
+def _following(plan: GrowthPlan, source: str) -> str | None:
+    """The parameter of the layer after, where the plan takes rows from it; the last layer has none."""
+    layer = layer_of(source)
+    if plan.width is None or not plan.width.rows_from_next_layer or layer is None or len(axes_of(source)) == 1:
+        return None
+    return with_layer(source, layer + 1) if layer + 1 < plan.src.n_layer else None
+
+
 def grown_moments(
-    plan: GrowthPlan, name: str, moments: Mapping[str, Mapping[str, Tensor]], *, from_zero: bool = False
+    plan: GrowthPlan,
+    name: str,
+    moments: Mapping[str, Mapping[str, Tensor]],
+    *,
+    from_zero: bool = False,
+    first_copies: bool = False,
 ) -> dict[str, Tensor]:
     """The optimizer state of the parameter `name` of the grown model.
 
@@ -56,27 +74,32 @@ def grown_moments(
         name: of a parameter of the grown model.
         moments: of the source, parameter name -> "exp_avg", "exp_avg_sq" (shaped like the parameter), "step" (scalar).
         from_zero: forget them: zeros and step 0. Parameters without a source start so in any case.
+        first_copies: forget those of further copies of a channel, head or neuron.
 
     Returns:
         The same keys as the source has.
     """
     source = plan.source_of(name)
-    if source is None:
-        shape = parameter_shapes(plan.dst)[name]
-        like = moments[EMBEDDING]
+    shape = parameter_shapes(plan.dst)[name]
+    if source is None or from_zero:
         return {
             key: torch.zeros(shape if value.dim() else (), dtype=value.dtype, device=value.device)
-            for key, value in like.items()
+            for key, value in moments[EMBEDDING if source is None else source].items()
         }
-    return {key: torch.zeros_like(value) if from_zero else value.clone() for key, value in moments[source].items()}
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What products with weights of this dtype are computed in; they are cast back last."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def generator(seed: int, purpose: str, name: str) -> torch.Generator:
-    """The stream of random numbers for one purpose of one parameter, so that any process can make any part."""
-    key = hashlib.sha256(f"{seed}/{purpose}/{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
+    if plan.width is None:
+        return {key: value.clone() for key, value in moments[source].items()}
+    following = _following(plan, source)
+    wide = widening(plan.width, plan.src, plan.dst)
+    return {
+        key: value.clone()
+        if not value.dim()
+        else widened_moment(
+            wide,
+            name,
+            value,
+            None if following is None else moments[following][key],
+            power=2 if key.endswith("sq") else 1,
+            first_copies=first_copies,
+        )
+        for key, value in moments[source].items()
+    }
