@@ -38,7 +38,8 @@ class Listing:
 
     names: FileNames
     sizes_and_times: np.ndarray
-    """(files, 2) int64: bytes, and nanoseconds of the last change."""
+    """(files, 3) int64: bytes, nanoseconds of the last writing, and of the last change of any kind: archives and
+    copies keep the former, so that other files of the same size would be taken for those that were there before."""
     announced_tokens: int | None = None
     """What the manifest says, if there is one."""
     notes: tuple[str, ...] = ()
@@ -49,11 +50,11 @@ class Listing:
 
         def paths() -> Iterator[str]:
             for path, stat in entries:
-                numbers.extend((stat.st_size, stat.st_mtime_ns))
+                numbers.extend((stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
                 yield path
 
         names = FileNames.of(paths())
-        return cls(names, np.frombuffer(numbers, np.int64).reshape(-1, 2) if numbers else np.empty((0, 2), np.int64))
+        return cls(names, np.frombuffer(numbers, np.int64).reshape(-1, 3) if numbers else np.empty((0, 3), np.int64))
 
     def in_natural_order(self) -> Listing:
         order = self.names.natural_order()
@@ -69,7 +70,9 @@ class Listing:
 
     def _describing(self) -> list[tuple[str, int, int]]:
         folders = {os.path.dirname(before) or "." for before, _ in self.names.groups}
-        found = [entry for folder in folders for entry in entries_of(folder) if entry.name.endswith(DESCRIBING)]
+        found = [
+            each for folder in folders for each in entries_of(folder) if each.name.endswith((*DESCRIBING, MANIFEST))
+        ]
         return sorted((entry.path, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in found)
 
 
