@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from prep.corpus import InputFile, find_inputs, stdlib_inputs
+from prep.corpus import SPLIT_BUCKETS, InputFile, find_inputs, stdlib_inputs
 from prep.manifest import check_bad_files, finish, report, warn_about
 from prep.plan import (
     DEFAULT_VALIDATION_FRACTION,
@@ -164,6 +164,10 @@ def _contradictions(args: argparse.Namespace) -> Iterator[str]:
 def _out_of_range(args: argparse.Namespace) -> Iterator[str]:
     if args.validation_fraction is not None and not 0 <= args.validation_fraction < 1:
         yield f"--validation-fraction {args.validation_fraction} must be in [0, 1)"
+    if args.validation_fraction and round(args.validation_fraction * SPLIT_BUCKETS) == 0:
+        yield f"--validation-fraction {args.validation_fraction} must be 0 or at least {1 / SPLIT_BUCKETS}"
+    if not 0 <= args.max_bad <= 1:
+        yield f"--max-bad {args.max_bad} must be in [0, 1]: it is a share of the lines"
     if not 0 < args.percentage <= 1:
         yield f"--percentage {args.percentage} must be in (0, 1]: it is a share of the files"
     if args.workers < 1:

@@ -23,7 +23,7 @@ from prep.formats import ABSENT, COLUMNAR_SUFFIXES, PACKED_SUFFIXES, WrongKeyErr
 from prep.saved_datasets import files_of_saved, is_saved
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
-LINES_SUFFIXES = (".jsonl", ".json")
+LINES_SUFFIXES = (".jsonl", ".ndjson", ".json")
 STDLIB_SKIPPED = {"test", "tests", "idle_test", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
 STDLIB_MIN_BYTES = 5_000_000  # embeddable and zipped Pythons have no sources; the usual ones have 11 MB
 STDLIB_MIN_CHARACTERS = 200
@@ -210,7 +210,7 @@ def _known(name: str) -> bool:
 
 def _known_suffixes() -> str:
     packed = " or ".join(PACKED_SUFFIXES)
-    plain = ", ".join(TEXT_SUFFIXES + LINES_SUFFIXES[:1])
+    plain = ", ".join(TEXT_SUFFIXES + LINES_SUFFIXES[:-1])
     return f"{plain}, each also with {packed}, .json with {packed}, {', '.join(COLUMNAR_SUFFIXES)}, saved datasets"
 
 
@@ -258,7 +258,10 @@ def _contents(file: InputFile, reading: Reading, counters: Counter[str]) -> Iter
         rows = formats.json_rows(formats.without_array(file.path, formats.chunks(file.path, kind)), counters)
         yield from _texts_of(rows, None, file, reading, counters)
     else:
-        yield from formats.texts(formats.chunks(file.path, kind), reading.document_bytes)
+        pieces = formats.chunks(file.path, kind)
+        if not _unpacked(file.name).endswith(TEXT_SUFFIXES):
+            pieces = formats.without_rows(file.path, pieces, reading.text_key)
+        yield from formats.texts(pieces, reading.document_bytes)
 
 
 def _texts_of(

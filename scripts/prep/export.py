@@ -24,15 +24,14 @@ from lit_gpt.packed_dataset import (
     token_dtype,
 )
 from lit_gpt.token_files import TokenFiles, find_token_files
-from lit_gpt.tokenizer import FILE_NAMES, Tokenizer, tokenizer_file
-from prep.plan import locked, without_left_overs
+from lit_gpt.tokenizer import Tokenizer, tokenizer_file
+from prep.plan import TOKENIZER_FILES, locked, without_left_overs
 from prep.units import read_json, to_json
 
 CHUNK_TOKENS = 2049 * 1024  # TinyLlama's: 1024 rows of 2048 + 1
 READ_TOKENS = 1 << 22
 FILES_PER_DEVICE = 8  # what TinyLlama's reader opens at once; with fewer it fails
 FORMAT = 1
-TOKENIZER_FILES = (*FILE_NAMES, "tokenizer_config.json")
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:

@@ -208,6 +208,20 @@ def without_array(path: str, pieces: Iterator[bytes]) -> Iterator[bytes]:
     yield from pieces
 
 
+def without_rows(path: str, pieces: Iterator[bytes], text_key: str) -> Iterator[bytes]:
+    """The pieces of a text whose name says nothing of its form.
+
+    Raises:
+        DataError: it begins with a JSON object that has a text, and must not be taken for text as a whole.
+    """
+    first = next(pieces, b"")
+    row = _slowly_parsed(first.partition(b"\n")[0], Counter())
+    if isinstance(row, dict) and isinstance(value_at(row, text_key), str):
+        raise DataError(f"{path} holds JSON lines, it seems, but its name does not say so; let it end in .jsonl")
+    yield first
+    yield from pieces
+
+
 def json_rows(pieces: Iterator[bytes], counters: Counter[str]) -> Iterator[dict[str, Any] | None]:
     """The objects on the lines of a text; None for a line that holds no JSON object, which is counted `bad_json`."""
     fast_loads = _fast_json()

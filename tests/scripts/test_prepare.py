@@ -401,6 +401,10 @@ def test_settings_that_contradict_each_other_are_listed_together(run, tmp_path):
     assert code == EXIT_USAGE
     for part in ("--input PATH... or --stdlib", "--workers 0", "--validation-fraction 2", "exclude each other"):
         assert part in errors
+    code, _, errors = run("--stdlib", "--out", tmp_path / "out", "--max-bad", "nan")
+    assert code == EXIT_USAGE and "--max-bad nan must be in [0, 1]" in errors
+    code, _, errors = run("--input", tmp_path, "--out", tmp_path / "out", "--validation-fraction", "0.00001")
+    assert code == EXIT_USAGE and "must be 0 or at least 0.0001" in errors
 
 
 def test_text_that_the_tokenizer_cannot_hold_is_reported(run, data_dir, tmp_path):

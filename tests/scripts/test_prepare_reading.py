@@ -541,6 +541,18 @@ def test_folders_files_and_patterns_are_found_in_one_order(corpus, tmp_path):
     assert corpus.find_inputs([str(odd)])[0][0].path == str(odd)
 
 
+def test_json_lines_are_not_taken_for_text_where_the_name_says_nothing(read, tmp_path):
+    for name in ("part-00000", "part-00000.gz", "a.jsonl.1"):
+        (tmp_path / name).write_bytes(JSON_LINES)
+        with pytest.raises(DataError, match=f"{name} holds JSON lines.*let it end in .jsonl"):
+            read(tmp_path / name)
+    (tmp_path / "a.ndjson").write_bytes(JSON_LINES)
+    assert read(tmp_path / "a.ndjson")[0] == TEXTS
+    for name, text in {"a.txt": JSON_LINES.decode(), "a.ipynb": '{"cells": []}\n'}.items():
+        (tmp_path / name).write_text(text, newline="")
+        assert read(tmp_path / name)[0] == [text]
+
+
 def test_folders_behind_links_are_read_and_none_is_read_twice(corpus, tmp_path):
     for name in ("in/a.txt", "elsewhere/b.txt", "elsewhere/deep/c.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
