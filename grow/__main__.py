@@ -20,7 +20,8 @@ from grow.layer_map import (
     parse_layer_map,
     unused_layers,
 )
-from grow.operators import OPERATORS, operator, plan_growth
+from grow.operator_list import operator_list, operator_tables
+from grow.operators import FUNCTION, OPERATORS, function_of, operator, plan_growth
 from grow.plan import OPTIMIZER_POLICIES, GrowthPlan
 from lit_gpt.errors import EXIT_USAGE, DataError, run_command
 from lit_gpt.flops import count_parameters
@@ -42,11 +43,12 @@ def run_map(args: argparse.Namespace) -> None:
         print_json({"layers": list(layers), "n_layer": len(layers), "connection_rate": rate})
         return
     print(f"{args.layer_map}: {len(layers)} layers")
-    print_layer_map(layers, args.n_layer_src or max(layers) + 1)
+    highest = max((layer for layer in layers if layer is not None), default=-1)
+    print_layer_map(layers, args.n_layer_src or highest + 1)
 
 
-def print_layer_map(layers: Sequence[int], n_layer_src: int) -> None:
-    first, *more = draw_layer_map(layers)
+def print_layer_map(layers: Sequence[int | None], n_layer_src: int, identity_layers: Sequence[int] = ()) -> None:
+    first, *more = draw_layer_map(layers, identity_layers)
     print(f"  layers      {first}")
     for line in more:
         print(f"              {line}")
@@ -63,22 +65,38 @@ def print_layer_map(layers: Sequence[int], n_layer_src: int) -> None:
 def add_apply_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("src", metavar="SRC", help="a checkpoint, or a run folder (its latest checkpoint)")
     parser.add_argument("dst", metavar="DST", help="the checkpoint to make; must not exist")
-    parser.add_argument("--operator", required=True, metavar="NAME", help="see `grow operators`")
+    parser.add_argument(
+        "--operator", "--method", required=True, metavar="NAME", help="see `grow operators`; prts's names do too"
+    )
     parser.add_argument("--n-layer", type=int, metavar="N", help="layers of the grown model")
     parser.add_argument("--factor", type=float, metavar="K", help="layers of the grown model over those of the source")
     parser.add_argument("--layer-map", metavar="MAP", help="use this map instead of the operator's; see `grow map`")
     parser.add_argument("--seed", type=int, default=0, help="of whatever the operator draws; default 0")
+    parser.add_argument(
+        "--noise", type=float, default=0.0, metavar="A", help="replace this share of every matrix by noise; default 0"
+    )
+    parser.add_argument(
+        "--dtype", choices=["keep", "float32"], default="keep", help="of the grown weights; default that of the source"
+    )
     parser.add_argument(
         "--optimizer-policy",
         choices=list(OPTIMIZER_POLICIES),
         default="reset",
         help="what becomes of AdamW's moments; default reset, as in the paper",
     )
-    parser.add_argument("--allow-non-finite", action="store_true", help="grow weights that hold NaN or infinity too")
+    parser.add_argument(
+        "--allow-nonfinite",
+        "--allow-non-finite",
+        dest="allow_non_finite",
+        action="store_true",
+        help="grow weights that hold NaN or infinity too",
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what would be done and stop")
 
 
 def run_apply(args: argparse.Namespace) -> None:
+    import torch
+
     from grow.apply import grow_checkpoint, summary
     from lit_gpt.checkpoint import read_config
 
@@ -90,13 +108,21 @@ def run_apply(args: argparse.Namespace) -> None:
         factor=args.factor,
         layer_map=args.layer_map,
         seed=args.seed,
+        noise=args.noise,
     )
     if not args.json:
         print_plan(plan, args.optimizer_policy)
     if args.dry_run:
         report = {"dry_run": True, **summary(plan, args.optimizer_policy)}
     else:
-        report = grow_checkpoint(src, args.dst, plan, args.optimizer_policy, allow_non_finite=args.allow_non_finite)
+        report = grow_checkpoint(
+            src,
+            args.dst,
+            plan,
+            args.optimizer_policy,
+            allow_non_finite=args.allow_non_finite,
+            dtype=torch.float32 if args.dtype == "float32" else None,
+        )
     if args.json:
         print_json(report)
     elif args.dry_run:
@@ -109,17 +135,27 @@ def print_plan(plan: GrowthPlan, policy: str) -> None:
     op = operator(plan.operator)
     print(f"{op.name}: {plan.src.n_layer} -> {plan.dst.n_layer} layers ({op.paper})")
     print(f"  layer map   {format_layer_map(plan.layer_map)}")
-    print_layer_map(plan.layer_map, plan.src.n_layer)
+    print_layer_map(plan.layer_map, plan.src.n_layer, plan.identity_layers)
+    if plan.identity_layers:
+        print("  (n)         a copy of layer n with proj = w3 = 0: it passes its input on, until it is trained")
+    if None in plan.layer_map:
+        print(f"  new         a layer with initial weights, drawn with seed {plan.seed}")
+    if plan.noise:
+        print(f"  noise       {plan.noise:g} of every matrix, drawn with seed {plan.seed}")
     print(f"  sizes       {describe_sizes(plan.dst)}")
     print(f"  parameters  {count_parameters(plan.src):,} -> {count_parameters(plan.dst):,}")
-    if plan.is_identity:
-        kept = "everything: the two models are the same"
-    elif op.preserves:
-        kept = "the function: both models compute the same"
-    else:
-        kept = "the weights, not the function: the loss jumps at growth and comes down in training"
-    print(f"  preserves   {kept}")
+    print(f"  preserves   {describe_function(plan)}")
+    print(f"  trained     {op.trained}")
     print(f"  optimizer   {policy}: {OPTIMIZER_POLICIES[policy]}")
+
+
+def describe_function(plan: GrowthPlan) -> str:
+    if plan.is_identity:
+        return "everything: the two models are the same"
+    function = function_of(plan)
+    if function == "no":
+        return f"{FUNCTION[function]}: the loss jumps at growth and comes down in training"
+    return FUNCTION[function]
 
 
 def describe_sizes(config: Config) -> str:
@@ -197,20 +233,17 @@ def print_history(history: list[dict[str, Any]]) -> None:
 
 
 def add_operators_arguments(parser: argparse.ArgumentParser) -> None:
-    del parser  # there are none beside --json
+    parser.add_argument("--markdown", action="store_true", help="print the tables of docs/operators.md")
 
 
 def run_operators(args: argparse.Namespace) -> None:
     if args.json:
         print_json([op.to_dict() for op in OPERATORS.values()])
         return
-    for op in OPERATORS.values():
-        print(f"{op.name} (also {', '.join(op.aliases)})")
-        print(f"  what        {op.summary}")
-        print(f"  axis        {op.axis}")
-        print(f"  preserves   {'the function' if op.preserves else 'the weights, not the function'}")
-        print(f"  paper       {op.paper}")
-        print(f"  options     {', '.join('--' + option.replace('_', '-') for option in op.options)}")
+    if args.markdown:
+        print("\n".join(operator_tables()))
+        return
+    print("\n".join(operator_list()))
 
 
 def add_check_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,10 +9,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from grow.check import check_weights
-from grow.operators import operator
+from grow.operators import function_of
 from grow.plan import OPTIMIZER_POLICIES, GrowthPlan, differing_sizes
 from grow.tensors import grown_moments, grown_weight
 from lit_gpt.axes import parameter_shapes
@@ -37,12 +38,15 @@ OptimizerState = Mapping[str, Mapping[str, Tensor]]
 
 
 class GrownWeights(Mapping[str, Tensor]):
-    """Name -> tensor of the grown model, made from the source on every access: nothing is held."""
+    """Name -> tensor of the grown model, made from the source on every access: nothing is held.
 
-    def __init__(self, plan: GrowthPlan, weights: Mapping[str, Tensor]) -> None:
+    With a dtype, the source's weights are cast to it before they are grown.
+    """
+
+    def __init__(self, plan: GrowthPlan, weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
         self._plan = plan
         self._names = parameter_shapes(plan.dst)
-        self._weights = weights
+        self._weights = weights if dtype is None else CastWeights(weights, dtype)
 
     def __getitem__(self, name: str) -> Tensor:
         return grown_weight(self._plan, name, self._weights)
@@ -52,6 +56,23 @@ class GrownWeights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+class CastWeights(Mapping[str, Tensor]):
+    """The same weights in another dtype, cast on every access."""
+
+    def __init__(self, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        self._weights = weights
+        self._dtype = dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._weights[name].to(self._dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
 
 
 def grow_weights(plan: GrowthPlan, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -102,9 +123,10 @@ def grow_optimizer(
     grown: dict[str, dict[str, Tensor]] = {}
     seen: set[str | None] = set()
     for name, source in plan.sources().items():
-        starts_from_zero = policy == "map-old-zero-new" and source in seen
+        old_only = policy == "map-old-zero-new"
+        from_zero = old_only and source in seen
         seen.add(source)
-        grown[name] = grown_moments(plan, name, optimizer_state, from_zero=starts_from_zero)
+        grown[name] = grown_moments(plan, name, optimizer_state, from_zero=from_zero, first_copies=old_only)
     return grown
 
 
@@ -150,6 +172,7 @@ def grow_checkpoint(
     policy: str = "reset",
     *,
     allow_non_finite: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """Grow a checkpoint into a new one of the same form; all or nothing, and the source is only read.
 
@@ -162,10 +185,11 @@ def grow_checkpoint(
         plan: what to do; its source sizes must be the checkpoint's.
         policy: one of OPTIMIZER_POLICIES. Exchange form has no optimizer state, so "reset" is all it can do.
         allow_non_finite: grow weights that hold NaN or infinity too.
+        dtype: of the grown weights; None keeps that of the source. Moments keep theirs.
 
     Returns:
         The receipt: source, destination, form, operator, layer_map, connection_rate, optimizer_policy, preserves,
-        parameters_before, parameters_after, parent and manifest (sha256), tokens, flops_total.
+        function, parameters_before, parameters_after, parent and manifest (sha256), tokens, flops_total.
 
     Raises:
         ValueError: a destination that cannot be, or a policy that the source cannot serve.
@@ -178,7 +202,7 @@ def grow_checkpoint(
     form = detect_form(src_path)
     _check_source(read_config(src_path), plan, src_path)
     carry_out = _grow_training if form == TRAINING else _grow_exchange
-    record = carry_out(src_path, dst_path, plan, policy, allow_non_finite)
+    record = carry_out(src_path, dst_path, plan, policy, allow_non_finite, dtype)
     return {
         "source": str(src_path),
         "destination": str(dst_path),
@@ -196,7 +220,8 @@ def summary(plan: GrowthPlan, policy: str) -> dict[str, Any]:
         "layer_map": list(plan.layer_map),
         "connection_rate": plan.connection_rate,
         "optimizer_policy": policy,
-        "preserves": plan.is_identity or operator(plan.operator).preserves,
+        "preserves": function_of(plan) != "no",
+        "function": function_of(plan),
         "parameters_before": count_parameters(plan.src),
         "parameters_after": count_parameters(plan.dst),
     }
@@ -218,7 +243,7 @@ def _check_source(found: Config, plan: GrowthPlan, src_path: Path) -> None:
 
 
 def _grow_training(
-    src_path: Path, dst_path: Path, plan: GrowthPlan, policy: str, allow_non_finite: bool
+    src_path: Path, dst_path: Path, plan: GrowthPlan, policy: str, allow_non_finite: bool, dtype: torch.dtype | None
 ) -> dict[str, Any]:
     source = read_training(src_path)
     optimizer = grow_optimizer(plan, source.optimizer, policy)
@@ -234,7 +259,7 @@ def _grow_training(
     )
     write_training(
         dst_path,
-        model=GrownWeights(plan, source.model),
+        model=GrownWeights(plan, source.model, dtype),
         optimizer=optimizer,
         state=grown_state(source.state, plan, record),
     )
@@ -275,7 +300,7 @@ def grown_state(state: Mapping[str, Any], plan: GrowthPlan, record: dict[str, An
 
 
 def _grow_exchange(
-    src_path: Path, dst_path: Path, plan: GrowthPlan, policy: str, allow_non_finite: bool
+    src_path: Path, dst_path: Path, plan: GrowthPlan, policy: str, allow_non_finite: bool, dtype: torch.dtype | None
 ) -> dict[str, Any]:
     source = read_exchange(src_path)
     grow_optimizer(plan, {}, policy)  # refuses what needs moments
@@ -291,7 +316,7 @@ def _grow_exchange(
     write_exchange(
         dst_path,
         plan.dst,
-        GrownWeights(plan, source.weights),
+        GrownWeights(plan, source.weights, dtype),
         tokenizer_dir=src_path if any((src_path / name).is_file() for name in FILE_NAMES) else None,
         provenance={**before, "history": [*before.get("history", []), record]},
     )

@@ -193,7 +193,7 @@ def describe(plan: Plan) -> None:
         say(f"{line}, {count_parameters(stage.config):,} parameters, {flops:.3g} FLOPs")
         say(f"  {', '.join(f'{key}={value}' for key, value in stage.config.to_dict().items())}")
         if stage.plan is not None:
-            layers = " ".join(str(layer + 1) for layer in stage.plan.layer_map)
+            layers = " ".join("new" if layer is None else str(layer + 1) for layer in stage.plan.layer_map)
             say(f"  grown by {stage.plan.operator}, layer map {layers}, R_c {stage.plan.connection_rate}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ import pytest
 import torch
 
 from grow.__main__ import COMMANDS, main
-from lit_gpt.checkpoint import write_exchange, write_training
+from grow.layer_map import draw_layer_map
+from grow.operators import OPERATORS, plan_growth
+from lit_gpt.checkpoint import read_weights, write_exchange, write_training
 from lit_gpt.flops import count_parameters
 from lit_gpt.packed_dataset import write_token_file
 from tests.toys import toy_config, toy_weights
@@ -119,12 +122,40 @@ def test_map_and_help_start_without_torch():
 
 
 def test_operators_are_listed_with_what_they_are(capsys):
-    listed = grow_json(capsys, "operators")
+    listed = {entry["name"]: entry for entry in grow_json(capsys, "operators")}
 
-    assert [entry["name"] for entry in listed] == ["stack", "interpolate", "partial"]
-    for entry in listed:
-        assert entry["axis"] == "depth" and entry["preserves"] is False and entry["paper"] == "arXiv 2405.15319"
-    assert "gstack" in grow(capsys, "operators")[1]
+    assert list(listed) == list(OPERATORS)
+    assert listed["stack"]["axis"] == "depth" and listed["stack"]["paper"] == "arXiv 2405.15319"
+    assert (listed["stack"]["preserves"], listed["stack"]["function"]) == (False, "no")
+    assert (listed["llama-pro"]["preserves"], listed["llama-pro"]["function"]) == (True, "bitwise")
+    assert listed["llama-pro"]["trained"] == "new layers"
+    out = grow(capsys, "operators")[1]
+    for words in ("gstack", "bit for bit", "not the function", "arXiv 2401.02415", "learn-depth: its mixing matrices"):
+        assert words in out
+
+
+def test_the_page_about_operators_has_the_tables_of_the_registry(capsys):
+    code, out, _ = grow(capsys, "operators", "--markdown")
+    page = (Path(__file__).parents[2] / "docs" / "operators.md").read_text()
+
+    assert code == 0
+    for table in out.strip().split("\n\n"):
+        assert table in page, "write the output of `grow operators --markdown` into docs/operators.md"
+
+
+PICTURE = re.compile(r"^([a-z-]+) +([1-9n]+) -> +(\d+)   ([\d|() new]+?)(?:   .*)?$", re.MULTILINE)
+
+
+def test_the_pictures_of_the_page_are_what_the_operators_draw():
+    page = (Path(__file__).parents[2] / "docs" / "operators.md").read_text()
+    pictures = PICTURE.findall(page)
+
+    assert len(pictures) == 13
+    for name, n_layer_src, n_layer_dst, picture in pictures:
+        src = toy_config(n_layer=3 if n_layer_src == "n" else int(n_layer_src))
+        layer_map = "12-345*3-6" if name == "partial" else None
+        plan = plan_growth(name, src, n_layer=int(n_layer_dst), layer_map=layer_map)
+        assert [picture.strip()] == draw_layer_map(plan.layer_map, plan.identity_layers)
 
 
 def test_apply_grows_the_latest_valid_checkpoint_of_a_run(capsys, run_folder, tmp_path, caplog):
@@ -161,10 +192,53 @@ def test_a_dry_run_writes_nothing(capsys, model_folder, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
+def test_methods_of_prts_noise_and_a_wider_dtype_are_understood(capsys, tmp_path):
+    config = toy_config(vocab_size=20)
+    write_exchange(tmp_path / "model", config, toy_weights(config, dtype=torch.bfloat16))
+    arguments = ("--method", "zero_depth", "--n-layer", 3, "--dtype", "float32")
+
+    receipt = grow_json(capsys, "apply", tmp_path / "model", tmp_path / "grown", *arguments)
+    noisy = grow_json(capsys, "apply", tmp_path / "model", tmp_path / "noisy", *arguments, "--noise=0.1", "--seed=3")
+
+    assert (receipt["operator"], receipt["function"], receipt["preserves"]) == ("zero-depth", "bitwise", True)
+    assert (noisy["function"], noisy["preserves"]) == ("no", False)
+    src, dst = read_weights(tmp_path / "model"), read_weights(tmp_path / "grown")
+    assert {weight.dtype for weight in dst.values()} == {torch.float32}
+    assert all(torch.equal(dst[name], weight.float()) for name, weight in src.items() if ".h." not in name)
+    assert not torch.equal(read_weights(tmp_path / "noisy")["lm_head.weight"], dst["lm_head.weight"])
+
+
+def test_apply_shows_identity_layers_new_ones_and_what_is_preserved(capsys, model_folder, tmp_path):
+    arguments = ("apply", model_folder, tmp_path / "grown", "--dry-run", "--n-layer", 4, "--operator")
+    code, out, _ = grow(capsys, *arguments, "llama-pro")
+    assert code == 0
+    for words in ("1 | (1) 2 | (2)", "proj = w3 = 0", "the function, bit for bit", "trained     new layers"):
+        assert words in out
+    out = grow(capsys, *arguments, "random-depth", "--seed", 5, "--noise", 0.25)[1]
+    for words in ("1 2 | new | new", "initial weights, drawn with seed 5", "0.25 of every matrix", "loss jumps"):
+        assert words in out
+
+
+def test_weights_that_are_no_numbers_are_grown_only_when_allowed(capsys, tmp_path):
+    config = toy_config(vocab_size=20)
+    weights = toy_weights(config)
+    weights["transformer.ln_f.weight"][0] = float("nan")
+    write_exchange(tmp_path / "model", config, weights)
+    arguments = ("apply", tmp_path / "model", tmp_path / "grown", "--operator", "stack", "--factor", 2)
+
+    code, _, err = grow(capsys, *arguments)
+    assert code == 3 and "holds NaN or infinity" in err
+    assert grow(capsys, *arguments, "--allow-nonfinite")[0] == 0
+
+
 @pytest.mark.parametrize(
     ("change", "code", "message"),
     [
         ({"--operator": "stak"}, 2, "did you mean 'stack'"),
+        ({"--operator": "milk"}, 2, "operator 'milk' is retired"),
+        ({"--operator": "gradmax"}, 2, "operator 'gradmax' is not available"),
+        ({"--operator": "inheritune"}, 2, "1 to 2 of them, and not 4"),
+        ({"--noise": "2"}, 2, "noise=2.0 must be in [0, 1]"),
         ({"--factor": "1.2"}, 2, "must be a whole number"),
         ({"--layer-map": "12-3"}, 2, "there is no layer 3"),
         ({"--optimizer-policy": "map"}, 2, "needs moments"),
