@@ -25,6 +25,9 @@ SPLITS = ("train", "validation")
 MIN_BYTES, MAX_BYTES = 8_000_000, 2_000_000_000  # 2 GB of text is about 1 GB of tokens and 7 CPU-minutes
 UNITS_WANTED = 64
 BATCH_CHARACTERS = 500_000
+MOST_BYTES_PER_TOKEN = (
+    8  # of a corpus, as large vocabularies have 4 or 5; a disk that has room for no more is too small
+)
 PACKED_EXPANSION = 3  # bytes of text behind one byte of a packed file, roughly: to size units and to tell progress
 
 Advance = Callable[[int, int], None]
@@ -214,9 +217,10 @@ def run_unit(unit: Unit, tokenizer: Tokenizer, advance: Advance) -> None:
     """Write the token files of one unit, then their receipts.
 
     Raises:
-        DataError: a damaged file. OSError: the disk may be too small for what could come.
+        DataError: a damaged file. OSError: the disk is too small, or already for the least that could come.
     """
-    check_free_space(unit.out, unit.n_bytes * token_dtype(tokenizer.vocab_size).itemsize)  # at most a token per byte
+    bytes_per_token = 1 if tokenizer.kind == "bytes" else MOST_BYTES_PER_TOKEN
+    check_free_space(unit.out, unit.n_bytes * token_dtype(tokenizer.vocab_size).itemsize // bytes_per_token)
     reader = Reader(unit, advance, Counter(), [])
     with contextlib.ExitStack() as stack:
         writers = {split: SplitWriter(unit, split, tokenizer, stack) for split in SPLITS}

@@ -437,6 +437,13 @@ def test_a_disk_that_may_be_too_small_is_refused_before_the_first_byte(run, many
     assert not list((tmp_path / "out").glob("*.bin*"))
 
 
+def test_a_disk_with_room_for_the_tokens_but_not_for_the_text_is_enough(run, monkeypatch, tmp_path):
+    folder = write_corpus(tmp_path / "in", make_texts(60), per_file=100)
+    free_bytes = sum(path.stat().st_size for path in folder.iterdir()) // 2
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free_bytes))
+    assert run("--input", folder, "--vocab-size", 320, "--out", tmp_path / "out")[0] == 0
+
+
 def test_a_disk_that_fills_up_under_way_is_one_clear_error(run, many_units, undisturbed, monkeypatch, tmp_path):
     class FullDisk(io.BytesIO):
         def write(self, data: bytes) -> int:
