@@ -31,7 +31,8 @@ def _exit_code(error: BaseException) -> int:
     return EXIT_USAGE
 
 
-def _explain(error: BaseException) -> str:
+def explain(error: BaseException) -> str:
+    """An error as one line for a user."""
     if not isinstance(error, OSError) or error.strerror is None:
         return str(error)
     what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
@@ -59,5 +60,5 @@ def run_command(main: Callable[[], int | None]) -> int:
         sys.stderr.write("interrupted\n")
         return EXIT_INTERRUPTED
     except (ValueError, DataError, NonFiniteError, OSError) as error:
-        sys.stderr.write(f"error: {_explain(error)}\n")
+        sys.stderr.write(f"error: {explain(error)}\n")
         return _exit_code(error)

@@ -279,11 +279,9 @@ def _bytes_per_token(counts: IdCounts, tokenizer: Tokenizer | None) -> float | N
     if tokenizer is None or not counts.n_tokens:
         return None
     try:
-        lengths = tokenizer.byte_lengths()
+        return counts.sum_of(tokenizer.byte_lengths()) / counts.n_tokens
     except ValueError:  # a kind of model whose pieces have no known bytes
         return None
-    used = counts.counts[: len(lengths)]
-    return float(np.dot(lengths[: len(used)], used)) / counts.n_tokens
 
 
 def _unused_ids(counts: IdCounts, vocab_size: int) -> int:

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from lit_gpt.errors import DataError
-from lit_gpt.packed_dataset import MANIFEST, TokenFile, load_manifest
-from lit_gpt.prepared_check import RecordedSplit, explain
-from lit_gpt.token_files import detect_separator, find_token_files
+from lit_gpt.errors import DataError, explain
+from lit_gpt.packed_dataset import MANIFEST, TokenFile, manifest_of
+from lit_gpt.prepared_check import RecordedSplit
+from lit_gpt.token_files import SEPARATORS, detect_separator, find_token_files, likely_separators
 from lit_gpt.token_formats import describe_file, given_dtype
 from lit_gpt.token_listing import list_files
 from lit_gpt.token_scan import DocumentLengths, IdCounts, Scan, scan_file
@@ -22,8 +22,6 @@ from lit_gpt.token_text import TokenText
 from lit_gpt.tokenizer import Tokenizer
 
 SPLITS = ("train", "validation")
-PLAN = "plan.json"  # scripts/prepare.py writes it first and the manifest last
-USUAL_SEPARATORS = (0, 1, 2)  # unknown, bos and eos of Llama-like tokenizers, where no tokenizer says more
 
 Progress = Callable[[int, int], None]
 """Called with the tokens of the split that are read and all that there are."""
@@ -48,10 +46,9 @@ class Vocabulary:
     @property
     def boundary_ids(self) -> tuple[int, ...]:
         """Ids that may stand between documents, the likeliest first."""
-        tokenizer = self.tokenizer
-        last_id = None if self.size is None else self.size - 1  # <|endoftext|> of GPT-2 and its kin
-        named = (*USUAL_SEPARATORS, last_id) if tokenizer is None else (tokenizer.eos_id, tokenizer.bos_id)
-        return tuple(dict.fromkeys(token for token in (self.separator_id, *named) if token is not None))
+        separator = () if self.separator_id is None else (self.separator_id,)
+        usual = SEPARATORS if self.tokenizer is None else ()
+        return tuple(dict.fromkeys((*separator, *likely_separators(self.tokenizer, self.size), *usual)))
 
 
 @dataclass(frozen=True)
@@ -92,11 +89,10 @@ def open_data(
         FileNotFoundError: nothing is there. DataError: nothing can be read at all.
         ValueError: an argument contradicts the data.
     """
-    manifest = load_manifest(path) if (Path(path) / MANIFEST).is_file() else None
+    manifest = manifest_of(path)
     problems: list[str] = []
     notes: list[str] = []
     if manifest is None:
-        _refuse_unfinished(Path(path))
         vocabulary = _given_vocabulary(tokenizer, vocab_size, separator_id)
         splits = _given_splits(os.fspath(path), split, dtype, problems, notes)
     else:
@@ -105,14 +101,6 @@ def open_data(
         vocabulary = _prepared_vocabulary(Path(path), manifest, tokenizer, problems, notes)
         splits = _prepared_splits(Path(path), manifest, split, problems)
     return OpenedData(Path(path), manifest, vocabulary, splits, problems, notes)
-
-
-def _refuse_unfinished(path: Path) -> None:
-    if (path / PLAN).is_file():
-        raise DataError(
-            f"{path} holds a {PLAN} but no {MANIFEST}: it was not prepared to the end, or the manifest is lost; repeat "
-            f"the command of scripts/prepare.py, which writes what is missing"
-        )
 
 
 def _given_vocabulary(
@@ -236,4 +224,5 @@ def with_separator(vocabulary: Vocabulary, files: Sequence[TokenFile]) -> Vocabu
     """The vocabulary with the token between documents: the recorded one, else the likeliest of those that could be."""
     if vocabulary.separator_id is not None or not len(files):
         return vocabulary
-    return dataclasses.replace(vocabulary, separator_id=detect_separator(files, vocabulary.boundary_ids).id)
+    likely = likely_separators(vocabulary.tokenizer, vocabulary.size)
+    return dataclasses.replace(vocabulary, separator_id=detect_separator(files, likely).id)

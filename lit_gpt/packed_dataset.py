@@ -28,6 +28,7 @@ CODE_OF_DTYPE = {np.dtype(name): code for code, name in DTYPE_OF_CODE.items() if
 MAX_UINT16_VOCAB = 65500  # lit-gpt's limit: above it tokens are int32
 
 MANIFEST = "manifest.json"
+PLAN = "plan.json"  # scripts/prepare.py writes it first and the manifest last
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,22 @@ def parse_header(path: str, data: bytes, found_bytes: int) -> TokenFile:
             f"found {found_bytes} bytes; copy or prepare it again"
         )
     return token_file
+
+
+def manifest_of(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The manifest of a prepared folder; None for token files of others.
+
+    Raises:
+        DataError: it cannot be read, or is missing where preparation began.
+    """
+    if (Path(path) / MANIFEST).is_file():
+        return load_manifest(path)
+    if (Path(path) / PLAN).is_file():
+        raise DataError(
+            f"{path} holds a {PLAN} but no {MANIFEST}: it was not prepared to the end, or the manifest is lost; repeat "
+            f"the command of scripts/prepare.py, which writes what is missing"
+        )
+    return None
 
 
 def load_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:

@@ -7,22 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from lit_gpt.errors import DataError
+from lit_gpt.errors import DataError, explain
 from lit_gpt.packed_dataset import MANIFEST, TokenFile, read_header
 from lit_gpt.token_scan import IdCounts, Scan
 from lit_gpt.tokenizer import Tokenizer
 
 AGAIN = "copy it again, or prepare it again: scripts/prepare.py writes what is missing"
 SUMMED = ("documents", "tokens", "text_bytes")
-
-
-def explain(error: Exception) -> str:
-    """An error as one line for a list of problems."""
-    if isinstance(error, OSError) and error.strerror is not None:
-        return f"{error.filename}: {error.strerror}"
-    return str(error)
 
 
 class RecordedSplit:
@@ -160,8 +151,7 @@ class RecordedSplit:
             return []
         lengths = tokenizer.byte_lengths()
         separator_id = self.manifest.get("separator_id")
-        used = counts.counts[: len(lengths)]
-        found = int(np.dot(lengths[: len(used)], used)) - documents * tokenizer.bytes_added_per_text
+        found = counts.sum_of(lengths) - documents * tokenizer.bytes_added_per_text
         if separator_id is not None:
             found -= int(lengths[separator_id]) * documents
         if found == recorded:

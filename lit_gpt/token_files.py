@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from lit_gpt.file_names import FileNames
 from lit_gpt.packed_dataset import MANIFEST, TokenFile
 from lit_gpt.token_formats import Described, describe_file, given_dtype, head_digest
 from lit_gpt.token_listing import Listing, list_files, load_arrays, save_arrays
+
+if TYPE_CHECKING:
+    from lit_gpt.tokenizer import Tokenizer
 
 TABLE_VERSION = 2  # of the cached table; raise it when the same files would give another table
 THREADS = 16  # files are opened in parallel where there are many: on a network each open is a wait
@@ -287,6 +290,13 @@ class Separator:
         return f"id {self.id} separates documents, one in {rate:.0f} tokens: among {self.tokens_seen} there are {seen}"
 
 
+def likely_separators(tokenizer: Tokenizer | None, vocab_size: int | None) -> tuple[int, ...]:
+    """The tokenizer's eos and bos; without them the last id, with which GPT-2 and Llama 3 end their vocabulary."""
+    special = () if tokenizer is None else (tokenizer.eos_id, tokenizer.bos_id)
+    named = tuple(each for each in special if each is not None)
+    return named or (() if vocab_size is None else (vocab_size - 1,))
+
+
 def detect_separator(files: Sequence[TokenFile], candidates: Sequence[int] = ()) -> Separator:
     """Guess the id between documents, from the first million tokens of up to three files. It changes nothing.
 
@@ -294,8 +304,7 @@ def detect_separator(files: Sequence[TokenFile], candidates: Sequence[int] = ())
     punctuation does. Of several such ids the most frequent is taken; the first named where they are equally frequent
     (a document may have a beginning and an end).
 
-    candidates: ids that the tokenizer calls special. Those of the lineage, 1, 2 and 0, are looked at where none of
-        them will do.
+    candidates: see `likely_separators`. The ids of the lineage, 1, 2 and 0, are looked at where none of them will do.
     """
     counts = dict.fromkeys((*candidates, *SEPARATORS), 0)
     gaps: dict[int, list[np.ndarray]] = {token: [] for token in counts}

@@ -19,6 +19,7 @@ FINGERPRINT_BYTES = 512
 SAMPLED_BYTES = 1 << 17  # of a headerless file, to see how wide its tokens are
 DOCUMENTS_AT_ONCE = 1 << 20
 
+# What files may be said to hold that do not say it themselves
 DTYPES = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")
 
 MEGATRON_INDEX = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document marks: 34 bytes

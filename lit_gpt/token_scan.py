@@ -56,6 +56,11 @@ class IdCounts:
     def of(self, token: int) -> int:
         return int(self._counts[token]) if 0 <= token < len(self._counts) else 0
 
+    def sum_of(self, values: np.ndarray) -> int:
+        """The sum over all tokens of the (vocab_size,) integer that each id has; 0 for ids beyond them."""
+        used = self.counts[: len(values)]
+        return int(np.dot(values[: len(used)], used))
+
     def add(self, tokens: np.ndarray) -> None:
         """tokens: (k,) integers of any type."""
         for start in range(0, len(tokens), COUNTED_AT_ONCE):

@@ -11,13 +11,11 @@ from typing import Any
 import numpy as np
 
 from lit_gpt.config import Config
-from lit_gpt.errors import DataError
-from lit_gpt.packed_dataset import MANIFEST, load_manifest
-from lit_gpt.token_files import Separator, TokenFiles, detect_separator
+from lit_gpt.packed_dataset import manifest_of
+from lit_gpt.token_files import Separator, TokenFiles, detect_separator, likely_separators
 from lit_gpt.tokenizer import Tokenizer
 from pretrain.config import DataConfig, ModelConfig
 
-PLAN = "plan.json"  # scripts/prepare.py writes it first and the manifest last
 WILDCARDS = set("*?[")
 
 
@@ -64,11 +62,7 @@ class Corpus:
 
     def look_for_separator(self, files: TokenFiles, vocab_size: int) -> Separator:
         """What seems to stand between the documents of files that no manifest describes."""
-        likely = (vocab_size - 1,)  # GPT-2 and Llama 3 end their vocabulary with it
-        if self.tokenizer is not None:
-            special = (self.tokenizer.bos_id, self.tokenizer.eos_id)
-            likely = tuple(each for each in special if each is not None) or likely
-        return detect_separator(files, likely)
+        return detect_separator(files, likely_separators(self.tokenizer, vocab_size))
 
     def separator_id(self, data: DataConfig, found: Mapping[str, Separator], vocab_size: int) -> int | None:
         """The token that ends a document in all of a run's data; None if documents are not told apart.
@@ -132,13 +126,9 @@ def _read_manifests(data: DataConfig) -> dict[str, dict[str, Any]]:
     """
     manifests = {}
     for path in dict.fromkeys([*data.train_paths().values(), *data.validation_paths().values()]):
-        if (Path(path) / MANIFEST).is_file():
-            manifests[path] = load_manifest(path)
-        elif (Path(path) / PLAN).is_file():
-            raise DataError(
-                f"{path} holds a {PLAN} but no {MANIFEST}: it was not prepared to the end; repeat the command of "
-                f"scripts/prepare.py"
-            )
+        manifest = manifest_of(path)
+        if manifest is not None:
+            manifests[path] = manifest
         elif not (Path(path).exists() or set(path) & WILDCARDS):
             raise FileNotFoundError(
                 f"data {path} does not exist; give token files, or make some: scripts/prepare.py --out {path} with "

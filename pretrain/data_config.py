@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-DTYPES = ("uint8", "int8", "uint16", "int16", "int32", "uint32", "int64")
-"""What `data.dtype` may say of files that do not say it themselves."""
+from lit_gpt.token_formats import DTYPES
 
 ORDER_SETTINGS = ("weights", "segments", "skips", "window", "order", "legacy_world_size")
 """Fields of DataConfig that decide, with the seed and the files, which sample a position means."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from lit_gpt.errors import DataError
+from lit_gpt.token_scan import read_tokens
 from lit_gpt.token_source import TokenSource
 
 
@@ -58,10 +59,7 @@ class ValidationSet:
     def _read_tail(self, number: int) -> np.ndarray:
         file = self.source.files[int(self._tail_files[number])]
         count = int(self._tail_targets[number]) + 1
-        offset = file.byte_offset + int(self._tail_first[number]) * file.dtype.itemsize
-        tokens = np.fromfile(file.path, file.dtype, count, offset=offset).astype(np.int64)
-        if len(tokens) < count:
-            raise DataError(f"{file.path} is truncated; it was whole when the run started")
+        tokens = np.concatenate(list(read_tokens(file, int(self._tail_first[number]), count))).astype(np.int64)
         if tokens.min() < 0 or tokens.max() >= self.source.vocab_size:
             raise DataError(
                 f"{file.path} holds tokens {tokens.min()} to {tokens.max()}, outside the vocabulary of "
