@@ -57,6 +57,14 @@ class TrainData:
             world_size=fabric.world_size,
         )
 
+    def stretch(self, start: int, stop: int) -> tuple[int, int] | None:
+        """What to write into data.skips so that positions start .. stop - 1 are not trained on; None: nothing helps.
+
+        Skips count samples that are skipped already, positions do not.
+        """
+        order = self.packed.order
+        return None if isinstance(order, LegacyOrder) else (order.raw_stop(start + 1) - 1, order.raw_stop(stop))
+
     def bytes_per_token(self, position: int) -> float | None:
         """Text bytes per training token under the weights in force before `position`: estimates bits per byte."""
         if self.bytes_per_token_of is None:

@@ -194,11 +194,14 @@ def check_finite(run: Run, state: TrainState, loss: float, grad_norm: float) -> 
     """
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return
-    last_sample = state.position + run.config.batch.global_batch_size - 1
+    step, stop = state.step_count + 1, state.position + run.config.batch.global_batch_size
+    skip = run.train.stretch(state.position, stop)
+    skip_text = "" if skip is None else f", or leave them out: add {list(skip)} to data.skips and repeat the command"
     raise NonFiniteError(
-        f"step {state.step_count + 1}: loss {loss}, gradient norm {grad_norm}; the update was not made. "
-        f"Samples {state.position} to {last_sample} of the data order. Last checkpoint: "
-        f"{run.checkpoints.last or 'none'}. Lower optimizer.learning_rate or look at these samples"
+        f"step {step}: loss {loss}, gradient norm {grad_norm}; the update was not made. "
+        f"Samples {state.position} to {stop - 1} of the data order. Last checkpoint: "
+        f"{run.checkpoints.last or 'none'}. Lower optimizer.learning_rate, or look at these samples: "
+        f"pretrain data show {run.config.out_dir} --step {step}{skip_text}"
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
 from pathlib import Path
 
@@ -246,3 +248,21 @@ def test_a_windowed_run_resumes_to_the_bit(base, pretrain, batches_of, tmp_path)
     result = pretrain({**base, "data": {**base["data"], "window": 3}})
     assert result.returncode == 2
     assert "data.window" in result.stderr
+
+
+def test_a_step_that_failed_can_be_left_out_as_the_error_says(base, pretrain, batches_of, monkeypatch):
+    """Its message counts as data.skips does, which is not as positions do where something is skipped already."""
+    base["data"]["skips"] = [[2, 5]]
+    norms = iter([1.0, 1.0, math.nan])
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(next(norms, 1.0)))
+    failed = pretrain(base)
+    assert failed.returncode == 4
+    assert f"pretrain data show {base['out_dir']} --step 3" in failed.stderr
+    stretch = json.loads(re.search(r"add (\[\d+, \d+\]) to data.skips", failed.stderr)[1])
+    assert stretch == [8 + 3, 12 + 3]
+    bad_rows = {row.tobytes() for row in np.concatenate(batches_of[-2:])}
+    batches_of.clear()
+    base["data"]["skips"].append(stretch)
+    assert pretrain(base).returncode == 0
+    rows = [row.tobytes() for row in np.concatenate(batches_of)]
+    assert len(rows) == 2 * BATCH and not bad_rows & set(rows)
