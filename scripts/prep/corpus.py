@@ -191,6 +191,8 @@ def _is_substantial(path: Path) -> bool:
 
 def _input_file(path: Path, name: str, split: str) -> InputFile:
     """`name` is the same whatever encoding the locale has for names."""
+    if not os.access(path, os.R_OK):
+        raise DataError(f"{path} cannot be read: permission denied; change its permissions, or leave it out")
     try:
         name = os.fsencode(name).decode()
     except UnicodeDecodeError as error:

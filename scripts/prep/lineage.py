@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import glob
+import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -118,11 +120,13 @@ def plan(corpus: Corpus, args: argparse.Namespace) -> list[Step]:
     """
     steps = []
     for name, patterns in wanted_sets(corpus, args).items():
-        found = [_in_source(args, pattern.format(split=args.split)) for pattern in patterns]
-        absent = [pattern for pattern in found if not _matches(pattern)]
+        wanted = [pattern.format(split=args.split) for pattern in patterns]
+        found = [_in_source(args, pattern) for pattern in wanted]
+        absent = [pattern for pattern, path in zip(wanted, found, strict=True) if not _matches(path)]
         if absent:
             raise FileNotFoundError(
-                f"{args.source_path} holds no {name}: there is no {absent[0]}; download it, or check --source_path"
+                f"{args.source_path} holds no {name}: there is no {Path(args.source_path, absent[0])}; download it, "
+                f"or check --source_path"
             )
         suffix = name if name == corpus.name else f"{corpus.name}_{name}"
         steps.append(Step(Path(args.destination_path, f"{args.split}_{suffix}"), tuple(found)))
@@ -206,4 +210,9 @@ def report(destination: Path) -> None:
         print("in the configuration of pretrain:\ndata:")
     for split, folders in held.items():
         if folders:
-            print(f"  {split}: {{{', '.join(f'{name}: {folder}' for name, folder in folders.items())}}}")
+            print(f"  {split}: {{{', '.join(f'{name}: {_yaml(folder)}' for name, folder in folders.items())}}}")
+
+
+def _yaml(text: str) -> str:
+    """A path as YAML takes it inside braces."""
+    return text if re.fullmatch(r"[\w./][\w./ -]*", text) else json.dumps(text, ensure_ascii=False)

@@ -211,13 +211,13 @@ def test_redpajamas_sample_is_the_default_and_match_picks_from_it(run, calls, sc
 
 
 def test_a_set_that_is_not_there_is_said_before_any_is_prepared(run, calls, tmp_path: Path):
-    source = touch(tmp_path / "RedPajama", *(file for name, file in FULL.items() if name != "wikipedia"))
+    source = touch(tmp_path / "Red [Pajama]", *(file for name, file in FULL.items() if name != "wikipedia"))
     arguments = [*redpajama_arguments(source, tmp_path / "out"), "--sample=false"]
 
     status, _, err = run("redpajama", *arguments)
 
     assert status == EXIT_DATA
-    assert "holds no wikipedia" in err and len(err.splitlines()) == 1
+    assert f"holds no wikipedia: there is no {source}/wikipedia/wiki*;" in err and len(err.splitlines()) == 1
     assert calls == []
     assert run("redpajama", *arguments, "--match", "book")[0] == 0
     assert run("redpajama", *arguments, "--match", "novels")[0] == EXIT_USAGE
@@ -298,7 +298,7 @@ def words(n: int, prefix: str) -> list[str]:
 
 
 def test_the_scripts_of_tinyllama_fill_one_destination_that_pretrain_can_read(run, tmp_path: Path):
-    slim, star, out = tmp_path / "SlimPajama", tmp_path / "starcoderdata", tmp_path / "slim_star_combined"
+    slim, star, out = tmp_path / "SlimPajama", tmp_path / "starcoderdata", tmp_path / "slim, star: é"
     wanted = {split: write_slimpajama(slim, words(20, split), split) for split in ("train", "validation")}
     write_parquet(star / "python" / "train-00000-of-00001.parquet", words(5, "python"))
     write_parquet(star / "java" / "train-00000-of-00001.parquet", words(5, "java"))

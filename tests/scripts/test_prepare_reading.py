@@ -572,6 +572,14 @@ def test_a_link_to_what_is_missing_is_no_file_to_leave_out(corpus, tmp_path, pat
         corpus.find_inputs([str(tmp_path / pattern)])
 
 
+def test_a_file_that_may_not_be_read_is_named_before_any_is(corpus, monkeypatch, tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("abc")
+    monkeypatch.setattr(corpus.os, "access", lambda path, mode: Path(path).name != "b.txt")  # root may read all
+    with pytest.raises(DataError, match=r"b\.txt cannot be read.*permissions"):
+        corpus.find_inputs([str(tmp_path)])
+
+
 def test_a_name_that_no_plan_can_hold_is_refused(corpus, tmp_path):
     path = os.fsencode(tmp_path) + b"/caf\xe9.txt"
     try:
