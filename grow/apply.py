@@ -94,6 +94,51 @@ def grow_weights(plan: GrowthPlan, weights: Mapping[str, Tensor]) -> dict[str, T
     return grown
 
 
+class GrownOptimizer(Mapping[str, dict[str, Tensor]]):
+    """Name -> optimizer state of a parameter of the grown model, made on every access; empty under "reset".
+
+    Raises:
+        ValueError: unknown policy, or one that needs moments where there are none.
+        DataError: parameters are missing or unexpected in the optimizer state.
+    """
+
+    def __init__(self, plan: GrowthPlan, optimizer_state: OptimizerState, policy: str) -> None:
+        _check_optimizer(plan, optimizer_state, policy)
+        self._plan = plan
+        self._state = optimizer_state
+        self._old_only = policy == "map-old-zero-new"
+        self._sources = {} if policy == "reset" else plan.sources()
+        firsts = {source: name for name, source in reversed(self._sources.items())}
+        self._first_copies = set(firsts.values())
+
+    def __getitem__(self, name: str) -> dict[str, Tensor]:
+        if name not in self._sources:
+            raise KeyError(name)
+        forgotten = self._old_only and name not in self._first_copies
+        return grown_moments(self._plan, name, self._state, from_zero=forgotten, first_copies=self._old_only)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+
+def _check_optimizer(plan: GrowthPlan, optimizer_state: OptimizerState, policy: str) -> None:
+    if policy not in OPTIMIZER_POLICIES:
+        raise ValueError(f"unknown optimizer policy {policy!r}; known: {', '.join(OPTIMIZER_POLICIES)}")
+    if policy == "reset":
+        return
+    if not optimizer_state:
+        raise ValueError(f"optimizer policy {policy!r} needs moments, and the source has none; use 'reset'")
+    strange = set(parameter_shapes(plan.src)) ^ set(optimizer_state)
+    if strange:
+        raise DataError(
+            f"the optimizer state does not belong to the source: {len(strange)} parameters are in only one of the two, "
+            f"e.g. {min(strange)}; use policy 'reset'"
+        )
+
+
 def grow_optimizer(
     plan: GrowthPlan, optimizer_state: OptimizerState, policy: str = "reset"
 ) -> dict[str, dict[str, Tensor]]:
@@ -108,26 +153,7 @@ def grow_optimizer(
         ValueError: unknown policy, or one that needs moments where there are none.
         DataError: parameters are missing or unexpected in the optimizer state.
     """
-    if policy not in OPTIMIZER_POLICIES:
-        raise ValueError(f"unknown optimizer policy {policy!r}; known: {', '.join(OPTIMIZER_POLICIES)}")
-    if policy == "reset":
-        return {}
-    if not optimizer_state:
-        raise ValueError(f"optimizer policy {policy!r} needs moments, and the source has none; use 'reset'")
-    strange = set(parameter_shapes(plan.src)) ^ set(optimizer_state)
-    if strange:
-        raise DataError(
-            f"the optimizer state does not belong to the source: {len(strange)} parameters are in only one of the two, "
-            f"e.g. {min(strange)}; use policy 'reset'"
-        )
-    grown: dict[str, dict[str, Tensor]] = {}
-    seen: set[str | None] = set()
-    for name, source in plan.sources().items():
-        old_only = policy == "map-old-zero-new"
-        from_zero = old_only and source in seen
-        seen.add(source)
-        grown[name] = grown_moments(plan, name, optimizer_state, from_zero=from_zero, first_copies=old_only)
-    return grown
+    return dict(GrownOptimizer(plan, optimizer_state, policy))
 
 
 def growth_record(
@@ -246,7 +272,7 @@ def _grow_training(
     src_path: Path, dst_path: Path, plan: GrowthPlan, policy: str, allow_non_finite: bool, dtype: torch.dtype | None
 ) -> dict[str, Any]:
     source = read_training(src_path)
-    optimizer = grow_optimizer(plan, source.optimizer, policy)
+    optimizer = GrownOptimizer(plan, source.optimizer, policy)
     check_weights(plan.src, source.model, str(src_path), allow_non_finite=allow_non_finite)
     record = growth_record(
         plan,
@@ -303,7 +329,7 @@ def _grow_exchange(
     src_path: Path, dst_path: Path, plan: GrowthPlan, policy: str, allow_non_finite: bool, dtype: torch.dtype | None
 ) -> dict[str, Any]:
     source = read_exchange(src_path)
-    grow_optimizer(plan, {}, policy)  # refuses what needs moments
+    _check_optimizer(plan, {}, policy)  # refuses what needs moments
     check_weights(plan.src, source.weights, str(src_path), allow_non_finite=allow_non_finite)
     before = source.provenance or {}
     record = growth_record(

@@ -14,8 +14,8 @@ from lit_gpt.config import Config, unknown_key
 
 OPTIMIZER_POLICIES = {
     "reset": "the optimizer starts anew",
-    "map": "every layer takes the moments and the step of the layer it was copied from",
-    "map-old-zero-new": "the first copy of each layer keeps moments and step, further copies start from zero",
+    "map": "every copy takes the step of what it was copied from, and its moments as far as gradients are shared",
+    "map-old-zero-new": "the first copy of each layer, channel and head keeps moments and step, the rest is zero",
 }
 SILENCED = ("attn.proj.weight", "mlp.swiglu.w3.weight")
 """What a block writes with; where both are zero it passes its input on unchanged, whatever else it holds."""

@@ -12,11 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grow.apply import GrownWeights, grow_checkpoint, grow_optimizer, grow_weights
-from grow.check import zero_gradient
+from grow.apply import GrownOptimizer, GrownWeights, grow_checkpoint, grow_optimizer, grow_weights
+from grow.check import load_model, zero_gradient
 from grow.layer_map import parse_layer_map
 from grow.operators import plan_growth
 from grow.plan import GrowthPlan
+from grow.width import split_width, zero_width
 from lit_gpt.axes import layer_of, parameter_shapes, with_layer
 from lit_gpt.checkpoint import (
     manifest_sha256,
@@ -438,6 +439,35 @@ def test_a_grown_checkpoint_can_be_grown_again_and_keeps_its_whole_history(train
     assert [record["flops_total"] for record in history] == [9.0, 9.0]
 
 
+def test_checkpoints_grow_in_width_and_depth_at_once_moments_included(trained, tmp_path):
+    src = read_config(trained)
+    dst = dataclasses.replace(src, n_layer=4, n_embd=24, n_head=6, n_query_groups=3, intermediate_size=30)
+    plan = split_width(src, dst, seed=3, layer_map=(0, 1, 0, 1))
+
+    receipt = grow_checkpoint(trained, tmp_path / "grown", plan, "map-old-zero-new")
+
+    grown = read_training(tmp_path / "grown")
+    assert read_config(tmp_path / "grown") == dst and receipt["parameters_after"] == count_parameters(dst)
+    assert digest(grown.model) == digest(grow_weights(plan, toy_weights(src)))
+    expected = grow_optimizer(plan, toy_moments(src), "map-old-zero-new")
+    for name, slots in expected.items():
+        assert digest(grown.optimizer[name]) == digest(slots)
+        assert slots["step"] == (0 if layer_of(name) in (2, 3) else 7)
+    assert GrowthPlan.from_dict(grown.state["history"][0]["plan"]) == plan
+
+
+def test_exchange_form_grows_in_width(exchanged, tmp_path):
+    src = read_config(exchanged)
+    plan = zero_width(src, dataclasses.replace(src, n_embd=24, n_head=6, n_query_groups=3), seed=1)
+
+    grow_checkpoint(exchanged, tmp_path / "grown", plan)
+
+    grown = read_exchange(tmp_path / "grown")
+    assert grown.config == plan.dst and digest(grown.weights) == digest(grow_weights(plan, toy_weights(src)))
+    idx = toy_tokens(src)[:, :-1]
+    torch.testing.assert_close(load_model(tmp_path / "grown")(idx), load_model(exchanged)(idx), rtol=1e-4, atol=1e-4)
+
+
 def test_exchange_form_is_grown_into_exchange_form(exchanged, tmp_path):
     plan = plan_growth("partial", read_config(exchanged), layer_map="1-12*2-2")
 
@@ -526,6 +556,19 @@ def test_a_damaged_source_is_refused_and_nothing_is_written(trained, tmp_path):
         grow_checkpoint(trained, tmp_path / "grown", plan)
 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_grown_moments_are_made_one_at_a_time():
+    plan = plan_growth("stack", toy_config(), factor=2)
+    lazy = GrownOptimizer(plan, toy_moments(plan.src), "map-old-zero-new")
+
+    assert list(lazy) == list(parameter_shapes(plan.dst)) and len(lazy) == len(list(lazy))
+    first, again = (lazy["transformer.h.0.norm_1.weight"]["exp_avg"] for _ in range(2))
+    assert torch.equal(first, again) and first.data_ptr() != again.data_ptr()
+    assert lazy["transformer.h.0.norm_1.weight"]["step"] == 7 and lazy["transformer.h.2.norm_1.weight"]["step"] == 0
+    assert dict(GrownOptimizer(plan, toy_moments(plan.src), "reset")) == {}
+    with pytest.raises(KeyError):
+        lazy["transformer.h.4.norm_1.weight"]
 
 
 def test_grown_weights_are_made_one_at_a_time():
