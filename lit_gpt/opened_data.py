@@ -16,7 +16,7 @@ from lit_gpt.packed_dataset import MANIFEST, TokenFile, manifest_of
 from lit_gpt.prepared_check import RecordedSplit
 from lit_gpt.token_files import SEPARATORS, detect_separator, find_token_files, likely_separators
 from lit_gpt.token_formats import describe_file, given_dtype
-from lit_gpt.token_listing import list_files
+from lit_gpt.token_listing import NoTokenFilesError, list_files
 from lit_gpt.token_scan import DocumentLengths, IdCounts, Scan, scan_file
 from lit_gpt.token_text import TokenText
 from lit_gpt.tokenizer import Tokenizer
@@ -167,13 +167,13 @@ def _given_splits(
     """
     names = SPLITS if split is None and os.path.isdir(path) else (split or SPLITS[0],)
     found: list[Split] = []
-    missing: list[FileNotFoundError] = []
+    missing: list[NoTokenFilesError] = []
     for name in names:
         try:
             files = find_token_files(path, name, dtype=dtype)
             notes += files.notes
             found.append(Split(name, files.kind, files))
-        except FileNotFoundError as error:
+        except NoTokenFilesError as error:
             missing.append(error)
         except DataError as error:
             found.append(_whole_files(path, name, dtype, str(error), problems))

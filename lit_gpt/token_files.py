@@ -127,7 +127,8 @@ def find_token_files(
     cache: an .npz file to keep the table in. It is used while names, sizes and times of all files are as they were.
 
     Raises:
-        FileNotFoundError: no such path, or no token file of this split.
+        FileNotFoundError: no such path, or a file that the manifest lists is not there.
+        NoTokenFilesError: no token file of this split.
         DataError: a file is damaged, holds something else, or disagrees with the others or with the manifest.
         ValueError: the files say themselves that their tokens are not of type `dtype`.
     """

@@ -32,6 +32,10 @@ NOT_OURS = (zipfile.BadZipFile, zlib.error)
 Entry = tuple[str, os.stat_result]
 
 
+class NoTokenFilesError(FileNotFoundError):
+    """A path holds no token file of a split. A file that should be there and is not is a plain FileNotFoundError."""
+
+
 @dataclass(frozen=True)
 class Listing:
     """Candidates for token files, in the order in which they are read."""
@@ -80,7 +84,8 @@ def list_files(path: str, split: str) -> Listing:
     """The candidates of a folder, a file or a pattern; `find_token_files` says which.
 
     Raises:
-        FileNotFoundError: there are none.
+        NoTokenFilesError: there are none.
+        FileNotFoundError: the manifest lists a file that is not there, or a link leads nowhere.
         DataError: the folder's manifest cannot be read.
     """
     if os.path.isfile(os.path.join(path, MANIFEST)):
@@ -94,7 +99,7 @@ def list_files(path: str, split: str) -> Listing:
     found = ((name, os.stat(name)) for name in glob.iglob(path, recursive=True) if name.endswith(SUFFIXES))
     listing = Listing.of(each for each in found if S_ISREG(each[1].st_mode)).in_natural_order()
     if not len(listing.names):
-        raise FileNotFoundError(
+        raise NoTokenFilesError(
             f"{path} does not exist: it is no folder and no file, and as a pattern it matches no {_listed(SUFFIXES)} "
             f"file; prepare data with scripts/prepare.py"
         )
@@ -105,12 +110,19 @@ def _list_manifest(folder: str, split: str) -> Listing:
     splits = load_manifest(folder)["splits"]
     if not splits.get(split, {}).get("files"):
         held = ", ".join(name for name, each in splits.items() if each["files"])
-        raise FileNotFoundError(
+        raise NoTokenFilesError(
             f"{folder} holds no {split} data; it holds {held}. Name a folder that does, or prepare the text again: "
             f"scripts/prepare.py --document-bytes cuts long files, --validation-input names held-out ones"
         )
     paths = (os.path.join(folder, name) for name in splits[split]["files"])
-    return replace(Listing.of((path, os.stat(path)) for path in paths), announced_tokens=splits[split]["tokens"])
+    try:
+        listing = Listing.of((path, os.stat(path)) for path in paths)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error.filename} is missing, {MANIFEST} lists it; copy it again, or repeat the command of "
+            f"scripts/prepare.py, which writes what is missing"
+        ) from error
+    return replace(listing, announced_tokens=splits[split]["tokens"])
 
 
 def _list_folder(folder: str, split: str) -> Listing:
@@ -119,7 +131,7 @@ def _list_folder(folder: str, split: str) -> Listing:
         listing = Listing.of(_named(folder, prefix, others, unread)).in_natural_order()
         if len(listing.names):
             return replace(listing, notes=_unread_notes(folder, unread)) if split == "train" else listing
-    raise FileNotFoundError(
+    raise NoTokenFilesError(
         f"{folder} holds no {split}* file that ends in {_listed(SUFFIXES)}; prepare it with scripts/prepare.py, or "
         f"name the token files with a pattern"
     )

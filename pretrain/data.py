@@ -17,6 +17,7 @@ from lit_gpt.legacy_order import LegacyOrder
 from lit_gpt.packed_data import PackedData
 from lit_gpt.prefetch import batches
 from lit_gpt.token_files import Separator, TokenFiles, find_token_files
+from lit_gpt.token_listing import NoTokenFilesError
 from lit_gpt.token_source import TokenSource
 from pretrain.config import BatchConfig
 from pretrain.corpus import Corpus
@@ -228,9 +229,9 @@ def open_validation_sets(
     for name, path in (asked or data.train_paths()).items():
         try:
             if not asked and not Path(path).is_dir():
-                raise FileNotFoundError(path)  # single files and patterns name training data and nothing else
+                raise NoTokenFilesError(path)  # single files and patterns name training data and nothing else
             files = _find(name, path, "validation", data, corpus, cache)
-        except FileNotFoundError:
+        except NoTokenFilesError:
             if asked:
                 raise
             notes.append(f"no validation data beside {path}; name some with data.validation to see how the model does")

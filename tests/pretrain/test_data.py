@@ -191,6 +191,18 @@ def test_files_of_which_nobody_knows_where_documents_end_cannot_be_masked(tmp_pa
         separators(tmp_path, DataConfig({"plain": str(tmp_path)}), {})
 
 
+def test_held_out_files_that_should_be_there_and_are_not_are_missing_files(tmp_path):
+    """No excuse to train without validation."""
+    ours = write_prepared(tmp_path / "ours", np.arange(2000) % 200)
+    (ours / "validation_000000.bin").unlink()
+    theirs = foreign(tmp_path / "theirs")
+    (theirs / "validation_0.bin").symlink_to(tmp_path / "gone")
+    for folder in (ours, theirs):
+        data = DataConfig(str(folder), tokenizer="bytes")
+        with pytest.raises(FileNotFoundError, match="validation_0"):
+            open_validation_sets(data, CONFIG, read_corpus(data))
+
+
 def test_a_single_file_may_be_the_validation_set(tmp_path):
     folder = foreign(tmp_path / "a", "held_out.bin", 52)
     data = DataConfig(str(folder), validation=str(folder / "held_out.bin"), tokenizer="bytes")
