@@ -39,7 +39,7 @@ def explain(error: BaseException) -> str:
     if error.errno == errno.ENOSPC:
         return f"{what}. The disk is full; nothing was published. Free some space and repeat the command"
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return f"{what}. Choose a folder that can be written, or change its permissions"
+        return f"{what}. Change its permissions, or choose another place"
     return what
 
 
