@@ -1,0 +1,262 @@
+"""What every operator does to a real model: its loss before growth, right after it, and 50, 100 and 200 steps later.
+
+The model is stories260K (llama2.c, 5 layers of width 64), the text Tiny Shakespeare: the first nine tenths train, the
+rest is what the losses are of. Both lie under --data. Run `python -m benchmarks.operators_after_growth`; one core is
+enough. It prints a table and writes results/operators_after_growth.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.machine import describe
+from grow.apply import grow_weights
+from grow.operators import OPERATORS, operator, plan_growth
+from grow.plan import GrowthPlan
+from lit_gpt.axes import EMBEDDING, layer_of
+from lit_gpt.config import Config
+from lit_gpt.flops import count_parameters
+from lit_gpt.llama2c import read_llama2c, to_exchange
+from lit_gpt.model import GPT
+from lit_gpt.tokenizer import Tokenizer
+from pretrain.config import OptimizerConfig, ScheduleConfig
+from pretrain.optim import build_optimizer, learning_rate, set_learning_rate
+
+MODEL, TEXT = "checkpoints/stories260K", "tinyshakespeare/input.txt"
+RESULT = Path(__file__).parent / "results" / "operators_after_growth.json"
+STEPS = (50, 100, 200)
+SEEDS = (0, 1, 2)
+TRAIN_TOKENS, TRAIN_ROWS = 64, 4  # of one sample; samples of one step
+HELD_OUT_ROWS = 64
+OPTIMIZER = OptimizerConfig(learning_rate=1e-3, min_learning_rate=1e-3)
+SCHEDULE = ScheduleConfig(kind="wsd", warmup_steps=10)
+
+Request = Mapping[str, Any]
+"""Keywords of `plan_growth`."""
+DEPTHS: tuple[Request, ...] = ({"n_layer": 10}, {"n_layer": 7})
+WIDTHS: tuple[Request, ...] = ({"n_embd": 128}, {"n_embd": 96}, {"n_embd": 96, "n_query_groups": 4})
+BOTH: tuple[Request, ...] = ({"n_embd": 128}, {"n_layer": 10, "n_embd": 128}, {"n_layer": 7, "n_embd": 96})
+REQUESTS_BY_AXIS = {"depth": DEPTHS, "width": WIDTHS, "both": BOTH}
+TWICE: tuple[Request, ...] = ({"n_embd": 128}, {"n_embd": 128, "n_query_groups": 4})
+REQUESTS: dict[str, tuple[Request, ...]] = {
+    "stack": ({"n_layer": 10}, {"n_layer": 15}),
+    "partial": ({"layer_map": "123-2345*1-345"}, {"layer_map": "12345-new"}),
+    "solar": ({"n_layer": 8},),
+    "llama-pro": ({"n_layer": 10}, {"n_layer": 6}),
+    "midas": ({"n_layer": 6},),
+    "lidas": ({"n_layer": 6},),
+    "staged-depth": ({"n_layer": 10},),
+    "one-layer": ({"n_layer": 5},),
+    "inheritune": ({"n_layer": 3},),
+    "aki-pro": BOTH[1:],
+    "lemon": BOTH[1:],
+    "hypercloning": TWICE,
+    "staged-width": TWICE[:1],
+}
+"""Where the axis does not say it all. The first request of an operator is the one that is measured."""
+LAYERS_OF_SOURCE = {"lidas": 4, "one-layer": 1}
+"""Operators that five layers do not suit grow from the first few of them."""
+
+
+@dataclass(frozen=True)
+class Growth:
+    """One growth of the real model."""
+
+    operator: str
+    request: Request
+    n_layer_src: int | None = None
+    """Layers of the real model that are there before growth, from the first on. None: all."""
+
+    def plan(self, src: Config, seed: int = 0) -> GrowthPlan:
+        return plan_growth(self.operator, src, seed=seed, **self.request)
+
+    def __str__(self) -> str:
+        return f"{self.operator} {' '.join(f'{key}={value}' for key, value in self.request.items())}"
+
+
+def growths_of(name: str) -> list[Growth]:
+    """Sizes that an operator of the registry can grow the real model to.
+
+    Raises:
+        ValueError: its axis is not known here.
+    """
+    requests = REQUESTS.get(name) or REQUESTS_BY_AXIS.get(OPERATORS[name].axis)
+    if requests is None:
+        raise ValueError(f"operator {name!r} grows {OPERATORS[name].axis!r}; add sizes for it to REQUESTS")
+    return [Growth(name, request, LAYERS_OF_SOURCE.get(name)) for request in requests]
+
+
+def first_layers(
+    config: Config, weights: Mapping[str, Tensor], n_layer: int | None
+) -> tuple[Config, dict[str, Tensor]]:
+    """The model without its last layers; None keeps all."""
+    if n_layer is None:
+        return config, dict(weights)
+    kept = {name: weight for name, weight in weights.items() if (layer_of(name) or 0) < n_layer}
+    return replace(config, n_layer=n_layer), kept
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The model and the text."""
+
+    config: Config
+    weights: dict[str, Tensor]
+    train_ids: Tensor
+    """(n,) int64"""
+    held_out: Tensor
+    """(HELD_OUT_ROWS, TRAIN_TOKENS + 1) int64"""
+
+    @classmethod
+    def load(cls, data: Path) -> Bench:
+        config, weights = read_llama2c(data / MODEL)
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer = Tokenizer.load(to_exchange(data / MODEL, Path(folder, "stories")))
+            text = (data / TEXT).read_text(encoding="utf-8")
+            cut = len(text) * 9 // 10
+            train_ids, held_out = (torch.from_numpy(tokenizer.encode(part)) for part in (text[:cut], text[cut:]))
+        n_held_out = HELD_OUT_ROWS * (TRAIN_TOKENS + 1)
+        return cls(config, weights, train_ids, held_out[:n_held_out].view(HELD_OUT_ROWS, -1))
+
+    def batch(self, generator: torch.Generator) -> Tensor:
+        """(TRAIN_ROWS, TRAIN_TOKENS + 1)"""
+        starts = torch.randint(len(self.train_ids) - TRAIN_TOKENS, (TRAIN_ROWS, 1), generator=generator)
+        return self.train_ids[starts + torch.arange(TRAIN_TOKENS + 1)]
+
+    @torch.no_grad()
+    def loss(self, model: GPT) -> float:
+        """On the text that is not trained on, nats per token."""
+        return model(self.held_out[:, :-1], self.held_out[:, 1:]).item()
+
+
+def model_of(config: Config, weights: Mapping[str, Tensor]) -> GPT:
+    """In the dtype of the embedding."""
+    model = GPT(config).to(weights[EMBEDDING].dtype)
+    model.load_state_dict(dict(weights))
+    return model
+
+
+def train(bench: Bench, model: GPT, steps: Sequence[int], seed: int) -> dict[int, float]:
+    """Train in place; returns the loss after 0 steps and after each number of `steps`."""
+    optimizer = build_optimizer(model, OPTIMIZER)
+    generator = torch.Generator().manual_seed(seed)
+    losses = {0: bench.loss(model)}
+    for step in range(max(steps)):
+        set_learning_rate(optimizer, learning_rate(step, max(steps), OPTIMIZER, SCHEDULE))
+        rows = bench.batch(generator)
+        model(rows[:, :-1], rows[:, 1:]).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step + 1 in steps:
+            losses[step + 1] = bench.loss(model)
+    return losses
+
+
+def measure(bench: Bench, growth: Growth | None, steps: Sequence[int], seeds: Sequence[int]) -> dict[str, Any]:
+    """One row of the table. Without a growth the model trains on as it is."""
+    started_secs = time.monotonic()
+    config, weights = first_layers(bench.config, bench.weights, growth.n_layer_src if growth else None)
+    before = bench.loss(model_of(config, weights))
+    runs = []
+    grown = config
+    for seed in seeds:
+        grown_tensors = weights
+        if growth is not None:
+            plan = growth.plan(config, seed)
+            grown, grown_tensors = plan.dst, grow_weights(plan, weights)
+        runs.append(train(bench, model_of(grown, grown_tensors), steps, seed))
+    return {
+        "operator": growth.operator if growth else None,
+        "growth": str(growth) if growth else "not grown",
+        "preserves": operator(growth.operator).preserves if growth else None,
+        "n_layer_before": config.n_layer,
+        "sizes": {key: getattr(grown, key) for key in ("n_layer", "n_embd", "n_head", "n_query_groups")},
+        "parameters": count_parameters(grown),
+        "loss_before": before,
+        "loss_after": {str(step): [run[step] for run in runs] for step in (0, *steps)},
+        "secs": round(time.monotonic() - started_secs, 1),
+    }
+
+
+def print_table(rows: Sequence[dict[str, Any]], steps: Sequence[int]) -> None:
+    width = max(len(row["growth"]) for row in rows) + 2
+    heads = "".join(f"{head:>16}" for head in ("right after", *(f"{step} steps" for step in steps)))
+    print(f"{'':{width}}{'parameters':>10}{'before':>9}{heads}")
+    for row in rows:
+        cells = "".join(f"{_cell(losses):>16}" for losses in row["loss_after"].values())
+        print(f"{row['growth']:{width}}{row['parameters']:>10,}{row['loss_before']:>9.3f}{cells}")
+
+
+def _cell(losses: Sequence[float]) -> str:
+    spread = stdev(losses) if len(losses) > 1 else 0.0
+    return f"{mean(losses):.3f} ±{spread:.3f}"
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    default = os.environ.get("LIT_GROW_DATA")
+    parser.add_argument("--data", type=Path, default=default, help=f"folder with {MODEL} and {TEXT}; LIT_GROW_DATA")
+    parser.add_argument("--only", nargs="+", choices=list(OPERATORS), help="operators to measure; default all")
+    parser.add_argument("--steps", nargs="+", type=int, default=STEPS, help="when to measure (%(default)s)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help="of growth and of the data's order")
+    parser.add_argument("--out", type=Path, help=f"file to write; default {RESULT.name} for a run of all operators")
+    args = parser.parse_args(arguments)
+    if args.data is None:
+        parser.error("--data or LIT_GROW_DATA must say where the model and the text are")
+    return args
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse(arguments)
+    torch.set_num_threads(1)
+    bench = Bench.load(args.data)
+    growths = [growths_of(name)[0] for name in args.only or OPERATORS]
+    rows = []
+    for growth in (None, *growths):
+        rows.append(measure(bench, growth, args.steps, args.seeds))
+        sys.stderr.write(f"{rows[-1]['growth']}: {rows[-1]['secs']} s\n")
+    print_table(rows, args.steps)
+    is_default = args.only is None and tuple(args.steps) == STEPS and tuple(args.seeds) == SEEDS
+    if args.out or is_default:
+        write(args.out or RESULT, rows, args.steps, args.seeds)
+    return 0
+
+
+def write(path: Path, rows: Sequence[dict[str, Any]], steps: Sequence[int], seeds: Sequence[int]) -> None:
+    record = {
+        "command": "python -m benchmarks.operators_after_growth",
+        "what": f"loss of {MODEL} on held-out {TEXT}, nats per token, before growth, right after and while it trains",
+        "training": {
+            "steps": list(steps),
+            "seeds": list(seeds),
+            "samples_per_step": TRAIN_ROWS,
+            "tokens_per_sample": TRAIN_TOKENS,
+            "held_out_tokens": HELD_OUT_ROWS * TRAIN_TOKENS,
+            "trained": "all parameters, also where the paper of an operator freezes some",
+            "learning_rate": OPTIMIZER.learning_rate,
+            "warmup_steps": SCHEDULE.warmup_steps,
+        },
+        "results": list(rows),
+        "threads": torch.get_num_threads(),
+        "machine": describe(),
+    }
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

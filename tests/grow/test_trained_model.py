@@ -1,0 +1,164 @@
+"""Every operator on a real trained model: what promises the function keeps its text and its logits, the rest does not.
+
+Random weights hide mistakes that trained ones show: stories260K has grouped queries, a tied head, norms far from 1.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.operators_after_growth import Growth, first_layers, growths_of, model_of
+from grow.apply import grow_checkpoint, grow_weights
+from grow.operators import OPERATORS, function_of
+from grow.sizes import wider
+from grow.width import split_width, zero_width
+from lit_gpt.checkpoint import read_exchange
+from lit_gpt.config import Config
+from lit_gpt.generate import generate
+from lit_gpt.llama2c import read_llama2c, to_exchange
+from lit_gpt.tokenizer import Tokenizer
+
+TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-10}
+"""Of the largest logit."""
+EPS_TOLERANCE = 1e-3  # of what keeps the function but for norm_eps
+CHANGED = 1e-2  # more than this is another function
+CONFIG = Config(
+    block_size=512,
+    vocab_size=512,
+    n_layer=5,
+    n_head=8,
+    n_embd=64,
+    n_query_groups=4,
+    intermediate_size=172,
+    tie_embeddings=True,
+)
+GROWTHS = [growth for name in OPERATORS for growth in growths_of(name)]
+
+
+@pytest.fixture(scope="module")
+def stories(data_dir) -> Path:
+    return data_dir("checkpoints/stories260K")
+
+
+@pytest.fixture(scope="module")
+def source(stories):
+    return read_llama2c(stories)
+
+
+@pytest.fixture(scope="module")
+def exchange(stories, tmp_path_factory) -> Path:
+    return to_exchange(stories, tmp_path_factory.mktemp("stories") / "exchange")
+
+
+@pytest.fixture(scope="module")
+def known_text(stories) -> str:
+    return (stories / "expected_greedy_200.txt").read_text()
+
+
+@pytest.fixture(scope="module")
+def greedy_ids(source) -> torch.Tensor:
+    """(1, 201): what the real model writes, with bos before it; another test says that this is the known text."""
+    return torch.tensor([generate(model_of(*source), [1], 200, temperature=0)])
+
+
+@torch.no_grad()
+def logits_before_and_after(source, growth: Growth, idx, dtype=torch.float32, seed=0):
+    config, weights = first_layers(*source, growth.n_layer_src)
+    weights = {name: weight.to(dtype) for name, weight in weights.items()}
+    plan = growth.plan(config, seed)
+    grown = grow_weights(plan, weights)
+    assert all(weight.dtype == dtype for weight in grown.values())
+    return plan, model_of(config, weights)(idx), model_of(plan.dst, grown)(idx)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("growth", GROWTHS, ids=str)
+def test_an_operator_keeps_logits_and_text_if_it_says_so_and_else_does_not(source, greedy_ids, growth, dtype):
+    """Text: where the likeliest tokens after every beginning are the same, greedy writing is."""
+    plan, before, after = logits_before_and_after(source, growth, greedy_ids, dtype)
+
+    gap = ((after - before).abs().max() / before.abs().max()).item()
+    same_text = torch.equal(after.argmax(-1), before.argmax(-1))
+    match function_of(plan):
+        case "bitwise":
+            assert gap == 0 and same_text
+        case "exactly":
+            assert gap <= TOLERANCES[dtype] and same_text
+        case "up to eps":
+            assert gap <= EPS_TOLERANCE
+        case _:
+            assert gap > CHANGED and not same_text
+
+
+def test_the_text_in_these_tests_is_the_known_one(source, exchange, greedy_ids, known_text):
+    assert source[0] == CONFIG
+    assert Tokenizer.load(exchange).decode(greedy_ids[0]) == known_text
+
+
+def preserving() -> list[Growth]:
+    """Of every operator that can keep the function of the whole model one growth that does."""
+    growths = [each for each in GROWTHS if each.n_layer_src is None and function_of(each.plan(CONFIG)) != "no"]
+    return list({growth.operator: growth for growth in growths}.values())
+
+
+@pytest.mark.parametrize("growth", preserving(), ids=str)
+def test_a_checkpoint_that_was_grown_on_disk_goes_on_with_the_known_text(exchange, known_text, tmp_path, growth):
+    grow_checkpoint(exchange, tmp_path / "grown", growth.plan(CONFIG, seed=1))
+
+    found, tokenizer = read_exchange(tmp_path / "grown"), Tokenizer.load(tmp_path / "grown")
+    ids = generate(model_of(found.config, found.weights), [1], 50, temperature=0)
+    assert known_text.startswith(tokenizer.decode(ids)) and len(ids) == 51
+
+
+def test_every_operator_that_promises_the_function_is_seen_to_keep_it():
+    assert {growth.operator for growth in preserving()} == {op.name for op in OPERATORS.values() if op.preserves}
+
+
+def test_every_operator_has_sizes_to_be_tried_with():
+    assert {growth.operator for growth in GROWTHS} == set(OPERATORS)
+
+
+# Width: the rules for residual channels and norms, which an operator can be asked for one by one
+
+WIDER = {
+    "twice": {"n_embd": 128},
+    "half more": {"n_embd": 96},
+    "more heads per group": {"n_embd": 96, "n_query_groups": 4},
+    "neurons": {"intermediate_size": 200},
+}
+RULES = {  # what becomes of the function, by the table at the top of grow/width_plan.py
+    "M": (split_width, {"residual": "M"}, 1e-4),
+    "E with its eps": (split_width, {"residual": "E", "adjust_eps": True}, 1e-4),
+    "E": (split_width, {"residual": "E"}, EPS_TOLERANCE),
+    "even shares": (split_width, {"shares": "even"}, 1e-4),
+    "Z with its eps": (zero_width, {"residual": "Z", "adjust_eps": True}, 1e-4),
+    "Z": (zero_width, {"residual": "Z"}, EPS_TOLERANCE),
+    "random copies": (split_width, {"order": "random"}, 1e-4),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sizes", WIDER)
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_of_width_keeps_the_function_of_a_trained_tied_model(source, greedy_ids, rule, sizes):
+    config, weights = source
+    operator, options, tolerance = RULES[rule]
+    plan = operator(config, wider(config, **WIDER[sizes]), seed=3, **options)
+
+    before, after = model_of(config, weights)(greedy_ids), model_of(plan.dst, grow_weights(plan, weights))(greedy_ids)
+
+    assert (after - before).abs().max() <= tolerance * before.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rule", ["bert2bert", "published"])
+def test_a_rule_as_it_was_published_changes_the_function_where_copies_are_uneven(source, greedy_ids, rule):
+    config, weights = source
+    plan = split_width(config, wider(config, n_embd=96), residual=rule)
+
+    before, after = model_of(config, weights)(greedy_ids), model_of(plan.dst, grow_weights(plan, weights))(greedy_ids)
+
+    assert (after - before).abs().max() > CHANGED * before.abs().max()
