@@ -80,6 +80,16 @@ class Listing:
         return sorted((entry.path, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in found)
 
 
+def is_there(path: str) -> bool:
+    """Whether a path is a folder, a file, a Megatron dataset or a pattern that matches something."""
+    return os.path.exists(path) or os.path.isfile(_megatron_bin(path)) or any(glob.iglob(path, recursive=True))
+
+
+def _megatron_bin(path: str) -> str:
+    """Megatron's tools name a dataset without a suffix."""
+    return f"{path.removesuffix('.idx')}.bin"
+
+
 def list_files(path: str, split: str) -> Listing:
     """The candidates of a folder, a file or a pattern; `find_token_files` says which.
 
@@ -92,8 +102,7 @@ def list_files(path: str, split: str) -> Listing:
         return _list_manifest(path, split)
     if os.path.isdir(path):
         return _list_folder(path, split)
-    stem = path.removesuffix(".idx")
-    for one in (f"{stem}.bin", path):  # Megatron's tools name a dataset without a suffix
+    for one in (_megatron_bin(path), path):
         if os.path.isfile(one):
             return Listing.of([(one, os.stat(one))])
     found = ((name, os.stat(name)) for name in glob.iglob(path, recursive=True) if name.endswith(SUFFIXES))

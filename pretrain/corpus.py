@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +12,9 @@ import numpy as np
 from lit_gpt.config import Config
 from lit_gpt.packed_dataset import manifest_of
 from lit_gpt.token_files import Separator, TokenFiles, detect_separator, likely_separators
+from lit_gpt.token_listing import is_there
 from lit_gpt.tokenizer import Tokenizer
 from pretrain.config import DataConfig, ModelConfig
-
-WILDCARDS = set("*?[")
 
 
 @dataclass(frozen=True)
@@ -129,7 +127,7 @@ def _read_manifests(data: DataConfig) -> dict[str, dict[str, Any]]:
         manifest = manifest_of(path)
         if manifest is not None:
             manifests[path] = manifest
-        elif not (Path(path).exists() or set(path) & WILDCARDS):
+        elif not is_there(path):
             raise FileNotFoundError(
                 f"data {path} does not exist; give token files, or make some: scripts/prepare.py --out {path} with "
                 f"--input PATH... or --stdlib"

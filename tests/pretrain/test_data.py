@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -201,6 +202,20 @@ def test_held_out_files_that_should_be_there_and_are_not_are_missing_files(tmp_p
         data = DataConfig(str(folder), tokenizer="bytes")
         with pytest.raises(FileNotFoundError, match="validation_0"):
             open_validation_sets(data, CONFIG, read_corpus(data))
+
+
+def test_a_path_that_names_nothing_is_refused_before_anything_else_is_asked(tmp_path):
+    """A tokenizer that nobody named is the smaller mistake."""
+    for path in ("nowhere", "train_slim*"):
+        with pytest.raises(FileNotFoundError, match=rf"{re.escape(path)} does not exist"):
+            read_corpus(DataConfig(str(tmp_path / path)))
+
+
+def test_a_megatron_dataset_is_named_without_a_suffix(data_dir):
+    path = data_dir("openwebtext1k") / "meg-gpt2-openwebtext_text_document"
+    assert opened(DataConfig(str(path)), Config(block_size=1024, vocab_size=5000, **SIZES)).packed.order.samples == {
+        "meg-gpt2-openwebtext_text_document": 1329
+    }
 
 
 def test_a_single_file_may_be_the_validation_set(tmp_path):
