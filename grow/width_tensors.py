@@ -23,7 +23,7 @@ from lit_gpt.axes import EMBD, EMBEDDING, FINAL_NORM, HEAD, HEADS, INTERMEDIATE,
 from lit_gpt.config import Config
 from lit_gpt.model import init_std
 
-BLOCK_ENTRIES = 1 << 20  # of a matrix that are made at a time: 4 MB in fp32
+BLOCK_ENTRIES = 1 << 18  # of a matrix that are made at a time: 1 MB in fp32, which stays in the cache
 SMALLEST_SHARE, LARGEST_SHARE = 0.05, 1.05  # before copies are normalised to sum to 1
 
 
@@ -190,7 +190,7 @@ def _weight_rows(wide: Widening, name: str, seed: int, source: Tensor, following
     if name == EMBEDDING:
         block *= wide.scale.to(block)
     else:
-        share = _shares(wide, name, seed, rows)
+        share = _shares(wide, name, seed, rows, block.dtype)
         if share is not None:
             block *= share.to(block)
         if wide.width.twin_noise and bool((in_axis.copies > 1).any()):
@@ -209,13 +209,14 @@ def _weight_rows(wide: Widening, name: str, seed: int, source: Tensor, following
 def _gather(out_axis: AxisMap, in_axis: AxisMap, source: Tensor, following: Tensor | None, rows: slice) -> Tensor:
     """The entries of the source that some rows of the grown matrix start from, in the dtype to compute in."""
     index = out_axis.source[rows].to(source.device)
-    block = source[index]
+    block = source.index_select(0, index)
     if following is not None:
-        block = torch.where((out_axis.copy[rows, None] > 0).to(source.device), following[index], block)
-    return block[:, in_axis.source.to(source.device)].to(compute_dtype(source.dtype))
+        further = (out_axis.copy[rows, None] > 0).to(source.device)
+        block = torch.where(further, following.index_select(0, index), block)
+    return block.index_select(1, in_axis.source.to(source.device)).to(compute_dtype(source.dtype))
 
 
-def _shares(wide: Widening, name: str, seed: int, rows: slice) -> Tensor | None:
+def _shares(wide: Widening, name: str, seed: int, rows: slice, dtype: torch.dtype) -> Tensor | None:
     """How much each entry reads of what its column's source gave: (1 or rows, columns); None: everything."""
     out_axis, in_axis = (wide.axes[axis] for axis in axes_of(name))
     if not bool((in_axis.copies > 1).any()):
@@ -223,10 +224,10 @@ def _shares(wide: Widening, name: str, seed: int, rows: slice) -> Tensor | None:
     if wide.width.shares == "even" or (wide.width.shares == "block" and name == HEAD):
         return 1 / in_axis.copies
     if wide.width.shares == "block":
-        return (out_axis.copy[rows, None] == in_axis.copy).double()
+        return (out_axis.copy[rows, None] == in_axis.copy).to(dtype)
     drawn = torch.empty(rows.stop - rows.start, len(in_axis.source), dtype=torch.float32)
     drawn.uniform_(SMALLEST_SHARE, LARGEST_SHARE, generator=generator(seed, "shares", f"{name}/{rows.start}"))
-    drawn = drawn.double()
+    drawn = drawn.to(dtype)
     return drawn / _sum_over_copies(drawn, in_axis)
 
 
@@ -234,7 +235,7 @@ def _sum_over_copies(values: Tensor, in_axis: AxisMap) -> Tensor:
     """For every column the sum of the columns with the same source; new columns are left out, and their sum is 1."""
     totals = values.new_zeros(len(values), in_axis.n_src)
     totals.index_add_(1, in_axis.source, values.masked_fill(in_axis.new, 0.0))
-    return totals[:, in_axis.source].masked_fill(in_axis.new, 1.0)
+    return totals.index_select(1, in_axis.source).masked_fill_(in_axis.new, 1.0)
 
 
 def _twin_noise(wide: Widening, name: str, seed: int, rows: slice, block: Tensor) -> Tensor:
@@ -242,12 +243,12 @@ def _twin_noise(wide: Widening, name: str, seed: int, rows: slice, block: Tensor
     in_axis = wide.axes[axes_of(name)[1]]
     drawn = torch.empty(block.shape, dtype=torch.float32)
     drawn.normal_(generator=generator(seed, "twins", f"{name}/{rows.start}"))
-    drawn = drawn.double()
-    drawn -= _sum_over_copies(drawn, in_axis) / in_axis.copies
+    drawn = drawn.to(block.dtype)
+    drawn -= _sum_over_copies(drawn, in_axis) / in_axis.copies.to(drawn)
     restored = (in_axis.copies / (in_axis.copies - 1).clamp(min=1)).sqrt()  # taking the mean away took variance away
     restored[(in_axis.copies == 1) | in_axis.new] = 0.0
     rms = block.square().mean(dim=1, keepdim=True).sqrt()
-    return wide.width.twin_noise * rms * (drawn * restored).to(block)
+    return (drawn * (wide.width.twin_noise * restored).to(drawn)).to(block) * rms
 
 
 def _silent(wide: Widening, name: str, rows: slice) -> Tensor:
@@ -290,8 +291,9 @@ def widened_moment(
     out = torch.empty(shape, dtype=source.dtype, device=device)
     for rows in _row_blocks(shape):
         block = _gather(*axes, source, following, rows)
-        block *= (row_factor[rows, None] * column_factor).pow(power).to(block)
-        out[rows] = block.masked_fill((zero[0][rows, None] | zero[1]).to(device), 0.0).to(source.dtype)
+        block *= row_factor[rows, None].pow(power).to(block)
+        block *= column_factor.pow(power).to(block)
+        out[rows] = block.masked_fill_((zero[0][rows, None] | zero[1]).to(device), 0.0).to(source.dtype)
     return out
 
 

@@ -145,6 +145,7 @@ def old_entries(plan: GrowthPlan) -> dict[str, Tensor]:
 
 DOUBLE = toy_config(), grown_config(toy_config(), n_embd=32, groups=2, neurons=48)
 ODD = toy_config(), grown_config(toy_config(), n_embd=20, groups=2, neurons=30)
+MORE_QUERIES = toy_config(), grown_config(toy_config(), n_embd=20, groups=2, slots=2, neurons=30)
 
 
 @pytest.mark.parametrize("name", PRESERVING)
@@ -380,16 +381,20 @@ def test_zero_padding_by_rule_m_keeps_moments_but_for_writers_and_norms():
         torch.testing.assert_close(slots["exp_avg"][old[name]].unique(), torch.tensor([expected]))
 
 
-def test_further_copies_of_channels_forget_under_map_old_zero_new():
-    ones = moments_of({name: torch.ones(shape) for name, shape in parameter_shapes(DOUBLE[0]).items()})
+@pytest.mark.parametrize("growth", [DOUBLE, ODD, MORE_QUERIES])
+def test_further_copies_of_channels_forget_under_map_old_zero_new(growth):
+    plan = fpi(*growth)
+    ones = moments_of({name: torch.ones(shape) for name, shape in parameter_shapes(plan.src).items()})
+    first_of = first_rows(plan.width, plan.src.head_size)
 
-    grown = grow_optimizer(hypercloning(*DOUBLE), ones, "map-old-zero-new")
+    grown, all_mapped = (grow_optimizer(plan, ones, policy) for policy in ("map-old-zero-new", "map"))
 
-    for name, shape in parameter_shapes(DOUBLE[0]).items():
-        known = grown[name]["exp_avg"] != 0
-        corner = known[tuple(slice(size) for size in shape)]
-        assert corner.all() and known.sum() == corner.numel(), name
-        assert grown[name]["step"] == 9
+    for name, shape in parameter_shapes(plan.dst).items():
+        first = torch.ones(shape, dtype=torch.bool)
+        for dim, axis in enumerate(axes_of(name)):
+            first &= first_of[axis].view([-1 if dim == other else 1 for other in range(len(shape))])
+        assert torch.equal(grown[name]["exp_avg"], all_mapped[name]["exp_avg"] * first), name
+        assert grown[name]["step"] == 9 and all_mapped[name]["exp_avg"].all()
 
 
 # Training afterwards
@@ -550,22 +555,33 @@ def test_staged_growth_is_block_diagonal():
         assert torch.equal(weight, expected), name
 
 
-@pytest.mark.parametrize("growth", [DOUBLE, ODD])
+def first_rows(width: WidthPlan, head_size: int) -> dict[str, Tensor]:
+    """bool, axis -> which entries are the first copy of what they copy."""
+    queries = len(width.slots)
+    group_is_first = torch.tensor(copy_numbers(width.groups)) == 0
+    slot_is_first = torch.tensor([*(number == 0 for number in copy_numbers(width.slots)), True, True])
+    units = group_is_first[:, None] & slot_is_first
+    return {
+        "embd": torch.tensor(copy_numbers(width.channels)) == 0,
+        "intermediate": torch.tensor(copy_numbers(width.neurons)) == 0,
+        "qkv": units.flatten().repeat_interleave(head_size),
+        "heads": units[:, :queries].flatten().repeat_interleave(head_size),
+        "vocab": torch.ones(1, dtype=torch.bool),
+    }
+
+
+@pytest.mark.parametrize("growth", [DOUBLE, ODD, MORE_QUERIES])
 def test_copied_outputs_come_from_the_next_layer_under_aki(growth):
     plan, plain = aki(*growth, seed=2), fpi(*growth, seed=2)
     weights = toy_weights(plan.src, dtype=torch.float64)
     grown, expanded = grow_weights(plan, weights), grow_weights(plain, weights)
-    first_rows = {
-        "embd": torch.tensor(copy_numbers(plan.width.channels)) == 0,
-        "intermediate": torch.tensor(copy_numbers(plan.width.neurons)) == 0,
-        "qkv": torch.tensor(copy_numbers(plan.width.groups)).repeat_interleave((2 + 2) * 4) == 0,
-    }
+    first_of = first_rows(plan.width, plan.src.head_size)
 
     for name, weight in grown.items():
         if layer_of(name) != 0 or weight.dim() == 1:
             assert torch.equal(weight, expanded[name]), f"{name} is as in fpi"
             continue
-        first = first_rows[axes_of(name)[0]]
+        first = first_of[axes_of(name)[0]]
         following = expanded[name.replace("h.0", "h.1")]
         assert torch.equal(weight[first], expanded[name][first]) and torch.equal(weight[~first], following[~first])
 
