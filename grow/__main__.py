@@ -21,8 +21,10 @@ from grow.layer_map import (
     unused_layers,
 )
 from grow.operator_list import operator_list, operator_tables
-from grow.operators import FUNCTION, OPERATORS, function_of, operator, plan_growth
+from grow.operators import function_of, operator, plan_growth
 from grow.plan import OPTIMIZER_POLICIES, GrowthPlan
+from grow.registry import FUNCTION, OPERATORS
+from grow.width_plan import RULES, SHARES
 from lit_gpt.errors import EXIT_USAGE, DataError, run_command
 from lit_gpt.flops import count_parameters
 
@@ -62,6 +64,14 @@ def print_layer_map(layers: Sequence[int | None], n_layer_src: int, identity_lay
         print(f"  not used    {', '.join(unused)}")
 
 
+WIDTHS = {
+    "n_embd": "residual channels",
+    "n_head": "query heads",
+    "n_query_groups": "key/value heads",
+    "intermediate_size": "neurons of the MLP",
+}
+
+
 def add_apply_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("src", metavar="SRC", help="a checkpoint, or a run folder (its latest checkpoint)")
     parser.add_argument("dst", metavar="DST", help="the checkpoint to make; must not exist")
@@ -69,9 +79,20 @@ def add_apply_arguments(parser: argparse.ArgumentParser) -> None:
         "--operator", "--method", required=True, metavar="NAME", help="see `grow operators`; prts's names do too"
     )
     parser.add_argument("--n-layer", type=int, metavar="N", help="layers of the grown model")
-    parser.add_argument("--factor", type=float, metavar="K", help="layers of the grown model over those of the source")
+    for size, what in WIDTHS.items():
+        parser.add_argument(f"--{size.replace('_', '-')}", type=int, metavar="N", help=f"{what} of the grown model")
+    parser.add_argument(
+        "--factor", type=float, metavar="K", help="sizes after growth over sizes before: layers in depth, else widths"
+    )
     parser.add_argument("--layer-map", metavar="MAP", help="use this map instead of the operator's; see `grow map`")
     parser.add_argument("--seed", type=int, default=0, help="of whatever the operator draws; default 0")
+    parser.add_argument("--residual", choices=RULES, help="rule for residual channels; default M, exact for any width")
+    parser.add_argument("--shares", choices=list(SHARES), help="how copies share what is read from them")
+    parser.add_argument("--order", choices=["cyclic", "random"], help="which channels, heads and neurons are copied")
+    parser.add_argument(
+        "--adjust-eps", action="store_true", default=None, help="change norm_eps, so that rules E and Z are exact"
+    )
+    parser.add_argument("--twin-noise", type=float, metavar="A", help="noise that parts copies and cancels out")
     parser.add_argument(
         "--noise", type=float, default=0.0, metavar="A", help="replace this share of every matrix by noise; default 0"
     )
@@ -94,6 +115,13 @@ def add_apply_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="say what would be done and stop")
 
 
+PLAN_ARGUMENTS = (
+    *("n_layer", *WIDTHS, "factor", "layer_map", "seed", "noise"),
+    *("residual", "shares", "order", "adjust_eps", "twin_noise"),
+)
+"""Options of `grow apply` that are arguments of `plan_growth` by the same name."""
+
+
 def run_apply(args: argparse.Namespace) -> None:
     import torch
 
@@ -104,11 +132,7 @@ def run_apply(args: argparse.Namespace) -> None:
     plan = plan_growth(
         args.operator,
         read_config(src),
-        n_layer=args.n_layer,
-        factor=args.factor,
-        layer_map=args.layer_map,
-        seed=args.seed,
-        noise=args.noise,
+        **{name: getattr(args, name) for name in PLAN_ARGUMENTS},
     )
     if not args.json:
         print_plan(plan, args.optimizer_policy)
@@ -133,9 +157,10 @@ def run_apply(args: argparse.Namespace) -> None:
 
 def print_plan(plan: GrowthPlan, policy: str) -> None:
     op = operator(plan.operator)
-    print(f"{op.name}: {plan.src.n_layer} -> {plan.dst.n_layer} layers ({op.paper})")
-    print(f"  layer map   {format_layer_map(plan.layer_map)}")
-    print_layer_map(plan.layer_map, plan.src.n_layer, plan.identity_layers)
+    print(f"{op.name}: {describe_growth(plan)} ({op.paper})")
+    if plan.width is None or plan.src.n_layer != plan.dst.n_layer:
+        print(f"  layer map   {format_layer_map(plan.layer_map)}")
+        print_layer_map(plan.layer_map, plan.src.n_layer, plan.identity_layers)
     if plan.identity_layers:
         print("  (n)         a copy of layer n with proj = w3 = 0: it passes its input on, until it is trained")
     if None in plan.layer_map:
@@ -145,8 +170,19 @@ def print_plan(plan: GrowthPlan, policy: str) -> None:
     print(f"  sizes       {describe_sizes(plan.dst)}")
     print(f"  parameters  {count_parameters(plan.src):,} -> {count_parameters(plan.dst):,}")
     print(f"  preserves   {describe_function(plan)}")
+    if plan.width is not None and plan.width.stays_symmetric:
+        print("  symmetry    copies with even shares stay equal in training, a model no larger than the source: use")
+        print("              another operator, --shares random, --twin-noise or --noise where it is an option")
     print(f"  trained     {op.trained}")
     print(f"  optimizer   {policy}: {OPTIMIZER_POLICIES[policy]}")
+
+
+def describe_growth(plan: GrowthPlan) -> str:
+    """What grows, e.g. "2 -> 4 layers, n_embd 16 -> 32"."""
+    sizes = [(f"{name} ", getattr(plan.src, name), getattr(plan.dst, name), "") for name in WIDTHS]
+    sizes.insert(0, ("", plan.src.n_layer, plan.dst.n_layer, " layers"))
+    changed = [f"{name}{before} -> {after}{unit}" for name, before, after, unit in sizes if before != after]
+    return ", ".join(changed) or f"{plan.src.n_layer} layers, as before"
 
 
 def describe_function(plan: GrowthPlan) -> str:
@@ -225,7 +261,7 @@ def print_history(history: list[dict[str, Any]]) -> None:
     for record in history:
         plan = GrowthPlan.from_dict(record["plan"])
         behind = "" if record["tokens"] is None else f" after {record['tokens']:,} tokens"
-        print(f"grown by {record['operator']}: {plan.src.n_layer} -> {plan.dst.n_layer} layers{behind}")
+        print(f"grown by {record['operator']}: {describe_growth(plan)}{behind}")
         print(f"  layer map   {format_layer_map(plan.layer_map)}")
         print(f"  R_c         {record['connection_rate']}")
         print(f"  optimizer   {record['optimizer_policy']}")

@@ -168,6 +168,15 @@ def staged_depth(n_layer_src: int, n_layer_dst: int) -> LayerMap:
     return interpolate(n_layer_src, n_layer_dst)
 
 
+def repeat_top(n_layer_src: int, n_layer_dst: int) -> LayerMap:
+    """Repeat the tower as often as it fits, then its last layers, 0 1 2 0 1 2 1 2; any depth will do.
+
+    How bert2BERT (arXiv 2110.07143) grows in depth. Does not preserve the function.
+    """
+    repeats, rest = divmod(n_layer_dst, n_layer_src)
+    return (*(*range(n_layer_src),) * repeats, *range(n_layer_src - rest, n_layer_src))
+
+
 def random_depth(n_layer_src: int, n_layer_dst: int) -> LayerMap:
     """The source's layers with new ones on top, which start from the initial weights of the grown model.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from grow.operators import FUNCTION, OPERATORS, RETIRED, UNAVAILABLE, Operator
+from grow.registry import FUNCTION, OPERATORS, RETIRED, SIZES, UNAVAILABLE, Operator
 
 
 def operator_list() -> list[str]:
@@ -27,10 +27,16 @@ def operator_tables() -> list[str]:
     """Lines of Markdown: a table of the operators, and one of the names that cannot be asked for."""
     lines = ["| operator | also | what | axis | preserves | trained afterwards | options | paper |", _rule(8)]
     for op in OPERATORS.values():
-        cells = (_names(op.aliases), op.summary, op.axis, op.function, op.trained, _options(op), op.paper)
+        cells = (_names(op.aliases), op.summary, op.axis, op.function, op.trained, _short_options(op), op.paper)
         lines.append(_row(f"`{op.name}`", *cells))
     lines += ["", "| not available | why |", _rule(2)]
     return lines + [_row(f"`{_names([name])}`", reason) for name, reason in _refused()]
+
+
+def _short_options(op: Operator) -> str:
+    """As `_options`, with one word for the four sizes that make up the width."""
+    options = [_option(option) for option in op.options if option not in SIZES]
+    return ", ".join([*options, *(["widths"] if set(SIZES) <= set(op.options) else [])])
 
 
 def _refused() -> list[tuple[str, str]]:
@@ -50,4 +56,8 @@ def _names(names: Sequence[str]) -> str:
 
 
 def _options(op: Operator) -> str:
-    return ", ".join("--" + option.replace("_", "-") for option in op.options)
+    return ", ".join(_option(option) for option in op.options)
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -61,22 +61,25 @@ def wider(
         n_head: query heads after growth.
         n_query_groups: key/value heads after growth.
         intermediate_size: neurons after growth.
-        factor: of all of them at once; then none of the others may be given.
+        factor: of all of them at once; beside it only n_query_groups may be given.
 
     Raises:
         ValueError: sizes that are not whole, shrink, or break head_size; the message has sizes that fit.
     """
-    given = {"n_embd": n_embd, "n_head": n_head, "n_query_groups": n_query_groups}
-    given["intermediate_size"] = intermediate_size
-    given = {name: value for name, value in given.items() if value is not None}
+    scaled = {"n_embd": n_embd, "n_head": n_head, "intermediate_size": intermediate_size}
+    given = {name: value for name, value in scaled.items() if value is not None}
     if factor is not None:
         if given:
             raise ValueError(f"factor={factor} and {', '.join(given)} both give sizes; give one of the two")
-        given = {name: _times(src, name, factor) for name in ("n_embd", "n_head", "intermediate_size")}
+        given = {name: _times(src, name, factor) for name in scaled}
+    if n_query_groups is not None:
+        given["n_query_groups"] = n_query_groups
     _check_not_smaller(src, given)
     sizes = {**_width_and_heads(src, given), **given}
-    sizes.setdefault("n_query_groups", _groups(src, sizes["n_head"]))
-    sizes.setdefault("intermediate_size", _neurons(src, sizes["n_embd"]))
+    if "n_query_groups" not in sizes:
+        sizes["n_query_groups"] = _groups(src, sizes["n_head"])
+    if "intermediate_size" not in sizes:
+        sizes["intermediate_size"] = _neurons(src, sizes["n_embd"])
     return _replaced(src, **sizes)
 
 

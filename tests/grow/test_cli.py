@@ -15,7 +15,8 @@ import torch
 
 from grow.__main__ import COMMANDS, main
 from grow.layer_map import draw_layer_map
-from grow.operators import OPERATORS, plan_growth
+from grow.operators import plan_growth
+from grow.registry import OPERATORS
 from lit_gpt.checkpoint import read_weights, write_exchange, write_training
 from lit_gpt.flops import count_parameters
 from lit_gpt.packed_dataset import write_token_file
@@ -219,6 +220,27 @@ def test_apply_shows_identity_layers_new_ones_and_what_is_preserved(capsys, mode
         assert words in out
 
 
+def test_apply_grows_in_width_and_says_what_it_did(capsys, model_folder, tmp_path):
+    arguments = ("apply", model_folder, tmp_path / "grown", "--operator", "split-width", "--n-embd", 32)
+
+    code, out, err = grow(capsys, *arguments, "--n_query_groups=2")
+
+    assert (code, err) == (0, "")
+    for words in ("n_embd 16 -> 32, n_head 4 -> 8", "intermediate_size 24 -> 48", "up to rounding in fp32"):
+        assert words in out
+    assert "layer map" not in out and "stay equal" not in out
+    found = grow_json(capsys, "inspect", tmp_path / "grown", "--verify")
+    assert (found["config"]["n_embd"], found["config"]["n_query_groups"], found["verified"]) == (32, 2, True)
+    assert "grown by split-width: n_embd 16 -> 32" in grow(capsys, "inspect", tmp_path / "grown")[1]
+    assert grow_json(capsys, "check", model_folder, tmp_path / "grown")["max_abs_logit_gap"] < 1e-4
+
+
+def test_apply_says_when_copies_can_never_part(capsys, model_folder, tmp_path):
+    arguments = ("apply", model_folder, tmp_path / "grown", "--operator=hypercloning", "--factor=2", "--dry-run")
+    assert "copies with even shares stay equal" in grow(capsys, *arguments)[1]
+    assert "copies with even shares stay equal" not in grow(capsys, *arguments, "--twin-noise", 0.3)[1]
+
+
 def test_weights_that_are_no_numbers_are_grown_only_when_allowed(capsys, tmp_path):
     config = toy_config(vocab_size=20)
     weights = toy_weights(config)
@@ -238,6 +260,8 @@ def test_weights_that_are_no_numbers_are_grown_only_when_allowed(capsys, tmp_pat
         ({"--operator": "milk"}, 2, "operator 'milk' is retired"),
         ({"--operator": "gradmax"}, 2, "operator 'gradmax' is not available"),
         ({"--operator": "inheritune"}, 2, "1 to 2 of them, and not 4"),
+        ({"--operator": "split-width", "--factor": "1.1"}, 2, "is 17.6; the result must be a whole number"),
+        ({"--n-embd": "32"}, 2, "stack takes n_layer, factor, layer_map, and not n_embd"),
         ({"--noise": "2"}, 2, "noise=2.0 must be in [0, 1]"),
         ({"--factor": "1.2"}, 2, "must be a whole number"),
         ({"--layer-map": "12-3"}, 2, "there is no layer 3"),

@@ -16,6 +16,7 @@ from grow.depth import (
     one_layer,
     partial,
     random_depth,
+    repeat_top,
     solar,
     stack,
     staged_depth,
@@ -150,6 +151,11 @@ def test_staged_growth_doubles_and_only_doubles():
         staged_depth(3, 7)
 
 
+def test_bert2bert_stacks_and_takes_the_rest_from_the_top():
+    assert repeat_top(3, 8) == (0, 1, 2, 0, 1, 2, 1, 2)
+    assert repeat_top(3, 6) == stack(3, 6)
+
+
 def test_random_growth_puts_new_layers_on_top():
     assert random_depth(2, 5) == (0, 1, None, None, None)
     assert zero_layer(2, 3) == (None, None, None)
@@ -174,7 +180,9 @@ def test_no_growth_is_no_change(rule, n_layer):
     assert rule(n_layer, n_layer) == tuple(range(n_layer))
 
 
-@pytest.mark.parametrize("rule", [stack, interpolate, gradual, solar, llama_pro, midas, lidas, staged_depth])
+@pytest.mark.parametrize(
+    "rule", [stack, interpolate, gradual, solar, llama_pro, midas, lidas, staged_depth, repeat_top]
+)
 @given(n_layer_src=st.integers(1, 12), n_layer_dst=st.integers(1, 40))
 def test_a_map_has_the_depth_asked_for_and_uses_every_layer(rule, n_layer_src, n_layer_dst):
     try:

@@ -11,8 +11,10 @@ import torch
 from grow.apply import grow_weights
 from grow.check import zero_gradient
 from grow.layer_map import MAX_LAYERS
-from grow.operators import BY_NAME, FUNCTION, OPERATORS, UNAVAILABLE, function_of, operator, plan_growth, with_depth
+from grow.operators import function_of, operator, plan_growth
 from grow.plan import SILENCED, GrowthPlan
+from grow.registry import BY_NAME, FUNCTION, OPERATORS, UNAVAILABLE
+from grow.sizes import with_depth
 from lit_gpt.axes import EMBEDDING, FINAL_NORM, HEAD, layer_of, name_in_block, with_layer
 from lit_gpt.config import Config
 from lit_gpt.model import GPT, init_tensor
@@ -310,3 +312,107 @@ def test_planning_needs_no_torch():
     modules = "grow.layer_map, grow.plan, grow.depth, grow.operators, lit_gpt.config, lit_gpt.axes, lit_gpt.flops"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+WIDER = [name for name, op in OPERATORS.items() if op.width is not None]
+
+
+@pytest.mark.parametrize("name", WIDER)
+def test_operators_in_width_grow_what_they_are_asked_to_and_keep_the_rest(name):
+    src = toy_config()
+
+    plan = plan_growth(name, src, n_embd=32, seed=4)
+
+    assert (plan.operator, plan.seed, plan.layer_map) == (name, 4, (0, 1))
+    assert plan.dst == toy_config(n_embd=32, n_head=8, n_query_groups=4, intermediate_size=48)
+    assert GrowthPlan.from_dict(plan.to_dict()) == plan
+
+
+@pytest.mark.parametrize("name", WIDER)
+@pytest.mark.parametrize("n_query_groups", [1, 2, 4])
+def test_operators_in_width_preserve_what_the_registry_says(name, n_query_groups):
+    src = toy_config(n_query_groups=n_query_groups)
+    if (name, n_query_groups) == ("staged-width", 1):
+        plan = plan_growth(name, src, factor=2, n_query_groups=2)
+    else:
+        plan = plan_growth(name, src, n_embd=32)
+    weights = toy_weights(src, dtype=torch.float64)
+
+    before = logits(src, weights, torch.float64)
+    gap = (logits(plan.dst, grow_weights(plan, weights), torch.float64) - before).abs().max()
+
+    assert function_of(plan) == operator(name).function
+    assert bool(gap <= 1e-10 * before.abs().max()) is operator(name).preserves
+
+
+@pytest.mark.parametrize(
+    ("name", "request_", "layers", "function"),
+    [
+        ("fpi", {"n_layer": 5, "n_embd": 32}, [0, 1, 0, 1, 1], "no"),
+        ("aki", {"n_layer": 4, "n_embd": 32}, [0, 1, 0, 1], "no"),
+        ("aki-pro", {"n_layer": 4, "n_embd": 32}, [0, 0, 1, 1], "no"),
+        ("lemon", {"n_layer": 4, "n_embd": 32}, [0, 0, 1, 1], "exactly"),
+        ("lemon", {"n_layer": 4}, [0, 0, 1, 1], "bitwise"),
+        ("b2b", {"n_layer": 4}, [0, 1, 0, 1], "no"),
+        ("b2b", {"n_embd": 32}, [0, 1], "exactly"),
+        ("msg", {"n_layer": 3}, [0, 1, None], "no"),
+        ("msg", {"n_embd": 32}, [0, 1], "no"),
+        ("zero", {"n_embd": 32}, [0, 1], "exactly"),
+    ],
+)
+def test_growth_of_both_axes_and_methods_of_prts_that_are_two_operators(name, request_, layers, function):
+    src = toy_config()
+
+    plan = plan_growth(name, src, **request_)
+
+    assert list(plan.layer_map) == layers and function_of(plan) == function
+    assert (plan.width is None) is ("n_embd" not in request_)
+    weights = toy_weights(src, dtype=torch.float64)
+    gap = logits(plan.dst, grow_weights(plan, weights), torch.float64) - logits(src, weights, torch.float64)
+    assert bool(gap.abs().max() < 1e-10) is (function != "no")
+
+
+@pytest.mark.parametrize(
+    ("residual", "adjust_eps", "function"),
+    [
+        ("M", None, "exactly"),
+        ("E", None, "up to eps"),
+        ("E", True, "exactly"),
+        ("bert2bert", None, "no"),
+        ("published", None, "no"),
+    ],
+)
+def test_published_residual_rules_do_not_pass_for_preserving(residual, adjust_eps, function):
+    src = toy_config(n_query_groups=4)
+
+    plan = plan_growth(
+        "split-width", src, n_embd=20, intermediate_size=24, residual=residual, adjust_eps=adjust_eps, seed=1
+    )
+
+    assert function_of(plan) == function
+    weights = toy_weights(src, dtype=torch.float64)
+    gap = logits(plan.dst, grow_weights(plan, weights), torch.float64) - logits(src, weights, torch.float64)
+    bounds = {"exactly": (0, 1e-10), "up to eps": (1e-10, 1e-2), "no": (0.05, 1e3)}
+    low, high = bounds[function]
+    assert low <= gap.abs().max() <= high
+    assert plan.options == {"residual": residual, **({"adjust_eps": True} if adjust_eps else {})}
+
+
+@pytest.mark.parametrize(
+    ("name", "request_", "message"),
+    [
+        ("split-width", {}, "how large is the grown model"),
+        ("split-width", {"n_layer": 4, "factor": 2}, "split-width takes .*and not n_layer.*that take n_layer: stack"),
+        ("stack", {"n_embd": 32}, "stack takes n_layer, factor, layer_map, and not n_embd.*split-width"),
+        ("lemon", {"factor": 2}, "and not factor"),
+        ("lemon", {"n_layer": 1, "n_embd": 32}, "cannot shrink 2 layers to 1"),
+        ("hypercloning", {"n_embd": 24}, "needs a whole factor"),
+        ("hypercloning", {"factor": 2, "residual": "Z"}, "and not residual"),
+        ("split-width", {"factor": 2, "residual": "Q"}, "unknown rule 'Q'"),
+        ("split-width", {"factor": 2, "colour": "red"}, "and not colour.*that take colour: none"),
+        ("zero-width", {"n_embd": 18}, "breaks head_size=4"),
+    ],
+)
+def test_requests_in_width_that_cannot_be_met(name, request_, message):
+    with pytest.raises(ValueError, match=message):
+        plan_growth(name, toy_config(), **request_)
