@@ -232,10 +232,10 @@ def _shares(wide: Widening, name: str, seed: int, rows: slice, dtype: torch.dtyp
 
 
 def _sum_over_copies(values: Tensor, in_axis: AxisMap) -> Tensor:
-    """For every column the sum of the columns with the same source; new columns are left out, and their sum is 1."""
+    """For every column the sum of the columns with the same source; new ones do not count, and get any sum."""
     totals = values.new_zeros(len(values), in_axis.n_src)
     totals.index_add_(1, in_axis.source, values.masked_fill(in_axis.new, 0.0))
-    return totals.index_select(1, in_axis.source).masked_fill_(in_axis.new, 1.0)
+    return totals.index_select(1, in_axis.source)
 
 
 def _twin_noise(wide: Widening, name: str, seed: int, rows: slice, block: Tensor) -> Tensor:
