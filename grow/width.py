@@ -52,7 +52,7 @@ def split_width(
     """
     maps = _copied(src, dst, seed, order)
     width = WidthPlan(**maps, rule=residual, shares=shares)
-    return _plan("split-width", src, dst, width, seed, layer_map, adjust_eps)
+    return _plan("split-width", src, dst, width, seed, layer_map=layer_map, adjust_eps=adjust_eps)
 
 
 def zero_width(
@@ -77,7 +77,7 @@ def zero_width(
     """
     fill = "block" if dst.n_embd > src.n_embd else "closed"
     width = WidthPlan(**_padded(src, dst), rule=residual, fill=fill)
-    return _plan("zero-width", src, dst, width, seed, layer_map, adjust_eps)
+    return _plan("zero-width", src, dst, width, seed, layer_map=layer_map, adjust_eps=adjust_eps)
 
 
 def random_width(
@@ -93,7 +93,7 @@ def random_width(
         ValueError: sizes that shrink, another head_size, or a rule that does not fit the sizes.
     """
     width = WidthPlan(**_padded(src, dst), rule=residual, fill="random")
-    return _plan("random-width", src, dst, width, seed, layer_map)
+    return _plan("random-width", src, dst, width, seed, layer_map=layer_map)
 
 
 def fpi(
@@ -115,7 +115,7 @@ def fpi(
         ValueError: sizes that shrink, another head_size, or a rule that does not fit the sizes.
     """
     width = WidthPlan(**_copied(src, dst, seed, "random"), rule=residual)
-    return _plan("fpi", src, dst, width, seed, layer_map, adjust_eps)
+    return _plan("fpi", src, dst, width, seed, layer_map=layer_map, adjust_eps=adjust_eps)
 
 
 def aki(
@@ -131,7 +131,7 @@ def aki(
         ValueError: sizes that shrink, another head_size, or a rule that does not fit the sizes.
     """
     width = WidthPlan(**_copied(src, dst, seed, "random"), rule=residual, rows_from_next_layer=True)
-    return _plan("aki", src, dst, width, seed, layer_map)
+    return _plan("aki", src, dst, width, seed, layer_map=layer_map)
 
 
 def aki_pro(
@@ -154,7 +154,7 @@ def aki_pro(
     """
     layers = interpolate(src.n_layer, dst.n_layer) if layer_map is None else layer_map
     width = WidthPlan(**_copied(src, dst, seed, "random"), rule=residual, rows_from_next_layer=True)
-    return _plan("aki-pro", src, dst, width, seed, layers)
+    return _plan("aki-pro", src, dst, width, seed, layer_map=layers)
 
 
 def lemon(src: Config, dst: Config, *, seed: int = 0, residual: str = "M", adjust_eps: bool = False) -> GrowthPlan:
@@ -174,7 +174,7 @@ def lemon(src: Config, dst: Config, *, seed: int = 0, residual: str = "M", adjus
     layers = interpolate(src.n_layer, dst.n_layer)
     further = tuple(layer for layer in range(1, len(layers)) if layers[layer] == layers[layer - 1])
     width = WidthPlan(**maps, rule=residual, shares="random")
-    return _plan("lemon", src, dst, width, seed, layers, adjust_eps, further)
+    return _plan("lemon", src, dst, width, seed, layer_map=layers, adjust_eps=adjust_eps, identity_layers=further)
 
 
 def hypercloning(
@@ -199,7 +199,7 @@ def hypercloning(
     """
     _check_factor("hypercloning", src, dst)
     width = WidthPlan(**_copied(src, dst, seed, "cyclic"), rule="U", twin_noise=twin_noise)
-    return _plan("hypercloning", src, dst, width, seed, layer_map)
+    return _plan("hypercloning", src, dst, width, seed, layer_map=layer_map)
 
 
 def staged_width(src: Config, dst: Config, *, seed: int = 0, layer_map: LayerMap | None = None) -> GrowthPlan:
@@ -213,7 +213,7 @@ def staged_width(src: Config, dst: Config, *, seed: int = 0, layer_map: LayerMap
     """
     _check_factor("staged-width", src, dst)
     width = WidthPlan(**_copied(src, dst, seed, "cyclic"), rule="U", shares="block")
-    return _plan("staged-width", src, dst, width, seed, layer_map)
+    return _plan("staged-width", src, dst, width, seed, layer_map=layer_map)
 
 
 def _plan(
@@ -222,6 +222,7 @@ def _plan(
     dst: Config,
     width: WidthPlan,
     seed: int,
+    *,
     layer_map: LayerMap | None,
     adjust_eps: bool = False,
     identity_layers: tuple[int, ...] = (),

@@ -59,8 +59,8 @@ class Widening:
     """K."""
 
     @property
-    def tied_norm(self) -> Tensor:
-        """float64 (n_embd of the grown model): a_j^2 summed over the copies of channel j."""
+    def energy(self) -> Tensor:
+        """float64 (n_embd of the grown model): a_j^2 summed over all copies of what channel j copies."""
         channels = self.axes[EMBD]
         total = torch.zeros(channels.n_src, dtype=torch.float64)
         total.index_add_(0, channels.source, torch.where(channels.new, 0.0, self.scale.square()))
@@ -161,7 +161,7 @@ def widened_weight(wide: Widening, name: str, seed: int, source: Tensor, followi
     shape = parameter_shapes(wide.dst)[name]
     out = torch.empty(shape, dtype=source.dtype, device=source.device)
     for rows in _row_blocks(shape):
-        out[rows] = _weight_rows(wide, name, seed, source, following, rows).to(source.dtype)
+        out[rows] = _weight_rows(wide, name, seed, rows, source=source, following=following).to(source.dtype)
     return out
 
 
@@ -170,7 +170,7 @@ def _norm(wide: Widening, name: str, source: Tensor) -> Tensor:
     if rule in ("bert2bert", "published"):
         factor = torch.full_like(wide.scale, wide.norm_scale)
     elif name == FINAL_NORM and wide.dst.tie_embeddings:
-        factor = wide.norm_scale / wide.tied_norm  # the shared matrix holds a_j already, and copies of it add up
+        factor = wide.norm_scale / wide.energy  # the shared matrix holds a_j already, and copies of it add up
     else:
         factor = wide.norm_scale / wide.scale
     grown = source[channels.source.to(source.device)] * factor.to(source)
@@ -183,7 +183,9 @@ def _row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
     return (slice(start, min(start + n_rows, shape[0])) for start in range(0, shape[0], n_rows))
 
 
-def _weight_rows(wide: Widening, name: str, seed: int, source: Tensor, following: Tensor | None, rows: slice) -> Tensor:
+def _weight_rows(
+    wide: Widening, name: str, seed: int, rows: slice, *, source: Tensor, following: Tensor | None
+) -> Tensor:
     """Some rows of a matrix of the grown model, in the dtype that it is computed in."""
     out_axis, in_axis = (wide.axes[axis] for axis in axes_of(name))
     block = _gather(out_axis, in_axis, source, following, rows)
