@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timezone
 from fractions import Fraction
 from typing import Any
 
-from grow.layer_map import format_layer_map
+from grow.layer_map import format_layer_map, is_connected
 from grow.report.charts import build_charts, line_styles
 from grow.report.compare import Comparisons
 from grow.report.gather import Gathered, TrainedModel
@@ -90,6 +90,19 @@ def _row(model: TrainedModel, comparisons: Comparisons, style: int) -> dict[str,
     }
 
 
+def blocks(layer_map: Sequence[int | None], identity_layers: Collection[int]) -> list[dict[str, Any]]:
+    """Every layer of a grown model with the layer it came from, counted from 1; None for a new one."""
+    return [
+        {
+            "layer": i + 1,
+            "source": None if source is None else source + 1,
+            "connected": i > 0 and is_connected(layer_map[i - 1], source),
+            "identity": i in identity_layers,
+        }
+        for i, source in enumerate(layer_map)
+    ]
+
+
 def _growth(model: TrainedModel, gathered: Gathered, comparisons: Comparisons) -> dict[str, Any]:
     """How a model came out of a smaller one: layer by layer, and what it did to the loss."""
     by_name = {other.name: other for other in gathered.models}
@@ -106,10 +119,7 @@ def _growth(model: TrainedModel, gathered: Gathered, comparisons: Comparisons) -
         "layer_map": layer_map,
         "layer_map_text": format_layer_map(layer_map) if layer_map else None,
         "n_layer_src": Config.from_dict(plan["src"]).n_layer if plan else None,
-        "blocks": [
-            {"layer": i + 1, "source": source + 1, "connected": i > 0 and source == layer_map[i - 1] + 1}
-            for i, source in enumerate(layer_map)
-        ],
+        "blocks": blocks(layer_map, plan.get("identity_layers", ())),
         "connection_rate": rate,
         "connection_share": float(Fraction(rate)) if rate else None,
         "optimizer_policy": (model.growth or {}).get("optimizer_policy"),

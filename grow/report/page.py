@@ -36,8 +36,13 @@ def _environment() -> Environment:
     return environment
 
 
-def layer_style(layer: int, n_layer: int) -> str:
-    """CSS colours of source layer `layer` (from 1) of `n_layer`: its place on the scale, and text that shows on it."""
+def layer_style(layer: int | None, n_layer: int) -> str:
+    """CSS colours of source layer `layer` (from 1) of `n_layer`: its place on the scale, and text that shows on it.
+
+    A layer without a source is grey.
+    """
+    if layer is None:
+        return "background:#666;color:#fff"
     place = 0.06 + 0.86 * ((layer - 1) / (n_layer - 1) if n_layer > 1 else 0.3)
     position = place * (len(LAYER_COLOURS) - 1)
     below = int(position)

@@ -19,6 +19,7 @@ import pytest
 
 from grow.report import text
 from grow.report.command import add_arguments, make_report, run, summary
+from grow.report.facts import blocks
 from grow.report.page import FORMATS, layer_style, render
 from lit_gpt.errors import DataError, run_command
 from lit_gpt.flops import count_parameters, flops_per_token
@@ -99,6 +100,14 @@ def test_every_model_has_a_row_that_counts_its_own_tokens_and_its_bases_flops(de
     assert rows["grown"]["parameters"] == count_parameters(LARGE)
     assert rows["base"]["speedup"] is None and rows["grown"]["speedup"] == demo[0]["speedup_at_equal_loss"]
     assert rows["grown"]["bpb_of"] == "validation"
+
+
+def test_new_layers_have_no_source_and_identity_layers_are_marked():
+    drawn = blocks([0, 0, None], identity_layers=[1])
+    assert [block["source"] for block in drawn] == [1, 1, None]
+    assert [block["identity"] for block in drawn] == [False, True, False]
+    assert not any(block["connected"] for block in drawn)
+    assert layer_style(None, 2) != layer_style(1, 2)
 
 
 def test_growth_is_drawn_with_its_layer_map_connection_rate_and_spike(demo):
