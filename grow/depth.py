@@ -90,7 +90,9 @@ def solar(n_layer_src: int, n_layer_dst: int) -> LayerMap:
     Raises:
         ValueError: an odd depth, or one above twice the source's.
     """
-    if n_layer_dst % 2 or not n_layer_src <= n_layer_dst <= 2 * n_layer_src:
+    if n_layer_dst == n_layer_src:
+        return tuple(range(n_layer_src))
+    if n_layer_dst % 2 or not n_layer_src < n_layer_dst <= 2 * n_layer_src:
         first = n_layer_src + n_layer_src % 2
         raise ValueError(
             f"solar joins two towers of L - m layers, so that {n_layer_src} layers grow to an even number of "

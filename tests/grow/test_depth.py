@@ -174,7 +174,7 @@ def test_inheritune_takes_the_first_layers_of_a_larger_model():
             inheritune(24, n_layer)
 
 
-@pytest.mark.parametrize("rule", [gradual, llama_pro, midas, lidas, staged_depth, random_depth, inheritune])
+@pytest.mark.parametrize("rule", [gradual, solar, llama_pro, midas, lidas, staged_depth, random_depth, inheritune])
 @given(n_layer=st.integers(1, 16))
 def test_no_growth_is_no_change(rule, n_layer):
     assert rule(n_layer, n_layer) == tuple(range(n_layer))

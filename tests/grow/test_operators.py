@@ -12,11 +12,12 @@ from grow.apply import grow_weights
 from grow.check import zero_gradient
 from grow.layer_map import MAX_LAYERS
 from grow.operators import function_of, operator, plan_growth
-from grow.plan import SILENCED, GrowthPlan
+from grow.plan import SILENCED, GrowthPlan, differing_sizes
 from grow.registry import BY_NAME, FUNCTION, OPERATORS, UNAVAILABLE
 from grow.sizes import with_depth
 from lit_gpt.axes import EMBEDDING, FINAL_NORM, HEAD, layer_of, name_in_block, with_layer
 from lit_gpt.config import Config
+from lit_gpt.flops import count_non_embedding, count_parameters
 from lit_gpt.model import GPT, init_tensor
 from tests.toys import toy_config, toy_model, toy_tokens, toy_weights
 
@@ -295,10 +296,45 @@ def test_requests_that_cannot_be_met(name, request_, message):
         plan_growth(name, toy_config(n_layer=3), **request_)
 
 
-@pytest.mark.parametrize("name", ["stack", "interpolate"])
-def test_growing_to_the_same_depth_is_the_identity(name):
-    plan = plan_growth(name, toy_config(n_layer=3), factor=1)
-    assert plan.is_identity and plan.dst == plan.src
+@pytest.mark.parametrize("name", sorted(set(OPERATORS) - {"zero-layer"}))
+@pytest.mark.parametrize("n_query_groups", [1, 2, 4])
+def test_growing_to_the_same_sizes_is_the_identity(name, n_query_groups):
+    src = toy_config(n_layer=1 if name == "one-layer" else 3, n_query_groups=n_query_groups)
+    sizes = {
+        "depth": {"layer_map": range(3)} if name == "partial" else {"factor": 1},
+        "width": {"factor": 1},
+        "both": {"n_layer": 3, "n_embd": 16},
+    }
+
+    plan = plan_growth(name, src, **sizes[operator(name).axis], seed=9)
+
+    assert plan.is_identity and plan.dst == src and function_of(plan) == "bitwise"
+    weights = toy_weights(src, dtype=torch.bfloat16)
+    grown = grow_weights(plan, weights)
+    assert all(torch.equal(grown[param], weight) for param, weight in weights.items())
+
+
+# base, target at four times its depth; then billions of parameters of both, all and without embeddings
+PAPER_SIZES = [
+    ("6L1024H", "24L1024H", (0.1426, 0.3739), (0.0771, 0.3083)),
+    ("6L2048H", "24L2048H", (0.4394, 1.3643), (0.3083, 1.2332)),
+    ("tiny_LLaMA_750M_like3B", "tiny_LLaMA_3B", (0.7223, 2.3975), (0.5584, 2.2336)),
+    ("tiny_LLaMA_1.7B_like7B", "tiny_LLaMA_7B", (1.6799, 5.9331), (1.4177, 5.6710)),
+]
+
+
+@pytest.mark.parametrize(("base", "target", "all_parameters", "non_embedding"), PAPER_SIZES)
+def test_the_papers_bases_stack_to_its_targets(base, target, all_parameters, non_embedding):
+    plan = plan_growth("stack", Config.from_name(base), factor=4)
+
+    assert differing_sizes(plan.dst, Config.from_name(target)) == []
+    for count, billions in ((count_parameters, all_parameters), (count_non_embedding, non_embedding)):
+        assert [count(config) / 1e9 for config in (plan.src, plan.dst)] == pytest.approx(billions, abs=0.00005)
+
+
+def test_the_papers_width_growth_goes_from_24_layers_of_1024_to_2048():
+    plan = plan_growth("split-width", Config.from_name("24L1024H"), factor=2)
+    assert plan.dst == Config.from_name("24L2048H")
 
 
 def test_a_grown_model_is_named_after_its_sizes_or_not_at_all():
