@@ -149,7 +149,7 @@ MORE_QUERIES = toy_config(), grown_config(toy_config(), n_embd=20, groups=2, slo
 
 
 @pytest.mark.parametrize("name", PRESERVING)
-@settings(max_examples=10)
+@settings(max_examples=7)
 @given(growths(), st.integers(0, 3))
 def test_the_function_is_kept_at_any_width(name, growth, seed):
     plan = PRESERVING[name](*growth)
@@ -160,7 +160,7 @@ def test_the_function_is_kept_at_any_width(name, growth, seed):
 
 
 @pytest.mark.parametrize("name", PRESERVING_MULTIPLES)
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(growths(n_embd=(16, 32, 48)))
 def test_the_function_is_kept_at_multiples_of_the_width(name, growth):
     plan = PRESERVING_MULTIPLES[name](*growth)
@@ -282,7 +282,7 @@ def test_weights_without_storage_can_be_grown_too():
         assert all(weight.is_meta for weight in grow_weights(operator(src, dst), meta).values())
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(growths(), st.sampled_from(["split", "zero", "fpi"]))
 def test_width_and_depth_commute_and_fit_one_plan(growth, name):
     src, wide = growth
@@ -333,7 +333,7 @@ EVEN: dict[str, Callable[[Config, Config], GrowthPlan]] = {
 
 
 @pytest.mark.parametrize("name", EVEN)
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(growths())
 def test_mapped_moments_are_the_gradients_of_the_grown_model(name, growth):
     assert_moments_are_gradients(EVEN[name](*growth))
@@ -431,7 +431,7 @@ def test_one_step_separates_copies_with_random_shares_and_no_step_those_with_eve
     assert all(difference < 1e-9 for difference in twins_apart(even).values())
 
 
-@pytest.mark.parametrize(("n_query_groups", "tie"), [(1, False), (2, True), (4, False)])
+@pytest.mark.parametrize(("n_query_groups", "tie"), [(1, True), (4, False)])
 @pytest.mark.parametrize(
     "sizes",
     [
