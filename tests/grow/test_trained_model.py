@@ -13,8 +13,6 @@ import torch
 from benchmarks.operators_after_growth import Growth, first_layers, growths_of, model_of
 from grow.apply import grow_checkpoint, grow_weights
 from grow.operators import OPERATORS, function_of
-from grow.sizes import wider
-from grow.width import split_width, zero_width
 from lit_gpt.checkpoint import read_exchange
 from lit_gpt.config import Config
 from lit_gpt.generate import generate
@@ -24,6 +22,7 @@ from lit_gpt.tokenizer import Tokenizer
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-10}
 """Of the largest logit."""
 EPS_TOLERANCE = 1e-3  # of what keeps the function but for norm_eps
+COMPARED = 100  # tokens
 CHANGED = 1e-2  # more than this is another function
 CONFIG = Config(
     block_size=512,
@@ -36,6 +35,21 @@ CONFIG = Config(
     tie_embeddings=True,
 )
 GROWTHS = [growth for name in OPERATORS for growth in growths_of(name)]
+OPTIONS = [
+    *(Growth("split-width", {"n_embd": 96, "residual": rule}) for rule in ("E", "bert2bert", "published")),
+    Growth("split-width", {"n_embd": 128, "residual": "bert2bert"}),  # the tied head reads both copies of a channel
+    Growth("split-width", {"n_embd": 96, "residual": "E", "adjust_eps": True}),
+    Growth("split-width", {"n_embd": 96, "shares": "even", "order": "random"}),
+    Growth("split-width", {"intermediate_size": 200}),
+    Growth("zero-width", {"intermediate_size": 200}),
+    Growth("zero-width", {"n_embd": 96, "residual": "Z"}),
+    Growth("zero-width", {"n_embd": 96, "residual": "Z", "adjust_eps": True}),
+    Growth("lemon", {"n_embd": 160, "residual": "Z"}),
+    Growth("hypercloning", {"n_embd": 128, "twin_noise": 0.316}),
+    Growth("zero-depth", {"n_layer": 10, "noise": 0.2}),
+    Growth("zero-depth", {"layer_map": "1123345"}),
+]
+"""What an operator can be asked for beyond sizes."""
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +89,10 @@ def logits_before_and_after(source, growth: Growth, idx, dtype=torch.float32, se
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("growth", GROWTHS, ids=str)
-def test_an_operator_keeps_logits_and_text_if_it_says_so_and_else_does_not(source, greedy_ids, growth, dtype):
+@pytest.mark.parametrize("growth", GROWTHS + OPTIONS, ids=str)
+def test_an_operator_keeps_logits_and_text_if_it_says_so_and_else_changes_the_logits(source, greedy_ids, growth, dtype):
     """Text: where the likeliest tokens after every beginning are the same, greedy writing is."""
-    plan, before, after = logits_before_and_after(source, growth, greedy_ids, dtype)
+    plan, before, after = logits_before_and_after(source, growth, greedy_ids[:, :COMPARED], dtype)
 
     gap = ((after - before).abs().max() / before.abs().max()).item()
     same_text = torch.equal(after.argmax(-1), before.argmax(-1))
@@ -90,7 +104,7 @@ def test_an_operator_keeps_logits_and_text_if_it_says_so_and_else_does_not(sourc
         case "up to eps":
             assert gap <= EPS_TOLERANCE
         case _:
-            assert gap > CHANGED and not same_text
+            assert gap > CHANGED
 
 
 def test_the_text_in_these_tests_is_the_known_one(source, exchange, greedy_ids, known_text):
@@ -119,46 +133,3 @@ def test_every_operator_that_promises_the_function_is_seen_to_keep_it():
 
 def test_every_operator_has_sizes_to_be_tried_with():
     assert {growth.operator for growth in GROWTHS} == set(OPERATORS)
-
-
-# Width: the rules for residual channels and norms, which an operator can be asked for one by one
-
-WIDER = {
-    "twice": {"n_embd": 128},
-    "half more": {"n_embd": 96},
-    "more heads per group": {"n_embd": 96, "n_query_groups": 4},
-    "neurons": {"intermediate_size": 200},
-}
-RULES = {  # what becomes of the function, by the table at the top of grow/width_plan.py
-    "M": (split_width, {"residual": "M"}, 1e-4),
-    "E with its eps": (split_width, {"residual": "E", "adjust_eps": True}, 1e-4),
-    "E": (split_width, {"residual": "E"}, EPS_TOLERANCE),
-    "even shares": (split_width, {"shares": "even"}, 1e-4),
-    "Z with its eps": (zero_width, {"residual": "Z", "adjust_eps": True}, 1e-4),
-    "Z": (zero_width, {"residual": "Z"}, EPS_TOLERANCE),
-    "random copies": (split_width, {"order": "random"}, 1e-4),
-}
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("sizes", WIDER)
-@pytest.mark.parametrize("rule", RULES)
-def test_a_rule_of_width_keeps_the_function_of_a_trained_tied_model(source, greedy_ids, rule, sizes):
-    config, weights = source
-    operator, options, tolerance = RULES[rule]
-    plan = operator(config, wider(config, **WIDER[sizes]), seed=3, **options)
-
-    before, after = model_of(config, weights)(greedy_ids), model_of(plan.dst, grow_weights(plan, weights))(greedy_ids)
-
-    assert (after - before).abs().max() <= tolerance * before.abs().max()
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("rule", ["bert2bert", "published"])
-def test_a_rule_as_it_was_published_changes_the_function_where_copies_are_uneven(source, greedy_ids, rule):
-    config, weights = source
-    plan = split_width(config, wider(config, n_embd=96), residual=rule)
-
-    before, after = model_of(config, weights)(greedy_ids), model_of(plan.dst, grow_weights(plan, weights))(greedy_ids)
-
-    assert (after - before).abs().max() > CHANGED * before.abs().max()
