@@ -171,8 +171,8 @@ def print_plan(plan: GrowthPlan, policy: str) -> None:
     print(f"  parameters  {count_parameters(plan.src):,} -> {count_parameters(plan.dst):,}")
     print(f"  preserves   {describe_function(plan)}")
     if plan.width is not None and plan.width.stays_symmetric:
-        print("  symmetry    copies with even shares stay equal in training, a model no larger than the source: use")
-        print("              another operator, --shares random, --twin-noise or --noise where it is an option")
+        print("  symmetry    copies with even shares stay equal in training: the model never gets more than its source")
+        print("              had. Part them by --shares random, --twin-noise or --noise, or use another operator")
     print(f"  trained     {op.trained}")
     print(f"  optimizer   {policy}: {OPTIMIZER_POLICIES[policy]}")
 
