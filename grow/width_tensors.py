@@ -254,11 +254,11 @@ def _twin_noise(wide: Widening, name: str, seed: int, rows: slice, block: Tensor
 
 
 def _silent(wide: Widening, name: str, rows: slice) -> Tensor:
-    """bool (rows, columns): new entries that start at zero; the rest is drawn from the initial distribution."""
+    """bool (rows, columns): new entries that start at zero; the rest, all of the head, is drawn as initial weights."""
     axis, _ = axes_of(name)
     out_axis, in_axis = (wide.axes[axis] for axis in axes_of(name))
     shape = (rows.stop - rows.start, len(in_axis.source))
-    if wide.width.fill == "random" or name == HEAD:
+    if wide.width.fill == "random":
         return torch.zeros(shape, dtype=torch.bool)
     if name == EMBEDDING:
         return in_axis.new.expand(shape)
