@@ -203,6 +203,14 @@ def test_the_published_norms_change_the_function(operator, rule, growth):
     assert relative_gap(operator(*growth, residual=rule)) > 0.1
 
 
+@pytest.mark.parametrize("tie", [False, True])
+def test_copied_norms_are_exact_where_all_is_doubled_unless_the_head_is_tied(tie):
+    src = toy_config(tie_embeddings=tie)
+    plan = split_width(src, grown_config(src, n_embd=32), residual="bert2bert")
+
+    assert plan.width.is_exact(plan.src, plan.dst) == (relative_gap(plan) < 1e-10) == (not tie)
+
+
 @pytest.mark.parametrize("growth", [DOUBLE, ODD])
 def test_zero_padding_by_the_published_gamma_is_exact_only_with_its_own_eps(growth):
     kept, adjusted = (zero_width(*growth, residual="published", adjust_eps=adjust) for adjust in (False, True))
