@@ -436,6 +436,8 @@ def test_one_step_separates_copies_with_random_shares_and_no_step_those_with_eve
     even = split_width(*DOUBLE, shares="even")
     assert even.width.stays_symmetric and not split_width(*DOUBLE).width.stays_symmetric
     assert not zero_width(*DOUBLE).width.stays_symmetric, "there are no copies"
+    assert not hypercloning(*DOUBLE, twin_noise=0.3).width.stays_symmetric
+    assert fpi(*DOUBLE).width.stays_symmetric and not aki(*DOUBLE).width.stays_symmetric
     assert all(difference < 1e-9 for difference in twins_apart(even).values())
 
 
@@ -674,6 +676,11 @@ def test_a_stored_width_plan_with_other_keys_is_refused():
         (split_width, {"n_layer": 4}, "layer map has 2 layers, but n_layer=4"),
         (hypercloning, {"n_embd": 24}, "n_embd=16 does not divide 24; use 16 or 32, or split-width"),
         (staged_width, {"n_embd": 32}, "block-diagonal growth multiplies n_embd, n_query_groups and intermediate_size"),
+        (
+            staged_width,
+            {"n_embd": 32, "n_head": 16, "n_query_groups": 4, "intermediate_size": 48},
+            "block-diagonal growth multiplies n_embd, n_query_groups and intermediate_size by one factor",
+        ),
     ],
 )
 def test_sizes_that_cannot_be_grown_to_are_refused(operator, changes, message):
