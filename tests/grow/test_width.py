@@ -320,6 +320,12 @@ def test_lemon_grows_in_depth_too_and_further_copies_of_a_layer_write_nothing():
     assert relative_gap(plan) < 1e-10
 
 
+def test_lemon_copies_the_residual_stream_as_often_as_it_fits_and_pads_the_rest():
+    plan = lemon(toy_config(), grown_config(toy_config(), n_embd=40))
+
+    assert plan.width.channels == (*range(16), *range(16), *[None] * 8)
+
+
 def test_a_width_plan_gives_new_layers_the_initial_weights_of_the_grown_sizes():
     src, wide = DOUBLE
     plan = split_width(src, dataclasses.replace(wide, n_layer=3), layer_map=(0, None, 1))
