@@ -9,7 +9,7 @@ from torch import Tensor
 
 from grow.plan import GrowthPlan
 from grow.width_tensors import compute_dtype, generator, widened_moment, widened_weight, widening
-from lit_gpt.axes import EMBEDDING, axes_of, layer_of, parameter_shapes, with_layer
+from lit_gpt.axes import EMBEDDING, layer_of, parameter_shapes, with_layer
 from lit_gpt.model import init_std, init_tensor
 
 
@@ -54,7 +54,7 @@ def with_noise(weight: Tensor, plan: GrowthPlan, name: str) -> Tensor:
 def _following(plan: GrowthPlan, source: str) -> str | None:
     """The parameter of the layer after, where the plan takes rows from it; the last layer has none."""
     layer = layer_of(source)
-    if plan.width is None or not plan.width.rows_from_next_layer or layer is None or len(axes_of(source)) == 1:
+    if plan.width is None or not plan.width.rows_from_next_layer or layer is None:
         return None
     return with_layer(source, layer + 1) if layer + 1 < plan.src.n_layer else None
 
