@@ -224,19 +224,12 @@ def test_a_worker_that_dies_is_an_error_with_its_unit_and_the_same_command_goes_
 def test_a_signal_ends_it_soon_and_leaves_nothing_unfinished(root, large_units, tmp_path, number, whom):
     out = tmp_path / "out"
     command = [sys.executable, str(root / "scripts" / "prepare.py"), *map(str, large_units), "--out", str(out)]
-    with subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=_hear_interrupts
-    ) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         wait_for_temporary(out, process)
         (os.killpg if whom == "all its processes" else os.kill)(process.pid, number)
         _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (EXIT_STOPPED, "stopped; the same command continues\n")
     assert not list(out.glob("*.tmp")) and not (out / "manifest.json").exists()
-
-
-def _hear_interrupts() -> None:
-    """Tests that a shell started in the background ignore SIGINT, and hand that on to what they start."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_only_what_dead_processes_left_is_removed(run, many_units, undisturbed, tmp_path):
