@@ -126,13 +126,13 @@ def _differences(key: str, before: Any, after: Any) -> list[tuple[str, Any, Any]
     return [leaf for part in parts for leaf in _differences(*part)]
 
 
-def check_settings(checkpoint: TrainingCheckpoint, config: RunConfig) -> None:
+def check_settings(saved: dict[str, Any], config: RunConfig) -> None:
     """Refuse to resume under settings that would make it another run.
 
     Raises:
         ValueError: naming every setting that differs.
     """
-    lines = changed_settings(checkpoint.state["run_config"], config)
+    lines = changed_settings(saved, config)
     if lines:
         raise ValueError(
             "\n".join([f"{config.out_dir} holds a run with other settings:", *(f"  {line}" for line in lines)])

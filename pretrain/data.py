@@ -257,6 +257,12 @@ def check_epochs(train: TrainData, start: int, stop: int) -> list[str]:
     epochs, before = train.packed.order.epochs(stop), train.packed.order.epochs(start)
     name, most = max(epochs.items(), key=lambda item: item[1])
     if most > train.settings.max_epochs:
+        if train.settings.start_position is not None and before[name] + 1 > train.settings.max_epochs:
+            raise ValueError(
+                f"data.start_position={train.settings.start_position:,} is too far: {name!r} counts as read "
+                f"{before[name]:.2f} times before it, {most:.2f} times at the run's end, and "
+                f"data.max_epochs={train.settings.max_epochs:g}; give the sample at which an earlier run stopped"
+            )
         raise ValueError(
             f"by sample {stop:,}, its end, the run will have read {name!r} {most:.2f} times ({before[name]:.2f} times "
             f"before its start), data.max_epochs={train.settings.max_epochs:g}; train on fewer tokens, prepare more "

@@ -164,9 +164,14 @@ class Meter:
 def describe_step(found: StepSamples) -> list[str]:
     """What `show` prints."""
     when = "trained on" if found.trained else "not trained on yet"
+    place = (
+        f" ({found.order_start:,} to {found.order_stop - 1:,} of the order, skipped ones included)"
+        if (found.order_start, found.order_stop) != (found.first_position, found.stop_position)
+        else ""
+    )
     lines = [
         f"{found.run}: step {found.step:,} of {found.planned_steps:,} (stage {found.stage}), {when}: "
-        f"samples {found.first_position:,} to {found.stop_position - 1:,} of the {found.order} order",
+        f"samples {found.first_position:,} to {found.stop_position - 1:,}{place or f' of the {found.order} order'}",
         f"order {found.order_id[:12]}, {found.verified}",
     ]
     lines += [f"note: {note}" for note in found.notes]

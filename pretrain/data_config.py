@@ -20,7 +20,7 @@ class SegmentConfig:
     """A stretch of the run with its own weights; it ends where the next one starts."""
 
     start: int
-    """Samples of the global order before it, skipped ones included; 0 for the first segment."""
+    """Samples of the global order before it, skipped ones included, unlike `position` in logs; 0 for the first."""
     weights: dict[str, float]
     """Share of each named source of `train`."""
 
@@ -46,7 +46,8 @@ class DataConfig:
     segments: list[SegmentConfig] | None = None
     """Weights that change during the run, instead of `weights`; those of the future may still be edited."""
     skips: list[list[int]] | None = None
-    """[start, stop) stretches of the global order that are not trained on, in samples, e.g. around a loss spike."""
+    """[start, stop) stretches of the global order, in samples, that are not trained on. Counts skipped samples too,
+    unlike `position` in logs; `pretrain data show` prints both."""
     window: int | None = None
     """Files that are read at a time, for storage that dislikes random access. Default: all files at once."""
     document_mask: bool = False

@@ -44,6 +44,23 @@ def parent_state(config: RunConfig) -> dict[str, Any]:
     return read_exchange(source).provenance or {}
 
 
+def with_saved_name(config: RunConfig, own: Mapping[str, Any] | None) -> RunConfig:
+    """The settings with a single source that was given no name called as its checkpoint calls it: folders move.
+
+    The order depends on the names of its sources.
+    """
+    data = config.data
+    if not isinstance(data.train, str) or data.weights is not None or data.segments is not None:
+        return config
+    if own is None and (data.start_position is not None or data.allow_order_change):
+        return config  # other data than that of init_from, by consent
+    saved = (parent_state(config) if own is None else own).get("data")
+    names = list(saved["sources"]) if saved else []
+    if len(names) != 1 or names == [*data.train_paths()]:
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(data, train={names[0]: data.train}))
+
+
 def check_tokenizer(state: Mapping[str, Any], corpus: Corpus) -> None:
     """Refuse data whose token ids mean something else than those a checkpoint was trained on.
 
@@ -154,6 +171,37 @@ def first_position(config: RunConfig, train: TrainData, saved: Mapping[str, Any]
     return 0 if saved is None else continued_position(train, saved)
 
 
+def check_stream(train: TrainData, saved: Mapping[str, Any]) -> None:
+    """`PackedData.check_state`, which knows no paths; of the same data under other names, say how to name it.
+
+    Raises:
+        ValueError: as there.
+    """
+    try:
+        train.packed.check_state(saved)
+    except ValueError as error:
+        renamed = _renamed(train, saved)
+        if renamed is None:
+            raise
+        different = [line for line in str(error).splitlines() if line.startswith("data.")]
+        listed = ", ".join(f"{name}: {path}" for name, path in renamed.items())
+        way_out = f"the data is the same under other names; name it as the checkpoint does: --data.train '{{{listed}}}'"
+        raise ValueError("\n".join([*different, way_out])) from error
+
+
+def _renamed(train: TrainData, saved: Mapping[str, Any]) -> dict[str, str] | None:
+    """Saved name -> path of each source, if this is the data of a checkpoint under other names; None if it is not."""
+    paths = train.settings.train_paths()
+    found = {
+        source.fingerprint: paths[name]
+        for name, source in zip(train.packed.order.names, train.packed.sources, strict=True)
+    }
+    before = {name: source["fingerprint"] for name, source in saved.get("sources", {}).items()}
+    if set(before) == set(paths) or len(before) != len(paths) or set(before.values()) != set(found):
+        return None
+    return {name: found[fingerprint] for name, fingerprint in before.items()}
+
+
 def continued_position(train: TrainData, saved: Mapping[str, Any]) -> int:
     """Where a data object goes on in this data.
 
@@ -161,7 +209,7 @@ def continued_position(train: TrainData, saved: Mapping[str, Any]) -> int:
         ValueError: naming the field that differs, unless data.allow_order_change.
     """
     try:
-        train.packed.check_state(saved)
+        check_stream(train, saved)
     except ValueError as error:
         if not train.settings.allow_order_change:
             raise

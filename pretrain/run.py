@@ -49,6 +49,7 @@ from pretrain.origin import (
     mask_notes,
     own_state,
     parent_state,
+    with_saved_name,
 )
 from pretrain.parallel import choose_compute, launch
 from pretrain.signals import StopSignal
@@ -74,6 +75,8 @@ class Plan:
     validation: list[ValidationSet]
     data_lines: list[str]
     """What was found, for the log."""
+    own: dict[str, Any] | None
+    """state.json of the run's own last checkpoint; None for a run that has none."""
 
 
 def run(invocation: Invocation, command: list[str]) -> None:
@@ -87,6 +90,8 @@ def run(invocation: Invocation, command: list[str]) -> None:
     plan = preflight(invocation)
     config, stages = plan.config, plan.stages
     if invocation.dry_run:
+        if plan.own is not None:
+            resumed_state(plan.own, config, plan.train)
         describe(plan)
         return
     fabric = launch(config)
@@ -103,10 +108,14 @@ def run(invocation: Invocation, command: list[str]) -> None:
         }
         checkpoints = RunCheckpoints(out_dir, config.checkpoints, metadata)
         checkpoint = checkpoints.resume()
-        state = resumed_state(checkpoint, config, plan.train) if checkpoint else TrainState(position=plan.position)
+        state = (
+            resumed_state(checkpoint.state, config, plan.train) if checkpoint else TrainState(position=plan.position)
+        )
         if is_finished(state, stages):
             say(f"{out_dir} is finished: {state.step_count:,} steps. --fresh starts over")
             return
+        settings = yaml.safe_dump(to_plain(config), sort_keys=False)
+        write_atomically(out_dir / CONFIG_FILE, settings.encode())  # those of this sitting; some may change
         describe(plan)
         say(f"compute: {compute.precision}, compile {compute.compile} ({compute.reason})")
         stage = stages[state.stage - 1]
@@ -136,6 +145,7 @@ def preflight(invocation: Invocation) -> Plan:
     own = None if invocation.fresh else own_state(Path(config.out_dir))
     if config.init_from is not None and own is None:  # a run that has checkpoints of its own needs its parent no more
         check_init_from(config, stages[0], invocation.fresh)
+    config = with_saved_name(config, own)
     cache = None if invocation.dry_run else Path(config.out_dir) / INDEX_FOLDER
     train, position = open_stream(config, model_config, corpus, own, cache)
     validation, validation_lines = open_validation_sets(
@@ -144,7 +154,7 @@ def preflight(invocation: Invocation) -> Plan:
     samples = config.batch.global_batch_size * sum(stage.steps for stage in stages)
     epoch_lines = check_epochs(train, position, position + samples)
     lines = [*train.notes, *epoch_lines, *validation_lines, *corpus.notes]
-    return Plan(config, stages, corpus, train, position, samples, validation, lines)
+    return Plan(config, stages, corpus, train, position, samples, validation, lines, own)
 
 
 def scratch_config(config: RunConfig, stages: list[Stage]) -> RunConfig:
@@ -235,7 +245,6 @@ def remove_run(out_dir: Path) -> None:
 def start(this_run: Run, stage: Stage, state: TrainState) -> Trained:
     """Step 0: initial weights, or those of `init_from`; `state` takes over what the latter brings along."""
     config = this_run.config
-    write_atomically(Path(config.out_dir) / CONFIG_FILE, yaml.safe_dump(to_plain(config), sort_keys=False).encode())
     model = GPT(stage.config)
     if config.init_from is None:
         init_weights(model, config.seed)
@@ -295,12 +304,18 @@ def inherit(trained: Trained, state: TrainState, parent: TrainingCheckpoint) -> 
     load_named_state(trained.model, trained.optimizer.optimizer, parent.optimizer)
 
 
-def resumed_state(checkpoint: TrainingCheckpoint, config: RunConfig, train: TrainData) -> TrainState:
-    """Where the checkpoint stands, after checking that it is of this run and this data."""
-    check_settings(checkpoint, config)
-    check_separator(checkpoint.state, train)
-    continued_position(train, checkpoint.state["data"])
-    return TrainState.from_dict(checkpoint.state)
+def resumed_state(state: dict[str, Any], config: RunConfig, train: TrainData) -> TrainState:
+    """Where a checkpoint of the run stands, after checking that it is of these settings and this data.
+
+    state: its state.json.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    check_settings(state["run_config"], config)
+    check_separator(state, train)
+    continued_position(train, state["data"])
+    return TrainState.from_dict(state)
 
 
 def resume(this_run: Run, stage: Stage, checkpoint: TrainingCheckpoint) -> Trained:

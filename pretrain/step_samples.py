@@ -24,6 +24,7 @@ from pretrain.config import RunConfig, unknown_key_problems
 from pretrain.corpus import Corpus, model_config_for, read_corpus
 from pretrain.data import TrainData
 from pretrain.loggers import METRICS_FILE
+from pretrain.origin import check_stream, with_saved_name
 from pretrain.run import CONFIG_FILE, INDEX_FOLDER, open_stream
 from pretrain.stages import Stage, plan_stages
 
@@ -60,6 +61,9 @@ class StepSamples:
     first_position: int
     stop_position: int
     """The step's samples are first_position .. stop_position - 1 of the global order."""
+    order_start: int
+    order_stop: int
+    """The same stretch counted with the samples that data.skips leaves out."""
     order: str
     order_id: str
     verified: str
@@ -128,6 +132,7 @@ def samples_of(
     stage = _stage_of(step, opened)
     first = opened.first_position + (step - 1) * batch
     start = first if position is None else position
+    stretch = opened.train.stretch(first, first + batch) or (first, first + batch)
     text_of, notes = _texts(opened)
     return StepSamples(
         run=str(run),
@@ -137,6 +142,8 @@ def samples_of(
         trained=step <= _steps_done(folder, saved),
         first_position=first,
         stop_position=first + batch,
+        order_start=stretch[0],
+        order_stop=stretch[1],
         order=opened.train.settings.order or "permuted",
         order_id=opened.train.packed.order_id,
         verified=opened.verified,
@@ -190,13 +197,14 @@ def _open(
     newest = saved[-1] if saved else None
     covering = next((each for each in saved if _covers(each, step, position)), newest)
     settings = _settings_file(folder) if covering is None else covering.state["run_config"]
+    own = None if covering is None else covering.state
     config = config_of(merge(merge(settings, {"out_dir": str(folder)}), _replaced(data_flags)))
+    config = with_saved_name(config, own)
     corpus = read_corpus(dataclasses.replace(config.data, validation={}))
     model_config = model_config_for(corpus, config.model)
     cache = folder / INDEX_FOLDER
     if data_flags or not cache.is_dir():
         cache = None  # the run's index is of the run's data, wherever we look for it
-    own = None if covering is None else covering.state
     train, first = open_stream(config, model_config, corpus, own, cache)
     batch = config.batch.global_batch_size
     wanted = step if step is not None else ((position or 0) - first) // batch + 1
@@ -242,8 +250,11 @@ def _verified(train: TrainData, saved: _Saved | None) -> str:
     if saved is None:
         return "not verified: the run has no checkpoint yet"
     try:
-        train.packed.check_state(saved.state["data"])
+        check_stream(train, saved.state["data"])
     except ValueError as error:
+        way_out = str(error).splitlines()[-1]
+        if way_out.startswith("the data is the same"):
+            raise DataError(str(error)) from error
         differences = "\n".join(line for line in str(error).splitlines() if line.startswith("data"))
         raise DataError(
             f"this is not the data that {saved.path} was trained on:\n{differences or error}\n"

@@ -122,6 +122,23 @@ def pretrain(
 
 
 @pytest.fixture
+def data_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Finished]:
+    """Run `pretrain data ...` in this process."""
+    from pretrain.__main__ import main
+
+    def run(*arguments: object) -> Finished:
+        monkeypatch.setattr(sys, "argv", ["pretrain", "data", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            code = main()
+        except SystemExit as leaving:  # argparse
+            code = int(leaving.code or 0)
+        return Finished(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
 def pretrain_process(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
     """Start `pretrain` as a process of its own, for what only happens to processes."""
 

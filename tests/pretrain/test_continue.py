@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from grow.apply import grow_checkpoint
 from grow.operators import plan_growth
@@ -266,3 +267,65 @@ def test_a_step_that_failed_can_be_left_out_as_the_error_says(base, pretrain, ba
     assert pretrain(base).returncode == 0
     rows = [row.tobytes() for row in np.concatenate(batches_of)]
     assert len(rows) == 2 * BATCH and not bad_rows & set(rows)
+
+
+def test_a_single_source_keeps_its_name_when_its_folder_moves(base, pretrain, data_command, tmp_path):
+    old, new = tmp_path / "mv", tmp_path / "moved"
+    write_prepared(old, np.random.default_rng(0).integers(3, 259, 2000))
+    settings = {**base, "data": {"train": str(old)}}
+    assert pretrain(settings).returncode == 0
+    order_id = data_of(settings)["order_id"]
+    cut_back_to(settings, 2)
+    old.rename(new)
+    shown = data_command("show", settings["out_dir"], "--step", "1", "--data.train", new)
+    assert "verified against" in shown.stdout, shown.stderr
+    result = pretrain({**settings, "data": {"train": str(new)}})
+    assert result.returncode == 0, result.stderr
+    assert data_of(settings)["order_id"] == order_id
+
+
+def test_the_same_data_under_another_name_is_refused_with_the_flag_that_works(base, pretrain, two_sources):
+    settings = {**base, "data": {"train": {"a": two_sources["slim"]}}}
+    assert pretrain(settings).returncode == 0
+    cut_back_to(settings, 2)
+    renamed = {**settings, "data": {"train": {"b": two_sources["slim"]}}}
+    result = pretrain(renamed)
+    assert result.returncode == 2
+    assert f"--data.train '{{a: {two_sources['slim']}}}'" in result.stderr
+    assert "allow_order_change" not in result.stderr
+    assert pretrain({**settings, "data": {"train": {"a": two_sources["slim"]}}}).returncode == 0
+
+
+def test_the_settings_of_the_last_sitting_lie_in_the_folder(base, pretrain):
+    assert pretrain(base).returncode == 0
+    cut_back_to(base, 2)
+    assert pretrain(base, "--data.max_epochs", "7").returncode == 0
+    written = yaml.safe_load((Path(base["out_dir"]) / "config.yaml").read_text())
+    assert written["data"]["max_epochs"] == 7
+
+
+@pytest.mark.parametrize("flags", [("--seed", "9"), ("--data.weights", "{slim: 1, star: 1}")])
+def test_a_dry_run_refuses_what_resuming_refuses(base, pretrain, flags):
+    assert pretrain(base).returncode == 0
+    cut_back_to(base, 2)
+    before = sorted((path, path.stat().st_mtime_ns) for path in Path(base["out_dir"]).rglob("*"))
+    dry = pretrain(base, *flags, "--dry-run")
+    assert sorted((path, path.stat().st_mtime_ns) for path in Path(base["out_dir"]).rglob("*")) == before
+    real = pretrain(base, *flags)
+    assert (dry.returncode, dry.stderr) == (real.returncode, real.stderr)
+    assert dry.returncode == 2
+
+
+def test_show_counts_with_and_without_skipped_samples(base, pretrain, data_command):
+    settings = merge(base, {"data": {"skips": [[2, 12]]}})
+    assert pretrain(settings).returncode == 0
+    shown = data_command("show", settings["out_dir"], "--step", "2")
+    assert "samples 4 to 7 (14 to 17 of the order, skipped ones included)" in shown.stdout
+    found = json.loads(data_command("show", settings["out_dir"], "--step", "2", "--json").stdout)
+    assert (found["first_position"], found["order_start"], found["order_stop"]) == (4, 14, 18)
+
+
+def test_a_start_beyond_the_data_is_named_first(base, pretrain):
+    result = pretrain(base, "--data.start_position", "5000")
+    assert result.returncode == 2
+    assert "data.start_position=5,000 is too far" in result.stderr.splitlines()[0]

@@ -25,23 +25,6 @@ STEPS = 14
 
 
 @pytest.fixture
-def data_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Finished]:
-    """Run `pretrain data ...` in this process."""
-    from pretrain.__main__ import main
-
-    def run(*arguments: object) -> Finished:
-        monkeypatch.setattr(sys, "argv", ["pretrain", "data", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            code = main()
-        except SystemExit as leaving:  # argparse
-            code = int(leaving.code or 0)
-        return Finished(code, *capsys.readouterr())
-
-    return run
-
-
-@pytest.fixture
 def show(data_command: Callable[..., Finished]) -> Callable[..., dict[str, Any]]:
     """`pretrain data show RUN ... --json`, parsed."""
 
