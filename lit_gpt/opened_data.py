@@ -94,13 +94,24 @@ def open_data(
     notes: list[str] = []
     if manifest is None:
         vocabulary = _given_vocabulary(tokenizer, vocab_size, separator_id)
-        splits = _given_splits(os.fspath(path), split, dtype, problems, notes)
+        try:
+            splits = _given_splits(os.fspath(path), split, dtype, problems, notes)
+        except (ValueError, DataError) as error:
+            if "data.dtype" not in str(error):
+                raise
+            raise type(error)(_as_option(str(error))) from error
+        problems, notes = [*map(_as_option, problems)], [*map(_as_option, notes)]
     else:
         given = {"dtype": dtype, "vocab_size": vocab_size, "separator_id": separator_id}
         _refuse_known({name: value for name, value in given.items() if value is not None}, Path(path))
         vocabulary = _prepared_vocabulary(Path(path), manifest, tokenizer, problems, notes)
         splits = _prepared_splits(Path(path), manifest, split, problems)
     return OpenedData(Path(path), manifest, vocabulary, splits, problems, notes)
+
+
+def _as_option(message: str) -> str:
+    """What is a setting of a run is an option here."""
+    return message.replace("data.dtype", "--dtype")
 
 
 def _given_vocabulary(

@@ -168,8 +168,8 @@ def manifest_of(path: str | os.PathLike[str]) -> dict[str, Any] | None:
         return load_manifest(path)
     if (Path(path) / PLAN).is_file():
         raise DataError(
-            f"{path} holds a {PLAN} but no {MANIFEST}: it was not prepared to the end, or the manifest is lost; repeat "
-            f"the command of scripts/prepare.py, which writes what is missing"
+            f"{path} holds a {PLAN} but no {MANIFEST}: it was not prepared to the end or is still being prepared, or "
+            f"the manifest is lost; repeat the command of scripts/prepare.py, which writes what is missing"
         )
     return None
 
@@ -183,7 +183,7 @@ def load_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(directory) / MANIFEST
     if not path.is_file():
-        reason = "was not prepared to the end" if path.parent.is_dir() else "does not exist"
+        reason = "was not prepared to the end or is still being prepared" if path.parent.is_dir() else "does not exist"
         raise FileNotFoundError(
             f"no {path}: the folder {reason}; run scripts/prepare.py --out {directory} with --input PATH... or --stdlib"
         )

@@ -43,6 +43,7 @@ PRINTABLE = bytes(range(32, 127)) + b"\t\n\r"
 TEXT_BYTES = 32  # so many printable characters in a row are no accident
 MAX_UPPER = 3  # the upper 16 bits of ids up to 262,143
 ASSUMED = "no file says how its tokens are stored: uint16 was assumed; give data.dtype if they are of another type"
+MEGATRON_HINT = "; if it is Megatron's, copy the .idx beside it"
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,11 @@ def describe_file(path: str, dtype: np.dtype | None = None) -> Described:
         width_known, dtype = dtype is not None, np.dtype("<u2") if dtype is None else dtype
         file = TokenFile(path, 0, n_bytes // dtype.itemsize, dtype)
         _check_raw(file, head, _sample(opened), n_bytes)
-        return Described(file, kind, _head_digest(opened, file, head), note="" if width_known else ASSUMED)
+        return Described(file, kind, _head_digest(opened, file, head), note="" if width_known else _assumed(path))
+
+
+def _assumed(path: str) -> str:
+    return ASSUMED + MEGATRON_HINT if path.endswith(".bin") else ASSUMED
 
 
 def given_dtype(name: str | None) -> np.dtype | None:

@@ -114,7 +114,8 @@ def open_train_data(
         notes += _source_notes(name, files[name], sources[name])
         if path not in corpus.manifests:  # these say it themselves
             separators[path] = corpus.look_for_separator(files[name], config.vocab_size)
-            notes += [f"  {each}" for each in (separators[path].describe(), *corpus.assumption(path))]
+            notes.append(_separator_note(name, separators[path], corpus))
+            notes += [f"  {each}" for each in corpus.assumption(path)]
     separator_id = corpus.separator_id(data, separators, config.vocab_size)
     if separator_id is not None:
         notes.append(f"documents do not see one another; token {separator_id} ends each")
@@ -178,6 +179,15 @@ def _legacy_order(data: DataConfig, sources: Mapping[str, TokenSource], seed: in
         seed,
         data.weights,
         data.legacy_world_size or 1,
+    )
+
+
+def _separator_note(name: str, found: Separator, corpus: Corpus) -> str:
+    if found.id is not None or corpus.tokenizer is None:
+        return f"  {found.describe()}"
+    return (
+        f"warning: data {name}: {found.describe()}; see with `pretrain data check` whether {corpus.tokenizer_path} is "
+        f"the tokenizer that it was made with"
     )
 
 

@@ -196,11 +196,13 @@ def describe_check(found: DataCheck) -> list[str]:
 
 def describe_split(split: SplitCheck) -> list[str]:
     boundaries = ", ".join(f"{count:,} {mark}" for mark, count in split.boundaries.items())
+    if split.separator_id is None:
+        boundaries = f"not known; seen of what it could be: {boundaries or 'nothing'}"
     checksums = f"; {split.checksums:,} of {split.files:,} checksums compared and right" if split.checksums else ""
     return [
         f"{split.name}: {count_of(split.files, f'{split.kind} file')}, {split.tokens:,} tokens ({split.dtype}), "
         f"ids {split.lowest_id:,} to {split.highest_id:,}{checksums}",
-        f"  between documents: {boundaries or 'nothing known'}",
+        f"  between documents: {boundaries}",
         *(line for document in split.documents for line in describe_document(document)),
     ]
 

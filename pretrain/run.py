@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -197,7 +198,10 @@ def open_stream(
 def describe(plan: Plan) -> None:
     """Data, sizes, FLOPs and the plan, before anything is computed."""
     for line in plan.data_lines:
-        say(line)
+        if line.startswith("warning:"):
+            sys.stderr.write(f"{line}\n")
+        else:
+            say(line)
     for stage, line in zip(plan.stages, describe_stages(plan.stages, plan.config), strict=True):
         flops = step_flops(plan.config, stage).times(stage.steps).paper
         say(f"{line}, {count_parameters(stage.config):,} parameters, {flops:.3g} FLOPs")

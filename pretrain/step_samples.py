@@ -128,6 +128,12 @@ def samples_of(
     batch = opened.config.batch.global_batch_size
     if step is None:
         assert position is not None, "one of the two is given"
+        stop = opened.first_position + batch * sum(each.steps for each in opened.stages)
+        if not opened.first_position <= position < stop:
+            raise ValueError(
+                f"--position {position:,} is no sample of this run, which reads samples {opened.first_position:,} to "
+                f"{stop - 1:,}; give one of these"
+            )
         step = (position - opened.first_position) // batch + 1
     stage = _stage_of(step, opened)
     first = opened.first_position + (step - 1) * batch

@@ -92,7 +92,7 @@ def test_a_token_outside_the_vocabulary_is_refused_in_files_of_others_too(tmp_pa
 def test_a_folder_that_is_still_being_prepared_is_refused(tmp_path):
     foreign(tmp_path / "half")
     (tmp_path / "half" / "plan.json").write_text("{}")
-    with pytest.raises(DataError, match="not prepared to the end"):
+    with pytest.raises(DataError, match="not prepared to the end or is still being prepared"):
         read_corpus(DataConfig(str(tmp_path / "half"), tokenizer="bytes"))
 
 

@@ -152,7 +152,8 @@ def test_a_position_is_shown_with_its_step(show, finished_run):
     [
         (("--step", 15), "step 15 is beyond the run's plan of 14 steps"),
         (("--step", 0), "step 0 does not exist: steps count from 1"),
-        (("--position", 56), "step 15 is beyond"),
+        (("--position", 56), "--position 56 is no sample of this run, which reads samples 0 to 55"),
+        (("--position=-1",), "--position -1 is no sample of this run"),
         (("--step", 1, "--samples", 0), "--samples 0"),
         ((), "one of the arguments --step --position is required"),
         (("--step", 1, "--smaples", 3), "did you mean --samples?"),
@@ -332,3 +333,16 @@ def test_no_command_is_answered_with_the_help(data_command):
     done = data_command()
 
     assert done.returncode == EXIT_USAGE and "show" in done.stderr and done.stdout == ""
+
+
+def test_what_is_not_known_of_foreign_files_is_not_said_as_a_fact(data_command, tmp_path):
+    np.full(1000, 70, dtype="<u2").tofile(tmp_path / "corpus_text_document.bin")
+
+    done = data_command("check", tmp_path)
+
+    assert "between documents: not known; seen of what it could be: " in done.stdout
+    assert "give --dtype if they are of another type; if it is Megatron's, copy the .idx beside it" in done.stdout
+    assert "data.dtype" not in done.stdout + done.stderr
+    (tmp_path / "corpus_text_document.bin").write_bytes(bytes(1001))
+    refused = data_command("check", tmp_path)
+    assert refused.returncode == EXIT_DATA and "data.dtype" not in refused.stdout + refused.stderr

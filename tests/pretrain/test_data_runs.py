@@ -232,3 +232,15 @@ def test_the_thread_that_reads_ahead_ends_with_the_run_however_it_ends(short, pr
     assert pretrain({**short, **large, "stages": stages}).returncode == code
     assert was_reading[0]
     assert "read-ahead" not in threads()
+
+
+def test_a_tokenizer_that_seems_to_be_another_one_is_warned_of(short, pretrain, tmp_path):
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    write_token_file(folder / "train_0.bin", 70 + np.arange(3000) % 50, np.dtype("<u2"))
+    result = pretrain({**short, "data": {"train": str(folder), "tokenizer": "bytes"}})
+    assert result.returncode == 0
+    assert "warning: data foreign: no separator found" in result.stderr
+    result = pretrain({**short, "data": {"train": str(folder)}}, "--model.vocab_size", "259", "--fresh")
+    assert "no separator found" in result.stdout
+    assert "no separator" not in result.stderr
