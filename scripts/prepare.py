@@ -210,7 +210,7 @@ def prepare(args: argparse.Namespace, out: Path) -> None:
     manifest = open_out(out, plan, args)
     if manifest is not None:
         check_bad_files(manifest["bad_files"], skip_bad_files=args.on_bad_file == "skip")
-        tell(args, manifest, lambda: report(out, manifest, None))
+        tell(args, manifest, lambda: report(out, manifest, None, files))
         return
     out.mkdir(parents=True, exist_ok=True)
     with locked(out, shared=args.task is not None), without_left_overs(out):
@@ -238,7 +238,7 @@ def work(args: argparse.Namespace, plan: dict[str, Any], units: list[Unit], toke
         raise DataError(f"{out}: units {listed(missing)} were finished and are gone again; repeat the command")
     manifest = finish(out, plan, units, tokenizer, args.max_bad, skip_bad_files=args.on_bad_file == "skip")
     warn_about(manifest)
-    tell(args, manifest, lambda: report(out, manifest, tokenizer))
+    tell(args, manifest, lambda: report(out, manifest, tokenizer, [file for unit in units for file in unit.files]))
 
 
 def tell(args: argparse.Namespace, value: dict[str, Any], report_it: Callable[[], None]) -> None:

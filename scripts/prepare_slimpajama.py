@@ -21,6 +21,8 @@ SLIMPAJAMA = Corpus(
     sets={"slimpajama": ("{split}/chunk*/*",)},
     splits=("train", "validation", "test"),
     options=("--drop", "meta.redpajama_set_name=RedPajamaGithub"),
+    why="prepare_slimpajama.py itself gives --drop meta.redpajama_set_name=RedPajamaGithub, as TinyLlama takes its "
+    "code from StarCoder instead; files that do not say where a row comes from are prepared by prepare.py --input",
 )
 
 if __name__ == "__main__":

@@ -90,6 +90,15 @@ def find_inputs(paths: list[str], split: str = "auto") -> tuple[list[InputFile],
     return sorted(distinct.values(), key=lambda file: (file.name, file.path)), ignored
 
 
+def kinds_of(files: list[InputFile]) -> str:
+    """How many of which kind, by their names: `11 JSON lines, 1 text`."""
+    found = Counter(
+        "JSON lines" if file.holds_lines else "tables" if _unpacked(file.name).endswith(COLUMNAR_SUFFIXES) else "text"
+        for file in files
+    )
+    return ", ".join(f"{count} {kind}" for kind, count in found.most_common())
+
+
 def _matches(given: str) -> list[tuple[Path, Path]]:
     """The files and folders that an argument means, each with the folder at which its name begins."""
     path = Path(given)
@@ -324,8 +333,13 @@ def _judge(file: InputFile, n_rows: int, lacking: Counter[str], reading: Reading
             raise WrongKeyError(
                 f"{file.path}: {n_lacking} of the first {n_rows} rows have no {'text under ' * is_text}{key!r}; "
                 f"such a row has the keys {', '.join(names[:NAMES_SHOWN]) or 'none'}. "
-                f"{'Choose one with --text-key' if is_text else 'Mend --drop'}"
+                f"{'Choose one with --text-key' if is_text else _drop_rule(key, reading)}"
             )
+
+
+def _drop_rule(key: str, reading: Reading) -> str:
+    given = " ".join(f"--drop {name}={value}" for name, value in reading.drop if name == key)
+    return f"{given} needs it in every row, to tell which to leave out; name another key, or do without --drop"
 
 
 def _mended(content: str | bytes, counters: Counter[str]) -> str:

@@ -17,6 +17,7 @@ import prepare
 
 from lit_gpt.errors import EXIT_OK
 from lit_gpt.packed_dataset import MANIFEST, load_manifest
+from prep.formats import WrongKeyError
 
 OWN_OPTIONS = {"--input": "--source_path", "--tokenizer": "--tokenizer_path", "--out": "--destination_path"}
 HELD_OUT = ("validation", "test")
@@ -33,6 +34,8 @@ class Corpus:
     """What the source has, where the script has an option for it."""
     options: tuple[str, ...] = ()
     """Of prepare.py, to read this corpus as the lineage does."""
+    why: str = ""
+    """Why these, for somebody whose files they do not fit."""
     sample_sets: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """`sets` of the small sample, where there is one."""
     subset_patterns: tuple[str, ...] = ()
@@ -53,7 +56,12 @@ def main(corpus: Corpus, description: str | None, argv: Sequence[str] | None = N
     check_args(corpus, args, passed_on)
     steps = plan(corpus, args)
     for step in steps:
-        code = prepare.main(prepare_arguments(corpus, args, step) + passed_on)
+        try:
+            code = prepare.main(prepare_arguments(corpus, args, step) + passed_on)
+        except WrongKeyError as error:
+            if not corpus.why:
+                raise
+            raise WrongKeyError(f"{error}. {corpus.why}") from error
         if code != EXIT_OK:
             return code
     if args.chunk_size is not None:

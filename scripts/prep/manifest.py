@@ -13,7 +13,7 @@ from lit_gpt.atomic import write_atomically
 from lit_gpt.errors import DataError
 from lit_gpt.packed_dataset import HEADER, MANIFEST, read_header, token_dtype
 from lit_gpt.tokenizer import Tokenizer
-from prep.corpus import SPLIT_BUCKETS
+from prep.corpus import SPLIT_BUCKETS, InputFile, kinds_of
 from prep.plan import warn
 from prep.units import SPLITS, Unit, to_json
 
@@ -118,9 +118,10 @@ def _check_totals(splits: dict[str, dict[str, Any]], units: list[Unit], needed: 
     )
 
 
-def report(out: Path, manifest: dict[str, Any], tokenizer: Tokenizer | None) -> None:
+def report(out: Path, manifest: dict[str, Any], tokenizer: Tokenizer | None, files: list[InputFile]) -> None:
     kind = manifest["tokenizer"]
-    print(f"{out}: {manifest['source']}; tokenizer {kind['kind']} with {kind['vocab_size']} ids ({manifest['dtype']})")
+    source = f"{manifest['source']} ({kinds_of(files)})"
+    print(f"{out}: {source}; tokenizer {kind['kind']} with {kind['vocab_size']} ids ({manifest['dtype']})")
     for name, split in manifest["splits"].items():
         per_token = f", {split['bytes_per_token']:.2f} bytes/token" if split["tokens"] else ""
         counts = f"{split['documents']} documents, {split['tokens']} tokens in {len(split['files'])} files"

@@ -18,13 +18,12 @@ from typing import Any
 
 from lit_gpt.atomic import write_atomically
 from lit_gpt.errors import DataError
-from lit_gpt.packed_dataset import MANIFEST, read_header
+from lit_gpt.packed_dataset import MANIFEST, PLAN, read_header
 from lit_gpt.tokenizer import BYTES_MARKER, CONFIG, FILE_NAMES, Tokenizer, file_sha256, tokenizer_file, tokenizer_files
 from prep.bpe import train_bpe
 from prep.corpus import SPLIT_BUCKETS, InputFile, Reading, content_digests
 from prep.units import Unit, bytes_per_unit, group_files, read_json, to_json
 
-PLAN = "plan.json"
 FORMAT = 2
 TOKENIZER_FILES = (*FILE_NAMES, CONFIG)
 DEFAULT_VALIDATION_FRACTION = 0.05

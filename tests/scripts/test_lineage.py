@@ -381,3 +381,12 @@ def test_real_web_pages_come_back_out_of_the_tokens(run, data_dir: Callable[[str
     assert documents_in(tmp_path / "out" / "train_slimpajama", "train") == wanted
     manifest = load_manifest(tmp_path / "out" / "train_slimpajama")
     assert manifest["dtype"] == "uint16" and manifest["separator_id"] == 2
+
+
+def test_rows_that_do_not_say_where_they_come_from_are_refused_with_the_reason(run, tmp_path: Path):
+    source = tmp_path / "SlimPajama"
+    write_zst(source / "train" / "chunk1" / "a.jsonl.zst", [{"text": text} for text in words(20, "page")])
+    code, _, stderr = run("slimpajama", *common(source, tmp_path / "out"))
+    assert code == EXIT_DATA
+    assert "prepare_slimpajama.py itself gives --drop meta.redpajama_set_name=RedPajamaGithub" in stderr
+    assert "Mend" not in stderr

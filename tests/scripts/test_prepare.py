@@ -458,3 +458,16 @@ def test_a_full_disk_is_one_clear_error_and_the_same_command_goes_on_when_there_
     assert run(*options, "--out", small_disk / "out")[0] == 0
     assert run(*options, "--out", tmp_path / "out")[0] == 0
     assert contents(small_disk / "out") == contents(tmp_path / "out")
+
+
+def test_the_report_says_what_kinds_of_files_there_were(run, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.txt").write_text("some words of text\n" * 200)
+    for name in ("b", "c"):
+        (folder / f"{name}.jsonl").write_text(json.dumps({"text": f"document {name} " * 200}) + "\n")
+    arguments = ("--input", folder, "--out", tmp_path / "out", "--tokenizer", "bytes")
+    for _ in range(2):  # the second time it is there already
+        code, out, stderr = run(*arguments)
+        assert code == 0, stderr
+        assert "3 files (2 JSON lines, 1 text)" in out
