@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ class Corpus:
     """kind, sha256 and vocab_size of the one tokenizer, as manifests and checkpoints keep them; None: nobody knows."""
     tokenizer_path: str | None
     """Where the tokenizer is: what `Tokenizer.load` takes."""
+    beside_files: bool = False
+    """Whether nobody named it: it was found in the folder of the token files."""
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -48,9 +51,10 @@ class Corpus:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Why there will be no bits per byte, if so."""
+        """Where the tokenizer comes from if nobody named it, and why there will be no bits per byte, if so."""
+        found = (f"tokenizer: that of {self.tokenizer_path}, beside the token files",) if self.beside_files else ()
         reason = self._byte_lengths[1]
-        return (f"bits per byte are not measured: {reason}",) if reason else ()
+        return (*found, f"bits per byte are not measured: {reason}") if reason else found
 
     def assumption(self, path: str) -> tuple[str, ...]:
         """What is taken for granted of a path without a manifest beside prepared folders, if it is."""
@@ -92,8 +96,10 @@ class Corpus:
         return separator_id
 
 
-def read_corpus(data: DataConfig) -> Corpus:
+def read_corpus(data: DataConfig, look_beside: bool = False) -> Corpus:
     """Manifests and the tokenizer that all data share.
+
+    look_beside: where neither a manifest nor a setting names a tokenizer, take the one in the token files' folders.
 
     Raises:
         FileNotFoundError: a path or the tokenizer does not exist. DataError: a folder was not prepared to its end.
@@ -109,10 +115,27 @@ def read_corpus(data: DataConfig) -> Corpus:
         raise ValueError(f"the data folders were prepared with different tokenizers ({listed}); prepare them with one")
     for path, manifest in manifests.items():
         return Corpus(manifests, manifest["tokenizer"], data.tokenizer or path)
+    beside = _beside_all(data) if named is None and look_beside else None
+    if named is None and beside is not None:
+        return Corpus(manifests, _entry(Tokenizer.load(beside)), beside, beside_files=True)
     if named is None:
         return Corpus(manifests, None, None)
-    entry = {"kind": named.kind, "sha256": named.fingerprint, "vocab_size": named.vocab_size}
-    return Corpus(manifests, entry, data.tokenizer)
+    return Corpus(manifests, _entry(named), data.tokenizer)
+
+
+def _entry(tokenizer: Tokenizer) -> dict[str, Any]:
+    return {"kind": tokenizer.kind, "sha256": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}
+
+
+def _beside_all(data: DataConfig) -> str | None:
+    """The first folder of token files, if all of them hold one and the same tokenizer."""
+    paths = [*data.train_paths().values(), *data.validation_paths().values()]
+    folders = list(dict.fromkeys(path if Path(path).is_dir() else str(Path(path).parent) for path in paths))
+    try:
+        fingerprints = {Tokenizer.load(folder).fingerprint for folder in folders}
+    except (FileNotFoundError, ValueError):  # none, or several of which nobody says which
+        return None
+    return folders[0] if len(fingerprints) == 1 else None
 
 
 def _read_manifests(data: DataConfig) -> dict[str, dict[str, Any]]:

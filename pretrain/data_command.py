@@ -29,7 +29,7 @@ def add_show_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run's folder")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--step", type=int, metavar="N", help="step of the run; the first one is 1")
-    what.add_argument("--position", type=int, metavar="P", help="start at this sample of the global order instead")
+    what.add_argument("--position", type=int, metavar="P", help="start at this sample, as `position` in logs counts")
     parser.add_argument("--samples", type=int, default=4, metavar="K", help="how many samples to show (%(default)s)")
     parser.add_argument(
         "--characters", type=int, default=300, metavar="C", help="text of each sample, at most (%(default)s)"

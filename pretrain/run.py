@@ -135,7 +135,7 @@ def run(invocation: Invocation, command: list[str]) -> None:
 def preflight(invocation: Invocation) -> Plan:
     """Resolve and check all that can be checked before anything is computed; what raises, raises here."""
     config = invocation.config
-    corpus = read_corpus(config.data)
+    corpus = read_corpus(config.data, look_beside=config.model.vocab_size is None)
     model_config = model_config_for(corpus, config.model)
     stages = plan_stages(config, model_config)
     if invocation.scratch:

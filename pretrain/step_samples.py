@@ -206,7 +206,8 @@ def _open(
     own = None if covering is None else covering.state
     config = config_of(merge(merge(settings, {"out_dir": str(folder)}), _replaced(data_flags)))
     config = with_saved_name(config, own)
-    corpus = read_corpus(dataclasses.replace(config.data, validation={}))
+    data = dataclasses.replace(config.data, validation={})
+    corpus = read_corpus(data, look_beside=config.model.vocab_size is None)
     model_config = model_config_for(corpus, config.model)
     cache = folder / INDEX_FOLDER
     if data_flags or not cache.is_dir():

@@ -15,6 +15,7 @@ from lit_gpt.checkpoint import latest, read_training
 from lit_gpt.errors import NonFiniteError
 from lit_gpt.legacy_order import LegacyOrder
 from lit_gpt.packed_dataset import write_token_file
+from lit_gpt.tokenizer import Tokenizer
 from pretrain.checkpointing import changed_settings
 from pretrain.command_line import config_of, merge
 from pretrain.config import BatchConfig, DataConfig, to_plain
@@ -244,3 +245,20 @@ def test_a_tokenizer_that_seems_to_be_another_one_is_warned_of(short, pretrain, 
     result = pretrain({**short, "data": {"train": str(folder)}}, "--model.vocab_size", "259", "--fresh")
     assert "no separator found" in result.stdout
     assert "no separator" not in result.stderr
+
+
+def test_the_tokenizer_beside_token_files_of_others_is_used_where_nobody_names_one(short, pretrain, tmp_path):
+    random = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_token_file(tmp_path / name / "train_0.bin", random.integers(3, 259, 3000), np.dtype("<u2"))
+    settings = {**short, "data": {"train": {name: str(tmp_path / name) for name in ("a", "b")}}}
+    Tokenizer.load("bytes").save(tmp_path / "a")
+    refused = pretrain(settings)
+    assert refused.returncode == 2
+    assert "data.tokenizer" in refused.stderr
+    Tokenizer.load("bytes").save(tmp_path / "b")
+    result = pretrain(settings)
+    assert result.returncode == 0, result.stderr
+    assert f"tokenizer: that of {tmp_path / 'a'}, beside the token files" in result.stdout
+    assert records(short, "metrics.jsonl")[0]["bpb"] is not None
