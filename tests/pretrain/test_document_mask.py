@@ -94,4 +94,4 @@ def test_a_run_that_starts_from_one_that_saw_otherwise_says_so(masked, pretrain,
     data = {"train": masked["data"]["train"]}
     result = pretrain({**masked, "data": data, "init_from": str(parent), "out_dir": str(tmp_path / "next")})
     assert result.returncode == 0, result.stderr
-    assert "init_from was trained with data.document_mask=True, this run is with False" in result.stdout
+    assert "init_from was trained with data.document_mask=True, this run is with False" in result.stderr
