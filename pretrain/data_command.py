@@ -8,10 +8,10 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lit_gpt.errors import EXIT_DATA, EXIT_OK, EXIT_USAGE
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 PROGRESS_SECONDS = 0.5
 SHOWN_PROBLEMS = 50  # a terminal wants the first ones; --json has them all
+Found = TypeVar("Found", "DataCheck", "DataStats")
 DATA_FLAG = "--data."  # settings of a run, spelled as `pretrain` spells them
 
 
@@ -68,6 +69,22 @@ def add_files_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--separator-id", type=int, metavar="ID", help="token between documents; default: looked for")
 
 
+def files_asked_for(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of add_files_arguments, as check_data and data_stats call them."""
+    names = ("path", "split", "tokenizer", "dtype", "vocab_size", "separator_id")
+    return {name: getattr(args, name) for name in names}
+
+
+def report(found: Found, as_json: bool, describe: Callable[[Found], Iterable[str]]) -> int:
+    """Print an outcome of inspect_data and give its exit code: bad data if anything is wrong."""
+    if as_json:
+        print_json(dataclasses.asdict(found))
+    else:
+        say(*describe(found))
+        report_problems(found.problems)
+    return EXIT_DATA if found.problems else EXIT_OK
+
+
 def add_check_arguments(parser: argparse.ArgumentParser) -> None:
     add_files_arguments(parser)
     parser.add_argument("--documents", type=int, default=3, metavar="K", help="documents to show (%(default)s)")
@@ -81,22 +98,12 @@ def run_check(args: argparse.Namespace) -> int:
     refuse_below(1, documents=args.documents, characters=args.characters)
     with Meter() as meter:
         found = check_data(
-            args.path,
-            args.split,
-            args.tokenizer,
-            dtype=args.dtype,
-            vocab_size=args.vocab_size,
-            separator_id=args.separator_id,
+            **files_asked_for(args),
             documents=args.documents,
             characters=args.characters,
             progress=meter,
         )
-    if args.json:
-        print_json(dataclasses.asdict(found))
-    else:
-        say(*describe_check(found))
-        report_problems(found.problems)
-    return EXIT_DATA if found.problems else EXIT_OK
+    return report(found, args.json, describe_check)
 
 
 def add_stats_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,22 +119,12 @@ def run_stats(args: argparse.Namespace) -> int:
     budget = None if args.tokens is None else parse_token_count(args.tokens)
     with Meter() as meter:
         found = data_stats(
-            args.path,
-            args.split,
-            args.tokenizer,
-            dtype=args.dtype,
-            vocab_size=args.vocab_size,
-            separator_id=args.separator_id,
+            **files_asked_for(args),
             block_size=args.block_size,
             budget_tokens=budget,
             progress=meter,
         )
-    if args.json:
-        print_json(dataclasses.asdict(found))
-    else:
-        say(*describe_stats(found))
-        report_problems(found.problems)
-    return EXIT_DATA if found.problems else EXIT_OK
+    return report(found, args.json, describe_stats)
 
 
 def refuse_below(least: int, **values: int) -> None:
