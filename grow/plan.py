@@ -19,7 +19,7 @@ OPTIMIZER_POLICIES = {
 }
 SILENCED = ("attn.proj.weight", "mlp.swiglu.w3.weight")
 """What a block writes with; where both are zero it passes its input on unchanged, whatever else it holds."""
-ADDED_KEYS = ("identity_layers", "width", "noise")  # plans written before these existed have none of them
+ADDED_KEYS = ("identity_layers", "width", "noise", "fresh")  # plans written before these existed have none of them
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,13 @@ class GrowthPlan:
     """How every layer grows in width; None: it does not."""
     noise: float = 0.0
     """Share of every grown matrix that is replaced by noise of its initial scale (arXiv 2405.15319, appendix I.2)."""
+    fresh: bool = False
+    """Whether nothing is copied: every parameter has the initial weights of the grown model."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layer_map", tuple(self.layer_map))  # the dataclass is frozen
         object.__setattr__(self, "identity_layers", tuple(sorted(set(self.identity_layers))))
-        explained = {"n_layer"} if self.width is None else {"n_layer", "head_size", *SIZES}
+        explained = {"n_layer", "head_size", *SIZES} if self.fresh or self.width is not None else {"n_layer"}
         changed = [name for name in differing_sizes(self.src, self.dst) if name not in explained]
         problems = [_change(name, self.src, self.dst) for name in changed]
         if self.width is not None:
@@ -81,13 +83,15 @@ class GrowthPlan:
     def sources(self) -> dict[str, str | None]:
         """Every parameter of the grown model, in the order of the model -> the source parameter it starts from.
 
-        None for those of a new layer, and for those that are zero in an identity layer.
+        None for those of a new layer or a fresh model, and for those that are zero in an identity layer.
         """
         return {name: self.source_of(name) for name in parameter_shapes(self.dst)}
 
     def source_of(self, name: str) -> str | None:
         """The source parameter that the parameter `name` of the grown model starts from, see `sources`."""
         layer = layer_of(name)
+        if self.fresh:
+            return None
         if layer is None:
             return name
         source = self.layer_map[layer]

@@ -9,6 +9,7 @@ from typing import Any
 from grow import depth, width
 from grow.layer_map import LayerMap
 from grow.plan import GrowthPlan
+from grow.trainable import TRAINABLE
 
 FUNCTION = {
     "bitwise": "the function, bit for bit in every dtype",
@@ -36,12 +37,19 @@ class Operator:
     """Source depth, grown depth -> layer map; None where the user has to give the map, or `width` makes it."""
     width: Callable[..., GrowthPlan] | None = None
     """Source sizes, grown sizes, seed and options -> plan; None where the width stays."""
+    masked: bool = False
+    """Whether new parts open slowly in training, see grow/masks.py."""
     identity_copies: bool = False
     """Whether further copies of a layer are identity layers."""
-    trained: str = "all"
-    """The parameters that its paper trains afterwards."""
+    trainable: str = "all"
+    """The parameters that its paper trains afterwards; one of TRAINABLE in grow/trainable.py."""
     options: tuple[str, ...] = ("n_layer", "factor")
     """Arguments of `plan_growth`, beside seed and noise, that it takes."""
+
+    @property
+    def trained(self) -> str:
+        """`trainable` in words."""
+        return TRAINABLE[self.trainable]
 
     @property
     def preserves(self) -> bool:
@@ -106,9 +114,9 @@ _ALL = (
         axis="depth",
         function="no",
         paper="arXiv 2011.13635",
-        summary="as gradual, but the layers that were there are frozen until the last stage",
+        summary="as gradual, but only what is new and the head are trained, until a last stage trains all",
         layers=depth.gradual,
-        trained="new layers, ln_f and lm_head; all in the last stage",
+        trainable="new-and-head",
     ),
     Operator(
         name="solar",
@@ -157,7 +165,7 @@ _ALL = (
         summary="an identity copy after every P layers: 123(3)456(6)",
         layers=depth.llama_pro,
         identity_copies=True,
-        trained="new layers",
+        trainable="new",
     ),
     Operator(
         name="staged-depth",
@@ -176,9 +184,10 @@ _ALL = (
         axis="depth",
         function="no",
         paper=STACKING_PAPER,
-        summary="new layers on top, at once: 123-new*3. The paper's mask, which opens them slowly and preserves the "
-        "function at first, is not available; this is the model once it is open",
+        summary="new layers on top: 123-new*3. In training a mask opens them slowly (mask_steps), so that the function "
+        "is kept at first",
         layers=depth.random_depth,
+        masked=True,
         options=BY_MAP,
     ),
     Operator(
@@ -234,9 +243,10 @@ _ALL = (
         axis="width",
         function="no",
         paper=STACKING_PAPER,
-        summary="new channels, heads and neurons with initial weights, at once. The paper's mask, which opens them "
-        "slowly and preserves the function at first, is not available; this is the model once it is open",
+        summary="new channels, heads and neurons with initial weights. In training a mask opens them slowly "
+        "(mask_steps), so that the function is kept at first",
         width=width.random_width,
+        masked=True,
         options=(*WIDTH, "residual"),
     ),
     Operator(
@@ -302,6 +312,16 @@ _ALL = (
         width=width.staged_width,
         options=WIDTH,
     ),
+    Operator(
+        name="distill",
+        aliases=("knowledge_inheritance",),
+        axis="both",
+        function="no",
+        paper="arXiv 2105.13880",
+        summary="a new model that copies nothing and learns from the source as its teacher: distill_weight in training",
+        width=width.student,
+        options=BOTH,
+    ),
 )
 OPERATORS: dict[str, Operator] = {op.name: op for op in _ALL}
 BY_NAME: dict[str, Operator] = {
@@ -319,7 +339,6 @@ UNAVAILABLE: dict[str, str] = {
     "lesa": "its layers are predicted by a network trained on the source; interpolate copies a neighbour instead",
     "opt_deus": "its layers are fused from their neighbours by optimal transport; llama-pro inserts identity copies",
     "scratch": "it grows nothing; leave the operator out",
-    "distill": "it is a loss for training beside a teacher, not a way to make weights",
 }
 """Names of published methods that cannot be asked for, and what to know about each."""
 

@@ -49,11 +49,7 @@ def wider(
     intermediate_size: int | None = None,
     factor: float | None = None,
 ) -> Config:
-    """The source with a larger width, where sizes that are not given follow from those that are.
-
-    head_size stays. Where n_embd is n_head * head_size, as in Llama, it stays so: one of the two gives the other.
-    Query groups keep their number of query heads, so that there are more of them; multi-query stays multi-query.
-    intermediate_size grows as n_embd does.
+    """The source with a larger width, where sizes that are not given follow from those that are, see `resized`.
 
     Args:
         src: sizes before growth.
@@ -75,12 +71,29 @@ def wider(
     if n_query_groups is not None:
         given["n_query_groups"] = n_query_groups
     _check_not_smaller(src, given)
-    sizes = {**_width_and_heads(src, given), **given}
+    return resized(src, **given)
+
+
+def resized(config: Config, **given: int) -> Config:
+    """The same model in another width, where sizes that are not given follow from those that are.
+
+    head_size stays. Where n_embd is n_head * head_size, as in Llama, it stays so: one of the two gives the other.
+    Query groups keep their number of query heads, so that their number changes; multi-query stays multi-query.
+    intermediate_size changes as n_embd does.
+
+    Args:
+        config: sizes to start from.
+        given: some of n_embd, n_head, n_query_groups and intermediate_size.
+
+    Raises:
+        ValueError: sizes that are not whole or break head_size; the message has sizes that fit.
+    """
+    sizes = {**_width_and_heads(config, given), **given}
     if "n_query_groups" not in sizes:
-        sizes["n_query_groups"] = _groups(src, sizes["n_head"])
+        sizes["n_query_groups"] = _groups(config, sizes["n_head"])
     if "intermediate_size" not in sizes:
-        sizes["intermediate_size"] = _neurons(src, sizes["n_embd"])
-    return _replaced(src, **sizes)
+        sizes["intermediate_size"] = _neurons(config, sizes["n_embd"])
+    return _replaced(config, **sizes)
 
 
 def _check_not_smaller(src: Config, given: dict[str, int]) -> None:
@@ -112,7 +125,7 @@ def _width_and_heads(src: Config, given: dict[str, int]) -> dict[str, int]:
         below = n_embd // src.head_size * src.head_size
         raise ValueError(
             f"n_embd={n_embd} breaks head_size={src.head_size}, which growth keeps: it must be a multiple of it, "
-            f"e.g. {max(below, src.n_embd)} or {below + src.head_size}"
+            f"e.g. {max(below, src.head_size)} or {below + src.head_size}"
         )
     if n_head not in (None, n_embd // src.head_size):
         raise ValueError(

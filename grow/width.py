@@ -216,6 +216,14 @@ def staged_width(src: Config, dst: Config, *, seed: int = 0, layer_map: LayerMap
     return _plan("staged-width", src, dst, width, seed, layer_map=layer_map)
 
 
+def student(src: Config, dst: Config, *, seed: int = 0) -> GrowthPlan:
+    """A new model of the grown sizes, which copies nothing: it is to learn from the source as its teacher.
+
+    Knowledge inheritance (arXiv 2105.13880), prts's `distill`. The teaching is a loss, see grow/distill.py.
+    """
+    return GrowthPlan("distill", src, dst, (None,) * dst.n_layer, seed, fresh=True)
+
+
 def _plan(
     operator: str,
     src: Config,

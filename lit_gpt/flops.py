@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from math import prod
 
@@ -51,3 +52,19 @@ def flops_per_token(config: Config) -> Flops:
     matmul = 6 * count_matmul_parameters(config)
     full_attention = 12 * config.n_layer * config.n_head * config.head_size * config.block_size
     return Flops(paper=6 * count_parameters(config), model=matmul + full_attention // 2, palm=matmul + full_attention)
+
+
+def computed_share(config: Config, frozen: Collection[str]) -> float:
+    """Share of a training step's FLOPs in the paper's convention that is computed when some parameters are frozen.
+
+    Forward takes 2 per parameter, the gradient of a weight 2 where it trains, and that of a layer's input 2 from the
+    lowest trained parameter on upwards.
+    """
+    sizes = {name: prod(shape) for name, shape in parameter_shapes(config).items()}
+    total = sum(sizes.values())
+    trained = [name for name in sizes if name not in frozen]
+    if not trained:
+        return 1 / 3
+    names = list(sizes)  # in the order in which they act
+    reached = sum(sizes[name] for name in names[names.index(trained[0]) :])
+    return (total + sum(sizes[name] for name in trained) + reached) / (3 * total)

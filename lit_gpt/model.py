@@ -41,17 +41,25 @@ class KVStore(Protocol):
 
 
 class Linear(nn.Linear):
-    """A bias-free linear layer whose weight is cast to its input's dtype where it is used."""
+    """A bias-free linear layer whose weight is cast to its input's dtype where it is used.
+
+    `weight_scale`, None or broadcasting over the weight, multiplies it there: growth masks new parts with it, and the
+    state dict knows nothing of it.
+    """
+
+    weight_scale: Tensor | None
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
         self.cpu_has_bf16 = cpu_multiplies_bf16()
+        self.register_buffer("weight_scale", None, persistent=False)
 
     def reset_parameters(self) -> None:
         """Nothing: `init_weights` fills the weight, by name and seed."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, cpu_has_bf16=self.cpu_has_bf16)
+        weight = self.weight if self.weight_scale is None else self.weight * self.weight_scale
+        return linear(x, weight, cpu_has_bf16=self.cpu_has_bf16)
 
 
 class RMSNorm(nn.Module):
@@ -138,12 +146,27 @@ class Block(nn.Module):
         return x + self.mlp(self.norm_2(x))
 
 
+class Embedding(nn.Embedding):
+    """Token embedding; `weight_scale` as in `Linear`, (1, C)."""
+
+    weight_scale: Tensor | None
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__(rows, columns, _weight=torch.empty(rows, columns), _freeze=False)
+        self.register_buffer("weight_scale", None, persistent=False)
+
+    def forward(self, idx: Tensor) -> Tensor:
+        """idx (B, T). Returns (B, T, C)."""
+        x = super().forward(idx)
+        return x if self.weight_scale is None else (x * self.weight_scale).to(x.dtype)
+
+
 class Transformer(nn.Module):
     """Embedding, blocks and final norm under the names of TinyLlama's checkpoints."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.wte = nn.Embedding.from_pretrained(torch.empty(config.padded_vocab_size, config.n_embd), freeze=False)
+        self.wte = Embedding(config.padded_vocab_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = RMSNorm(config.n_embd, config.norm_eps)
 
@@ -196,6 +219,27 @@ class GPT(nn.Module):
         Raises:
             ValueError: more positions than block_size.
         """
+        x = self.hidden(idx, first_position=first_position, kv_store=kv_store, separator_id=separator_id)
+        if targets is None:
+            return self.lm_head(x)
+        loss = linear_cross_entropy(
+            x.reshape(-1, x.size(-1)).to(product_dtype(x, self.lm_head.cpu_has_bf16)),
+            self.lm_head.weight,
+            targets.reshape(-1),
+            reduction=reduction,
+            kernel=self.loss_kernel,
+        )
+        return loss if reduction == "mean" else loss.view(targets.shape)
+
+    def hidden(
+        self,
+        idx: Tensor,
+        *,
+        first_position: int = 0,
+        kv_store: KVStore | None = None,
+        separator_id: int | None = None,
+    ) -> Tensor:
+        """What the head reads, (B, T, C); arguments as in `forward`."""
         T = idx.size(1)
         if first_position + T > self.config.block_size:
             raise ValueError(
@@ -209,17 +253,7 @@ class GPT(nn.Module):
         mask = None if separator_id is None else document_mask(idx, separator_id)
         for block in self.transformer.h:
             x = block(x, cos, sin, kv_store, mask)
-        x = self.transformer.ln_f(x)
-        if targets is None:
-            return self.lm_head(x)
-        loss = linear_cross_entropy(
-            x.reshape(-1, x.size(-1)).to(product_dtype(x, self.lm_head.cpu_has_bf16)),
-            self.lm_head.weight,
-            targets.reshape(-1),
-            reduction=reduction,
-            kernel=self.loss_kernel,
-        )
-        return loss if reduction == "mean" else loss.view(targets.shape)
+        return self.transformer.ln_f(x)
 
 
 def rope_cos_sin(config: Config, first_position: int, length: int, like: Tensor) -> tuple[Tensor, Tensor]:

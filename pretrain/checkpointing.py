@@ -21,7 +21,7 @@ from lit_gpt.checkpoint import (
 )
 from lit_gpt.model import GPT
 from lit_gpt.versions import versions
-from pretrain.config import CheckpointConfig, RunConfig, known_keys, to_plain
+from pretrain.config import LISTS, CheckpointConfig, RunConfig, known_keys, to_plain
 from pretrain.optim import named_state
 from pretrain.state import TrainState
 
@@ -110,8 +110,12 @@ def _completed(saved: dict[str, Any], section: type) -> dict[str, Any]:
         inner = sections[field.name]
         if field.name not in saved and field.default is not dataclasses.MISSING:
             completed[field.name] = dataclasses.asdict(field.default) if inner else field.default
+        elif field.name not in saved and field.default_factory is not dataclasses.MISSING:
+            completed[field.name] = field.default_factory()
         elif inner and field.name in saved:
             completed[field.name] = _completed(saved[field.name], inner)
+        elif (section, field.name) in LISTS and saved[field.name] is not None:
+            completed[field.name] = [_completed(item, LISTS[section, field.name][1]) for item in saved[field.name]]
     return completed
 
 

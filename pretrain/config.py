@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, Literal
 
@@ -119,7 +119,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class StageConfig:
-    """One call of fit: a size, a length, and how the model grew into it."""
+    """One call of fit: a size, a length, how the model grew into it, and what of it trains."""
 
     name: str
     max_tokens: int | str | None = None
@@ -127,17 +127,40 @@ class StageConfig:
     max_steps: int | None = None
     n_layer: int | None = None
     """Blocks during this stage. Default: those of `model`."""
+    n_embd: int | None = None
+    """Width during this stage. Default: that of `model`; a width that is not given follows from those that are."""
+    n_head: int | None = None
+    n_query_groups: int | None = None
+    intermediate_size: int | None = None
     operator: str | None = None
-    """Growth operator that leads from the stage before to this one; see `grow operators`."""
+    """Growth operator that leads from the stage before to this one; see `grow operators`. Without one nothing grows."""
     layer_map: str | None = None
     """Explicit layer map, e.g. "12-3456*5-56"; layers count from 1."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """What the operator takes beyond sizes, in the words of `grow apply`: {residual: M, noise: 0.2, seed: 1}."""
     optimizer_policy: Literal["reset", "map", "map-old-zero-new"] = "reset"
     """What becomes of AdamW's moments at growth."""
+    trainable: Literal["auto", "all", "new", "new-and-head"] = "auto"
+    """all parameters, those of new layers, or these with ln_f and lm_head. auto: what the operator's paper trains."""
+    mask_steps: int | None = None
+    """random-depth, random-width: steps over which new parts open; 0: at once. Default: 5000, as in prts."""
+    mask_phases: Literal["together", "in-turn"] = "together"
+    """in-turn: neurons and layers, then channels, then heads, mask_steps each (masked structural growth)."""
+    distill_weight: float | None = None
+    """Share of the loss that a teacher gives. Default: 1 for the operator distill, otherwise 0."""
+    distill_steps: int | None = None
+    """Steps of the stage for which the teacher stays. Default: all."""
+    teacher: str | None = None
+    """Checkpoint of the teacher. Default: the model of the stage before."""
     learning_rate: float | None = None
     """Replaces optimizer.learning_rate during this stage."""
     min_learning_rate: float | None = None
     warmup_steps: int | None = None
     """Replaces schedule.warmup_steps during this stage."""
+    continue_schedule: bool = False
+    """Go on along the schedule of the stage before, which then spans both, instead of starting it again."""
+    rewarmup_steps: int = 0
+    """With continue_schedule: linear rise from 0 to the schedule's rate after growth."""
 
 
 @dataclass(frozen=True)
@@ -229,8 +252,10 @@ def _number_problems(config: RunConfig) -> list[str]:
         "data.start_position": (config.data.start_position or 0, 0),
     }
     for stage in config.stages:
-        for key in ("learning_rate", "min_learning_rate", "warmup_steps"):
+        for key in ("learning_rate", "min_learning_rate", "warmup_steps", "rewarmup_steps", "mask_steps"):
             at_least[f"stage {stage.name!r}: {key}"] = (getattr(stage, key) or 0, 0)
+        if stage.distill_steps is not None:
+            at_least[f"stage {stage.name!r}: distill_steps"] = (stage.distill_steps, 1)
     problems = [f"{key}={value} must be at least {low}" for key, (value, low) in at_least.items() if value < low]
     for key in ("beta1", "beta2"):
         value = getattr(config.optimizer, key)
@@ -249,10 +274,7 @@ def _stage_problems(config: RunConfig) -> list[str]:
         where = f"stage {number} ({stage.name!r})"
         if (stage.max_tokens is None) == (stage.max_steps is None):
             problems.append(f"{where} needs exactly one of max_tokens and max_steps")
-        if number == 1 and (stage.operator or stage.layer_map):
-            problems.append(f"{where} has a growth operator but nothing to grow from; use `grow apply` and init_from")
-        if number > 1 and not stage.operator:
-            problems.append(f"{where} needs an operator that grows the stage before it into this one")
+        problems += [f"{where}: {problem}" for problem in _growth_problems(stage, is_first=number == 1)]
         try:
             if stage.max_tokens is not None:
                 parse_token_count(stage.max_tokens)
@@ -263,6 +285,26 @@ def _stage_problems(config: RunConfig) -> list[str]:
             parse_token_count(config.validation.max_tokens)
     except ValueError as error:
         problems.append(f"validation.max_tokens: {error}")
+    return problems
+
+
+def _growth_problems(stage: StageConfig, *, is_first: bool) -> list[str]:
+    """What does not fit within one stage's settings of growth and schedule."""
+    problems = []
+    if is_first and (stage.operator or stage.layer_map):
+        problems.append("it has a growth operator but nothing to grow from; use `grow apply` and init_from")
+    if is_first and stage.continue_schedule:
+        problems.append("continue_schedule needs a stage before this one; remove it")
+    if not stage.operator and (stage.layer_map or stage.options):
+        problems.append("layer_map and options belong to a growth operator; give one, or remove them")
+    if stage.rewarmup_steps and not stage.continue_schedule:
+        problems.append("rewarmup_steps goes with continue_schedule; use warmup_steps where the schedule starts again")
+    if stage.continue_schedule and stage.warmup_steps is not None:
+        problems.append("warmup_steps has no effect with continue_schedule; use rewarmup_steps")
+    if stage.distill_weight is not None and not 0 <= stage.distill_weight <= 1:
+        problems.append(
+            f"distill_weight={stage.distill_weight} must be in [0, 1]: it is the teacher's share of the loss"
+        )
     return problems
 
 

@@ -5,81 +5,22 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from grow.apply import grow_optimizer, grow_weights, growth_record
-from lit_gpt.checkpoint import manifest_sha256
 from lit_gpt.errors import NonFiniteError
-from lit_gpt.flops import Flops, flops_per_token
-from lit_gpt.model import GPT
-from pretrain.checkpointing import RunCheckpoints
+from lit_gpt.flops import flops_per_token
 from pretrain.config import RunConfig, parse_token_count
-from pretrain.data import TrainData
 from pretrain.evaluate import evaluate
-from pretrain.held_out import ValidationSet
-from pretrain.loggers import Progress, RunLog, say
-from pretrain.optim import build_optimizer, learning_rate, load_named_state, named_state, set_learning_rate
-from pretrain.parallel import Compute, prepare_model
-from pretrain.signals import StopRequested, StopSignal
+from pretrain.growth import enter_stage, set_masks
+from pretrain.loggers import Progress, say
+from pretrain.optim import set_learning_rate
+from pretrain.signals import StopRequested
 from pretrain.stages import Stage
 from pretrain.state import TrainState
-
-if TYPE_CHECKING:
-    from lightning_fabric import Fabric
-
-
-@dataclass(frozen=True)
-class Run:
-    """What stays the same from the first step of a run to its last."""
-
-    config: RunConfig
-    stages: list[Stage]
-    fabric: Fabric
-    compute: Compute
-    train: TrainData
-    validation: list[ValidationSet]
-    checkpoints: RunCheckpoints
-    log: RunLog
-    stop: StopSignal
-
-    def flops_left(self, state: TrainState) -> float:
-        """Paper-convention training FLOPs until the run's end, for the time left."""
-        steps = {stage.index: stage.steps for stage in self.stages if stage.index >= state.stage}
-        steps[state.stage] -= state.stage_step
-        return sum(step_flops(self.config, self.stages[i - 1]).paper * left for i, left in steps.items())
-
-
-@dataclass
-class Trained:
-    """The model that is being trained and its optimizer; both are replaced at growth."""
-
-    model: GPT
-    module: nn.Module
-    """The model as Fabric calls it."""
-    optimizer: Any
-    """AdamW behind Fabric's step."""
-
-
-def tokens_per_step(config: RunConfig, stage: Stage) -> int:
-    return config.batch.global_batch_size * stage.config.block_size
-
-
-def step_flops(config: RunConfig, stage: Stage) -> Flops:
-    """Of one optimizer step."""
-    return flops_per_token(stage.config).times(tokens_per_step(config, stage))
-
-
-def set_up(run: Run, stage: Stage, model: GPT) -> Trained:
-    """A model with its weights becomes one that trains under the stage's optimizer settings."""
-    prepare_model(model, run.compute, run.fabric.device)
-    module = run.fabric.setup_module(model)
-    optimizer = run.fabric.setup_optimizers(build_optimizer(model, stage.optimizer))
-    return Trained(model, module, optimizer)
+from pretrain.training import Run, Trained, step_flops, step_flops_computed, tokens_per_step
 
 
 def train_in_stages(run: Run, trained: Trained, state: TrainState) -> Trained:
@@ -91,44 +32,17 @@ def train_in_stages(run: Run, trained: Trained, state: TrainState) -> Trained:
     for stage in run.stages[state.stage - 1 :]:
         if stage.index > state.stage:
             state.stage, state.stage_step = stage.index, 0
-        if stage.is_grown and state.grown_into_stage < stage.index:
-            trained = grow_into(run, stage, trained, state)
+        if state.grown_into_stage < stage.index:
+            trained = enter_stage(run, stage, trained, state)
         fit(run, stage, trained, state)
     return trained
-
-
-def grow_into(run: Run, stage: Stage, trained: Trained, state: TrainState) -> Trained:
-    """The stage's model, grown from the one trained so far; `trained` must not be used afterwards."""
-    plan = stage.plan
-    assert plan is not None and run.checkpoints.last is not None, "a stage ends with a checkpoint"
-    model = GPT(stage.config)
-    model.load_state_dict(grow_weights(plan, trained.model.state_dict()))
-    grown = set_up(run, stage, model)
-    moments = grow_optimizer(plan, named_state(trained.model, trained.optimizer.optimizer), stage.optimizer_policy)
-    load_named_state(grown.model, grown.optimizer.optimizer, moments)
-    state.grown_into_stage = stage.index
-    state.history.append(
-        growth_record(
-            plan,
-            stage.optimizer_policy,
-            parent=manifest_sha256(run.checkpoints.last),
-            parent_path_name=run.checkpoints.last.name,
-            step_count=state.step_count,
-            tokens=state.parent_tokens + state.tokens,
-            flops_total=state.total_flops.paper,
-        )
-    )
-    say(
-        f"growth: {plan.operator} {plan.src.n_layer} -> {plan.dst.n_layer} layers, R_c {plan.connection_rate}, "
-        f"optimizer state: {stage.optimizer_policy}"
-    )
-    return grown
 
 
 def fit(run: Run, stage: Stage, trained: Trained, state: TrainState) -> None:
     """Train one stage from where `state` is to its end, which is a checkpoint. Does nothing if it is finished."""
     if state.stage_step >= stage.steps:
         return
+    set_masks(stage, trained, state.stage_step)
     if state.stage_step == 0:
         validate(run, stage, trained, state, "after_growth" if stage.is_grown else "start")
     config, last_log = run.config, (state.seconds, state.tokens)
@@ -140,7 +54,7 @@ def fit(run: Run, stage: Stage, trained: Trained, state: TrainState) -> None:
             started = time.perf_counter()
             loss, grad_norm, rate = train_step(run, stage, trained, state, batches)
             advance(run, stage, state, loss, time.perf_counter() - started)
-            progress.step(state.stage_step, step_flops(config, stage).paper)
+            progress.step(state.stage_step, step_flops(config, stage, state.stage_step - 1).paper)
             finished = state.stage_step == stage.steps
             if finished or state.step_count % config.logging.every_steps == 0:
                 log_step(run, stage, state, progress, last_log, grad_norm, rate)
@@ -154,7 +68,8 @@ def fit(run: Run, stage: Stage, trained: Trained, state: TrainState) -> None:
                 save(run, stage, trained, state)
             if run.stop.received:
                 raise StopRequested(f"stopped by {run.stop.received}; repeat the command to go on")
-    validate(run, stage, trained, state, "end" if stage.index == len(run.stages) else "before_growth")
+    following = run.stages[stage.index : stage.index + 1]
+    validate(run, stage, trained, state, "before_growth" if following and following[0].is_grown else "end")
     save(run, stage, trained, state)
 
 
@@ -169,13 +84,17 @@ def train_step(
         NonFiniteError: before the update, so the weights are those of the step before.
     """
     optimizer = trained.optimizer
-    rate = learning_rate(state.stage_step, stage.steps, stage.optimizer, stage.schedule)
+    rate = stage.learning_rate(state.stage_step)
     set_learning_rate(optimizer.optimizer, rate)
+    set_masks(stage, trained, state.stage_step)
+    if not stage.is_taught(state.stage_step):
+        trained.taught = None
+    module = trained.module if trained.taught is None else trained.taught
     iters = run.config.batch.iters_per_step(run.fabric.world_size)
     loss = torch.zeros((), device=run.fabric.device)
     for _ in range(iters):
         rows = torch.from_numpy(next(batches)).to(run.fabric.device)  # (B, block_size + 1)
-        iter_loss = trained.module(rows[:, :-1], rows[:, 1:], separator_id=run.train.separator_id) / iters
+        iter_loss = module(rows[:, :-1], rows[:, 1:], separator_id=run.train.separator_id) / iters
         run.fabric.backward(iter_loss)
         loss += iter_loss.detach()
     max_norm = stage.optimizer.grad_clip or math.inf
@@ -208,12 +127,13 @@ def check_finite(run: Run, state: TrainState, loss: float, grad_norm: float) -> 
 def advance(run: Run, stage: Stage, state: TrainState, loss: float, seconds: float) -> None:
     """Count one finished step."""
     batch = run.config.batch
+    state.flops += step_flops(run.config, stage, state.stage_step)
+    state.flops_computed += step_flops_computed(run.config, stage, state.stage_step)
     state.stage_step += 1
     state.step_count += 1
     state.iter_num += batch.iters_per_step(run.fabric.world_size)
     state.position += batch.global_batch_size
     state.tokens += tokens_per_step(run.config, stage)
-    state.flops += step_flops(run.config, stage)
     state.seconds += seconds
     state.loss_sum += loss
     state.loss_count += 1
@@ -244,6 +164,7 @@ def log_step(
             "flops_total": total.paper,
             "flops_model": total.model,
             "flops_palm": total.palm,
+            "flops_computed": state.flops_computed + state.parent_flops.paper,
             "loss": loss,
             "bpb": loss / math.log(2) / bytes_per_token if bytes_per_token else None,
             "lr": rate,

@@ -32,9 +32,10 @@ def learning_rate(stage_step: int, total_steps: int, optimizer: OptimizerConfig,
 
 
 def build_optimizer(model: nn.Module, settings: OptimizerConfig) -> torch.optim.AdamW:
-    """Fused AdamW; matrices are decayed, norm weights only with decay="all"."""
-    decayed = [p for p in model.parameters() if p.dim() >= 2 or settings.decay == "all"]
-    plain = [p for p in model.parameters() if p.dim() < 2 and settings.decay != "all"]
+    """Fused AdamW over what trains; matrices are decayed, norm weights only with decay="all"."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.dim() >= 2 or settings.decay == "all"]
+    plain = [p for p in trained if p.dim() < 2 and settings.decay != "all"]
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],

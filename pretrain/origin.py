@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from grow.plan import GrowthPlan
 from lit_gpt.checkpoint import TRAINING, detect_form, latest, read_exchange, read_training
 from lit_gpt.data_order import PROPORTIONAL
 from lit_gpt.errors import DataError
@@ -42,6 +43,20 @@ def parent_state(config: RunConfig) -> dict[str, Any]:
     if detect_form(source) == TRAINING:
         return read_training(source, verify=False).state
     return read_exchange(source).provenance or {}
+
+
+def growth_behind(config: RunConfig, own: Mapping[str, Any] | None) -> GrowthPlan | None:
+    """The growth that made the checkpoint which the run starts or started from; None if nobody asks for it.
+
+    own: state.json of the run's own last checkpoint, if it has one.
+    """
+    if config.stages[0].trainable in ("auto", "all"):
+        return None
+    history = (parent_state(config) if own is None else own).get("history", [])
+    if own is not None:
+        own_growths = sum(stage.operator is not None for stage in config.stages[: own["grown_into_stage"]])
+        history = history[: len(history) - own_growths]
+    return GrowthPlan.from_dict(history[-1]["plan"]) if history else None
 
 
 def with_saved_name(config: RunConfig, own: Mapping[str, Any] | None) -> RunConfig:

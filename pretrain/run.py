@@ -18,6 +18,7 @@ import torch
 import yaml
 
 from grow.plan import differing_sizes
+from grow.registry import SIZES
 from lit_gpt.atomic import write_atomically
 from lit_gpt.checkpoint import (
     TrainingCheckpoint,
@@ -30,23 +31,24 @@ from lit_gpt.checkpoint import (
 )
 from lit_gpt.config import Config
 from lit_gpt.errors import DataError
-from lit_gpt.flops import Flops, count_parameters
+from lit_gpt.flops import Flops, count_parameters, flops_per_token
 from lit_gpt.model import GPT, init_weights
 from pretrain.checkpointing import RunCheckpoints, check_settings
 from pretrain.command_line import Invocation
 from pretrain.config import RunConfig, StageConfig, to_plain
 from pretrain.corpus import Corpus, model_config_for, read_corpus
 from pretrain.data import TrainData, check_epochs, open_train_data, open_validation_sets
+from pretrain.growth import load_trainable_state, set_up
 from pretrain.held_out import ValidationSet
 from pretrain.loggers import EVALS_FILE, METRICS_FILE, TENSORBOARD_FOLDER, RunLog, say
-from pretrain.loop import Run, Trained, describe_stages, set_up, step_flops, train_in_stages
-from pretrain.optim import load_named_state
+from pretrain.loop import describe_stages, train_in_stages
 from pretrain.origin import (
     check_separator,
     check_tokenizer,
     continued_position,
     continued_settings,
     first_position,
+    growth_behind,
     mask_notes,
     own_state,
     parent_state,
@@ -56,6 +58,7 @@ from pretrain.parallel import choose_compute, launch
 from pretrain.signals import StopSignal
 from pretrain.stages import Stage, plan_stages
 from pretrain.state import TrainState
+from pretrain.training import Run, Trained, stage_flops, tokens_per_step
 
 CONFIG_FILE = "config.yaml"
 INDEX_FOLDER = "data_index"
@@ -124,7 +127,9 @@ def run(invocation: Invocation, command: list[str]) -> None:
             kept_stage = 0 if checkpoint is None else state.stage  # nothing stays of a run killed before its first save
             log = RunLog(out_dir, stage=kept_stage, step=state.step_count, tensorboard=config.logging.tensorboard)
             this_run = Run(config, stages, fabric, compute, plan.train, plan.validation, checkpoints, log, stop)
-            trained = start(this_run, stage, state) if checkpoint is None else resume(this_run, stage, checkpoint)
+            trained = (
+                start(this_run, stage, state) if checkpoint is None else resume(this_run, stage, checkpoint, state)
+            )
             try:
                 train_in_stages(this_run, trained, state)
             finally:
@@ -137,13 +142,13 @@ def preflight(invocation: Invocation) -> Plan:
     config = invocation.config
     corpus = read_corpus(config.data, look_beside=config.model.vocab_size is None)
     model_config = model_config_for(corpus, config.model)
-    stages = plan_stages(config, model_config)
+    own = None if invocation.fresh else own_state(Path(config.out_dir))
+    stages = plan_stages(config, model_config, growth_behind(config, own))
     if invocation.scratch:
         if config.init_from is not None:
             raise ValueError("--scratch trains from the first step, init_from does not; give one of the two")
         config = scratch_config(config, stages)
         stages = plan_stages(config, model_config)
-    own = None if invocation.fresh else own_state(Path(config.out_dir))
     if config.init_from is not None and own is None:  # a run that has checkpoints of its own needs its parent no more
         check_init_from(config, stages[0], invocation.fresh)
     config = with_saved_name(config, own)
@@ -160,11 +165,13 @@ def preflight(invocation: Invocation) -> Plan:
 
 def scratch_config(config: RunConfig, stages: list[Stage]) -> RunConfig:
     """The baseline of a growing run: its last model from the first step on, for the FLOPs of all stages together."""
-    flops = sum(step_flops(config, stage).times(stage.steps).paper for stage in stages)
-    steps = round(flops / step_flops(config, stages[-1]).paper)
     last = config.stages[-1]
-    own = {key: getattr(last, key) for key in ("learning_rate", "min_learning_rate", "warmup_steps")}
-    return dataclasses.replace(config, stages=[StageConfig("scratch", max_steps=steps, n_layer=last.n_layer, **own)])
+    per_step = flops_per_token(stages[-1].config).times(tokens_per_step(config, stages[-1])).paper
+    steps = round(sum(stage_flops(config, stage).paper for stage in stages) / per_step)
+    own = {key: getattr(last, key) for key in ("n_layer", *SIZES, "learning_rate", "min_learning_rate", "warmup_steps")}
+    if last.continue_schedule:
+        own["warmup_steps"] = stages[-1].schedule.warmup_steps  # that of the schedule's first stage
+    return dataclasses.replace(config, stages=[StageConfig("scratch", max_steps=steps, **own)])
 
 
 def is_finished(state: TrainState, stages: list[Stage]) -> bool:
@@ -203,7 +210,7 @@ def describe(plan: Plan) -> None:
         else:
             say(line)
     for stage, line in zip(plan.stages, describe_stages(plan.stages, plan.config), strict=True):
-        flops = step_flops(plan.config, stage).times(stage.steps).paper
+        flops = stage_flops(plan.config, stage).paper
         say(f"{line}, {count_parameters(stage.config):,} parameters, {flops:.3g} FLOPs")
         say(f"  {', '.join(f'{key}={value}' for key, value in stage.config.to_dict().items())}")
         if stage.plan is not None:
@@ -252,10 +259,10 @@ def start(this_run: Run, stage: Stage, state: TrainState) -> Trained:
     model = GPT(stage.config)
     if config.init_from is None:
         init_weights(model, config.seed)
-        return set_up(this_run, stage, model)
+        return set_up(this_run, stage, model, state)
     source = Path(config.init_from)
     model.load_state_dict(dict(read_weights(source)))
-    trained = set_up(this_run, stage, model)
+    trained = set_up(this_run, stage, model, state)
     if detect_form(source) == "training":
         inherit(trained, state, read_training(source))
     else:
@@ -305,7 +312,7 @@ def inherit(trained: Trained, state: TrainState, parent: TrainingCheckpoint) -> 
     state.history = before.history
     state.parent_tokens = before.parent_tokens + before.tokens
     state.parent_flops = before.total_flops
-    load_named_state(trained.model, trained.optimizer.optimizer, parent.optimizer)
+    load_trainable_state(trained, parent.optimizer)
 
 
 def resumed_state(state: dict[str, Any], config: RunConfig, train: TrainData) -> TrainState:
@@ -322,12 +329,12 @@ def resumed_state(state: dict[str, Any], config: RunConfig, train: TrainData) ->
     return TrainState.from_dict(state)
 
 
-def resume(this_run: Run, stage: Stage, checkpoint: TrainingCheckpoint) -> Trained:
+def resume(this_run: Run, stage: Stage, checkpoint: TrainingCheckpoint, state: TrainState) -> Trained:
     """The model and optimizer of a checkpoint, to the bit."""
     model = GPT(stage.config)
     model.load_state_dict(checkpoint.model)
-    trained = set_up(this_run, stage, model)
-    load_named_state(trained.model, trained.optimizer.optimizer, checkpoint.optimizer)
+    trained = set_up(this_run, stage, model, state)
+    load_trainable_state(trained, checkpoint.optimizer)
     if checkpoint.rng is not None:
         torch.set_rng_state(checkpoint.rng["torch"])
     last = this_run.checkpoints.last

@@ -4,12 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from grow.operators import plan_growth, with_depth
-from grow.plan import GrowthPlan
+from grow.masks import DEFAULT_STEPS, MaskSchedule
+from grow.operators import operator, plan_growth, with_depth
+from grow.plan import GrowthPlan, differing_sizes
+from grow.registry import SIZES
+from grow.sizes import resized
+from grow.trainable import trainable_parameters
+from lit_gpt.axes import parameter_shapes
+from lit_gpt.checkpoint import read_config
 from lit_gpt.config import Config
 from pretrain.config import OptimizerConfig, RunConfig, ScheduleConfig, StageConfig, parse_token_count
+from pretrain.optim import learning_rate
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """A teacher beside the model, for the first steps of a stage."""
+
+    weight: float
+    """Its share of the loss."""
+    steps: int
+    config: Config
+    """Of the teacher."""
+    path: Path | None
+    """Its checkpoint; None: the last one of the stage before."""
 
 
 @dataclass(frozen=True)
@@ -25,54 +46,121 @@ class Stage:
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     plan: GrowthPlan | None
-    """How the model of the stage before becomes this one's; None for the first."""
+    """How the model of the stage before becomes this one's; None if nothing grows."""
     optimizer_policy: str
+    schedule_start: int = 0
+    """Steps of its schedule that lie before this stage."""
+    schedule_steps: int = 0
+    """Length of its schedule, over all stages that share it."""
+    rewarmup_steps: int = 0
+    frozen: frozenset[str] = frozenset()
+    """Parameters that do not train."""
+    mask: MaskSchedule | None = None
+    teaching: Teaching | None = None
 
     @property
     def is_grown(self) -> bool:
         return self.plan is not None
 
+    def is_taught(self, stage_step: int) -> bool:
+        """Whether the teacher takes part in the step after `stage_step` finished ones."""
+        return self.teaching is not None and stage_step < self.teaching.steps
 
-def plan_stages(run: RunConfig, model: Config) -> list[Stage]:
+    def learning_rate(self, stage_step: int) -> float:
+        """Of the update after `stage_step` finished ones of this stage."""
+        rate = learning_rate(self.schedule_start + stage_step, self.schedule_steps, self.optimizer, self.schedule)
+        return rate * min(1.0, (stage_step + 1) / self.rewarmup_steps) if self.rewarmup_steps else rate
+
+
+def plan_stages(run: RunConfig, model: Config, grown_by: GrowthPlan | None = None) -> list[Stage]:
     """Resolve sizes, lengths and growth of every stage, so that a mistake in the last one shows before step 0.
 
     Args:
         run: the run's settings.
         model: sizes of the last stage's model.
+        grown_by: the growth that made the checkpoint which the run starts from, if it was made by one.
 
     Raises:
-        ValueError: sizes, lengths or layer maps that do not fit.
+        ValueError: sizes, lengths, layer maps or other settings that do not fit.
+        DataError, OSError: a teacher that cannot be read.
     """
     stages: list[Stage] = []
     for index, settings in enumerate(run.stages, 1):
-        config = _stage_config(settings, model)
-        plan = _plan(settings, stages[-1].config, config, run.seed) if stages else None
-        stages.append(
-            Stage(
-                index=index,
-                name=settings.name,
-                config=config,
-                steps=_stage_steps(settings, config, run.batch.global_batch_size),
-                optimizer=dataclasses.replace(run.optimizer, **_given(settings, "learning_rate", "min_learning_rate")),
-                schedule=dataclasses.replace(run.schedule, **_given(settings, "warmup_steps")),
-                plan=plan,
-                optimizer_policy=settings.optimizer_policy,
-            )
-        )
-    return stages
+        before = stages[-1] if stages else None
+        try:
+            stages.append(_stage(run, settings, index, before, model, grown_by))
+        except ValueError as error:
+            raise ValueError(f"stage {settings.name!r}: {error}") from error
+    return _with_schedule_lengths(stages)
+
+
+def _stage(
+    run: RunConfig,
+    settings: StageConfig,
+    index: int,
+    before: Stage | None,
+    model: Config,
+    grown_by: GrowthPlan | None,
+) -> Stage:
+    config = _stage_config(settings, model)
+    plan = None
+    if before is not None:
+        config = dataclasses.replace(config, norm_eps=before.config.norm_eps)  # an operator may have changed it
+        plan = _plan(settings, before.config, config, run.seed)
+        config = config if plan is None else dataclasses.replace(plan.dst, name=config.name)
+    steps = _stage_steps(settings, config, run.batch.global_batch_size)
+    continued = before is not None and settings.continue_schedule
+    return Stage(
+        index=index,
+        name=settings.name,
+        config=config,
+        steps=steps,
+        optimizer=dataclasses.replace(run.optimizer, **_given(settings, "learning_rate", "min_learning_rate")),
+        schedule=before.schedule
+        if continued
+        else dataclasses.replace(run.schedule, **_given(settings, "warmup_steps")),
+        plan=plan,
+        optimizer_policy=settings.optimizer_policy,
+        schedule_start=before.schedule_start + before.steps if continued else 0,
+        rewarmup_steps=settings.rewarmup_steps,
+        frozen=_frozen(settings, config, plan or (grown_by if before is None else None)),
+        mask=_mask(settings, plan, steps),
+        teaching=_teaching(settings, plan, config, steps, before),
+    )
 
 
 def _stage_config(settings: StageConfig, model: Config) -> Config:
-    if settings.n_layer is None or settings.n_layer == model.n_layer:
-        return model
-    return with_depth(model, settings.n_layer)
+    widths = _given(settings, *SIZES)
+    config = resized(model, **widths) if widths else model
+    return config if settings.n_layer in (None, config.n_layer) else with_depth(config, settings.n_layer)
 
 
-def _plan(settings: StageConfig, src: Config, dst: Config, seed: int) -> GrowthPlan:
+def _plan(settings: StageConfig, src: Config, dst: Config, seed: int) -> GrowthPlan | None:
+    """The growth into a stage; sizes that stay are not named, so that an operator need not take them."""
+    changed = differing_sizes(src, dst)
+    if settings.operator is None:
+        if changed:
+            lines = ", ".join(f"{name} {getattr(src, name)} -> {getattr(dst, name)}" for name in changed)
+            raise ValueError(f"the model grows ({lines}), and no operator says how; see `grow operators`")
+        return None
+    sizes = {name: getattr(dst, name) for name in SIZES} if {*SIZES, "head_size"} & {*changed} else {}
+    op = operator(settings.operator, in_width=bool(sizes))
+    if "n_layer" in op.options and ("n_layer" in changed or not sizes):
+        sizes["n_layer"] = dst.n_layer
+    named = [name for name in settings.options if name in ("n_layer", *SIZES, "factor", "layer_map")]
+    if named:
+        raise ValueError(f"options holds {', '.join(named)}; sizes and layer_map stand beside `options`")
     try:
-        return plan_growth(settings.operator or "", src, n_layer=dst.n_layer, layer_map=settings.layer_map, seed=seed)
+        plan = plan_growth(
+            settings.operator, src, layer_map=settings.layer_map, **{"seed": seed, **settings.options, **sizes}
+        )
     except ValueError as error:
-        raise ValueError(f"stage {settings.name!r} cannot grow from {src.n_layer} layers: {error}") from error
+        raise ValueError(f"it cannot grow from {src.n_layer} layers of width {src.n_embd}: {error}") from error
+    other = [name for name in differing_sizes(plan.dst, dst) if name != "norm_eps"]
+    if other:
+        lines = ", ".join(f"{name} {getattr(plan.dst, name)}, not {getattr(dst, name)}" for name in other)
+        raise ValueError(f"{plan.operator} leads to another model ({lines}); adapt the sizes of the stage")
+    return plan
 
 
 def _stage_steps(settings: StageConfig, config: Config, global_batch_size: int) -> int:
@@ -84,8 +172,74 @@ def _stage_steps(settings: StageConfig, config: Config, global_batch_size: int) 
         steps = parse_token_count(settings.max_tokens or 0) // tokens_per_step
         rule = f"max_tokens={settings.max_tokens} is less than one step of {tokens_per_step:,} tokens"
     if steps < 1:
-        raise ValueError(f"stage {settings.name!r}: {rule}")
+        raise ValueError(rule)
     return steps
+
+
+def _frozen(settings: StageConfig, config: Config, plan: GrowthPlan | None) -> frozenset[str]:
+    which = settings.trainable
+    if which == "auto":
+        which = operator(settings.operator).trainable if settings.operator else "all"
+    if which == "all":
+        return frozenset()
+    if plan is None or differing_sizes(plan.dst, config):
+        raise ValueError(
+            f"trainable={which!r} needs a growth that says what is new: an operator in this stage, or, in the first "
+            f"one, an init_from that `grow apply` made; use 'all'"
+        )
+    return frozenset(parameter_shapes(config)) - trainable_parameters(plan, which)
+
+
+def _mask(settings: StageConfig, plan: GrowthPlan | None, steps: int) -> MaskSchedule | None:
+    if plan is None or not operator(plan.operator).masked:
+        if settings.mask_steps is not None:
+            raise ValueError("mask_steps belongs to the operators random-depth and random-width; remove it")
+        return None
+    if settings.mask_steps == 0:
+        return None
+    mask = MaskSchedule(settings.mask_steps or DEFAULT_STEPS, settings.mask_phases)
+    if mask.total_steps > steps:
+        raise ValueError(
+            f"the mask of {plan.operator} opens over {mask.total_steps:,} steps and the stage has {steps:,}; "
+            f"give mask_steps, e.g. {max(1, steps // (2 * mask.total_steps // mask.steps))}, or 0 to open at once"
+        )
+    return mask
+
+
+def _teaching(
+    settings: StageConfig, plan: GrowthPlan | None, config: Config, steps: int, before: Stage | None
+) -> Teaching | None:
+    default = 1.0 if plan is not None and plan.operator == "distill" else 0.0
+    weight = default if settings.distill_weight is None else settings.distill_weight
+    if not weight:
+        given = _given(settings, "distill_steps", "teacher")
+        if given:
+            raise ValueError(f"{', '.join(given)} has no effect without distill_weight; give it or remove them")
+        return None
+    path = None if settings.teacher is None else Path(settings.teacher)
+    if path is None and before is None:
+        raise ValueError("distill_weight in the first stage needs a teacher: give the path of a checkpoint")
+    teacher = read_config(path) if path is not None else before.config
+    if teacher.padded_vocab_size != config.padded_vocab_size:
+        raise ValueError(
+            f"the teacher has {teacher.padded_vocab_size} embedding rows, the model {config.padded_vocab_size}; "
+            f"they need one vocabulary"
+        )
+    if teacher.block_size < config.block_size:
+        raise ValueError(
+            f"the teacher sees {teacher.block_size} tokens, the model {config.block_size}; use a block_size it can see"
+        )
+    return Teaching(weight, settings.distill_steps or steps, teacher, path)
+
+
+def _with_schedule_lengths(stages: list[Stage]) -> list[Stage]:
+    """Every stage with the length of its schedule, which is known once the last stage that shares it is."""
+    ends, end = [], 0
+    for stage, following in reversed(list(zip(stages, [*stages[1:], None], strict=True))):
+        if following is None or following.schedule_start == 0:
+            end = stage.schedule_start + stage.steps
+        ends.append(end)
+    return [dataclasses.replace(stage, schedule_steps=n) for stage, n in zip(stages, reversed(ends), strict=True)]
 
 
 def _given(stage: StageConfig, *fields: str) -> dict[str, Any]:

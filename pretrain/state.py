@@ -24,6 +24,8 @@ class TrainState:
     """Training tokens of this run, all stages."""
     flops: Flops = field(default_factory=Flops)
     """Of this run, all stages."""
+    flops_computed: float = 0.0
+    """As flops.paper, without the gradients that frozen parameters made unnecessary."""
     parent_tokens: int = 0
     parent_flops: Flops = field(default_factory=Flops)
     """Of the runs this one grew from."""
@@ -42,6 +44,7 @@ class TrainState:
     def from_dict(cls, values: dict[str, Any]) -> TrainState:
         """The inverse of `to_dict`; keys of the checkpoint that are not counters are left out."""
         known = {key: value for key, value in values.items() if key in cls.__dataclass_fields__}
+        known.setdefault("flops_computed", known["flops"]["paper"])  # written before anything could be frozen
         known["flops"], known["parent_flops"] = Flops(**known["flops"]), Flops(**known["parent_flops"])
         return cls(**known)
 

@@ -24,7 +24,7 @@ from pretrain.config import RunConfig, unknown_key_problems
 from pretrain.corpus import Corpus, model_config_for, read_corpus
 from pretrain.data import TrainData
 from pretrain.loggers import METRICS_FILE
-from pretrain.origin import check_stream, with_saved_name
+from pretrain.origin import check_stream, growth_behind, with_saved_name
 from pretrain.run import CONFIG_FILE, INDEX_FOLDER, open_stream
 from pretrain.stages import Stage, plan_stages
 
@@ -218,7 +218,7 @@ def _open(
     nearest = min(_logged(folder), key=lambda moment: abs(moment[0] - wanted), default=None)
     if nearest is not None:
         first = nearest[1] - nearest[0] * batch
-    stages = plan_stages(config, model_config)
+    stages = plan_stages(config, model_config, growth_behind(config, own))
     return _Opened(config, corpus, stages, train, first, _verified(train, covering))
 
 

@@ -106,7 +106,10 @@ def test_all_settings_that_do_not_fit_are_listed_at_once(config_file):
             config_file(
                 batch={"global_batch_size": 6, "micro_batch_size": 4},
                 optimizer={"learning_rate": -1},
-                stages=[{"name": "a", "max_steps": 1}, {"name": "a", "max_tokens": "x", "max_steps": 2}],
+                stages=[
+                    {"name": "a", "max_steps": 1},
+                    {"name": "a", "max_tokens": "x", "max_steps": 2, "layer_map": "12*2"},
+                ],
             )
         )
     message = str(error.value)
@@ -114,7 +117,7 @@ def test_all_settings_that_do_not_fit_are_listed_at_once(config_file):
     assert "optimizer.learning_rate=-1" in message
     assert "stage name 'a' occurs twice" in message
     assert "exactly one of max_tokens and max_steps" in message
-    assert "needs an operator" in message
+    assert "layer_map and options belong to a growth operator" in message
 
 
 def test_a_wrong_type_is_an_error_that_names_the_key(config_file):
