@@ -10,7 +10,7 @@ from typing import Any
 from grow import depth
 from grow.layer_map import LayerMap, format_layer_map, further_copies
 from grow.plan import GrowthPlan
-from grow.registry import BY_NAME, IN_WIDTH, OPERATORS, RETIRED, UNAVAILABLE, Operator
+from grow.registry import BY_NAME, IN_WIDTH, OPERATORS, RETIRED, SIZES, UNAVAILABLE, Operator
 from grow.sizes import scaled_depth, wider, with_depth
 from lit_gpt.config import Config
 
@@ -108,7 +108,8 @@ def _plan_width(
     op: Operator, src: Config, n_layer: int | None, sizes: dict[str, Any], seed: int, options: dict[str, Any]
 ) -> GrowthPlan:
     if not sizes and n_layer is None:
-        raise ValueError(f"how large is the grown model? Give {op.name} {' or '.join(op.options)}")
+        sizes = [option for option in op.options if option in ("n_layer", *SIZES, "factor")]
+        raise ValueError(f"how large is the grown model? Give {op.name} {' or '.join(sizes)}")
     dst = wider(src, **sizes)
     if n_layer is not None:
         _check_not_smaller(op, src.n_layer, n_layer)

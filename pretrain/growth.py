@@ -112,16 +112,24 @@ def load_trainable_state(trained: Trained, moments: dict) -> None:
     )
 
 
+def closed_parts(stage: Stage, done_steps: int) -> dict[str, float] | None:
+    """c of every part of a masked growth in the last of `done_steps` steps; None once all of it is open."""
+    if stage.mask is None or done_steps >= stage.mask.total_steps:
+        return None
+    return stage.mask.openness(max(0, done_steps - 1))
+
+
 def set_masks(stage: Stage, trained: Trained, stage_step: int) -> None:
     """Open the new parts of a masked growth as far as the step after `stage_step` finished ones has them."""
     if stage.mask is None:
         return
-    if stage_step >= stage.mask.total_steps - 1:  # that step's c is 1
+    openness = closed_parts(stage, stage_step + 1)
+    if openness is None:
         for module in trained.model.modules():
             if isinstance(module, Linear | Embedding):
                 module.weight_scale = None
         return
-    for name, scale in mask_scales(stage.plan, stage.mask.openness(stage_step)).items():
+    for name, scale in mask_scales(stage.plan, openness).items():
         layer = trained.model.get_submodule(name.removesuffix(".weight"))
         if layer.weight_scale is None:
             layer.weight_scale = scale.to(layer.weight.device)

@@ -14,7 +14,7 @@ from lit_gpt.errors import NonFiniteError
 from lit_gpt.flops import flops_per_token
 from pretrain.config import RunConfig, parse_token_count
 from pretrain.evaluate import evaluate
-from pretrain.growth import enter_stage, set_masks
+from pretrain.growth import closed_parts, enter_stage, set_masks
 from pretrain.loggers import Progress, say
 from pretrain.optim import set_learning_rate
 from pretrain.signals import StopRequested
@@ -221,6 +221,7 @@ def save(run: Run, stage: Stage, trained: Trained, state: TrainState) -> None:
         state,
         model_config=stage.config.to_dict(),
         stage_name=stage.name,
+        mask=closed_parts(stage, state.stage_step),
         data=run.train.packed.state(state.position),
     )
 

@@ -144,8 +144,7 @@ def _plan(settings: StageConfig, src: Config, dst: Config, seed: int) -> GrowthP
             raise ValueError(f"the model grows ({lines}), and no operator says how; see `grow operators`")
         return None
     sizes = {name: getattr(dst, name) for name in SIZES} if {*SIZES, "head_size"} & {*changed} else {}
-    op = operator(settings.operator, in_width=bool(sizes))
-    if "n_layer" in op.options and ("n_layer" in changed or not sizes):
+    if "n_layer" in changed or not sizes:
         sizes["n_layer"] = dst.n_layer
     named = [name for name in settings.options if name in ("n_layer", *SIZES, "factor", "layer_map")]
     if named:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 import signal
@@ -11,28 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from lit_gpt.checkpoint import latest, read_training
 from lit_gpt.tokenizer import Tokenizer
 from pretrain.command_line import merge
 from tests.pretrain.conftest import write_prepared
-
-TIMING = ("tokens_per_sec", "seconds", "time")
-
-
-def records(folder: Path, name: str) -> list[dict]:
-    lines = (folder / name).read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMING} for line in lines]
-
-
-def assert_same_end(folder: Path, undisturbed: Path) -> None:
-    for name in ("metrics.jsonl", "evals.jsonl"):
-        assert records(folder, name) == records(undisturbed, name)
-    ended, expected = (read_training(latest(f / "checkpoints")) for f in (folder, undisturbed))
-    assert all(torch.equal(ended.model[name], tensor) for name, tensor in expected.model.items())
-    for name, slots in expected.optimizer.items():
-        assert all(torch.equal(ended.optimizer[name][slot], tensor) for slot, tensor in slots.items())
+from tests.pretrain.runs import assert_same_end
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,7 @@ from lit_gpt.config import Config
 from lit_gpt.flops import count_parameters
 from pretrain.command_line import merge
 from pretrain.run import run
-
-TIMING = ("tokens_per_sec", "seconds", "time")
+from tests.pretrain.runs import records
 
 
 @pytest.fixture
@@ -31,11 +30,6 @@ def finish(tmp_path, settings):
         return tmp_path / name
 
     return go
-
-
-def records(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
-    lines = (folder / name).read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMING} for line in lines]
 
 
 def final_weights(folder: Path) -> dict[str, torch.Tensor]:
