@@ -336,7 +336,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows.append(measure(bench, growth, args.steps, args.seeds))
         sys.stderr.write(f"{rows[-1]['growth']}: {rows[-1]['cpu_secs']} s\n")
     print_table(rows, args.steps)
-    print("\n".join(notes))
+    for note in notes:
+        print(note)
     is_default = args.only is None and tuple(args.steps) == STEPS and tuple(args.seeds) == SEEDS
     if args.out or is_default:
         write(args.out or RESULT, rows, args.steps, args.seeds, notes)

@@ -230,8 +230,8 @@ def grow_checkpoint(
         reference_path: the checkpoint, of either form, of the plan's reference, see `read_reference`.
 
     Returns:
-        The receipt: source, destination, form, operator, layer_map, connection_rate, optimizer_policy, preserves,
-        function, parameters_before, parameters_after, parent, reference and manifest (sha256), tokens, flops_total.
+        The receipt: source, destination, form, operator, layer_map, connection_rate, optimizer_policy, reference,
+        preserves, function, parameters_before, parameters_after, parent and manifest (sha256), tokens, flops_total.
 
     Raises:
         ValueError: a destination that cannot be, or a policy that the source cannot serve.
@@ -252,7 +252,7 @@ def grow_checkpoint(
         "form": form,
         **summary(plan, policy),
         "manifest": manifest_sha256(dst_path),
-        **{key: record[key] for key in ("parent", "reference", "tokens", "flops_total")},
+        **{key: record[key] for key in ("parent", "tokens", "flops_total")},
     }
 
 
@@ -288,6 +288,7 @@ def summary(plan: GrowthPlan, policy: str) -> dict[str, Any]:
         "layer_map": list(plan.layer_map),
         "connection_rate": plan.connection_rate,
         "optimizer_policy": policy,
+        "reference": None if plan.reference is None else plan.reference.manifest,
         "preserves": function_of(plan) != "no",
         "function": function_of(plan),
         "parameters_before": count_parameters(plan.src),
