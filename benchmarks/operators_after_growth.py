@@ -2,7 +2,11 @@
 
 The model is stories260K (llama2.c, 5 layers of width 64), the text Tiny Shakespeare: the first nine tenths train, the
 rest is what the losses are of. Both lie under --data. Run `python -m benchmarks.operators_after_growth`; one core is
-enough. It prints a table and writes results/operators_after_growth.json.
+enough, and --estimate says for how long. It prints a table and writes results/operators_after_growth.json.
+
+Operators in width that have a choice of --residual are measured by each rule that makes other weights: all rules start
+from the same function where they keep it, but a channel that is written a times as large moves 1/a as far, relative to
+what it is, in a step of AdamW.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -25,7 +29,7 @@ from torch import Tensor
 from benchmarks.machine import describe
 from grow.apply import grow_weights
 from grow.operators import OPERATORS, operator, plan_growth
-from grow.plan import GrowthPlan
+from grow.plan import GrowthPlan, Reference
 from lit_gpt.axes import EMBEDDING, layer_of
 from lit_gpt.config import Config
 from lit_gpt.flops import count_parameters
@@ -41,6 +45,8 @@ STEPS = (50, 100, 200)
 SEEDS = (0, 1, 2)
 TRAIN_TOKENS, TRAIN_ROWS = 64, 2  # of one sample; samples of one step
 HELD_OUT_ROWS = 32
+OTHER_SEED = 1000  # added for what is trained before growth: other samples than after it
+TIMED_STEPS = 10
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, min_learning_rate=1e-3)
 SCHEDULE = ScheduleConfig(kind="wsd", warmup_steps=10)
 
@@ -63,12 +69,18 @@ REQUESTS: dict[str, tuple[Request, ...]] = {
     "staged-depth": ({"n_layer": 10},),
     "one-layer": ({"n_layer": 5},),
     "inheritune": ({"n_layer": 3},),
+    "opt-deus": ({"n_layer": 7}, {"n_layer": 9}),
+    "lesa": ({"n_layer": 7}, {"n_layer": 6}),
     "aki-pro": BOTH[1:],
     "lemon": BOTH[1:],
     "hypercloning": TWICE,
     "staged-width": TWICE[:1],
 }
 """Where the axis does not say it all. The first request of an operator is the one that is measured."""
+RULES = ("M", "U", "Z", "E")
+"""For residual channels; the first is the default, with which an operator is measured anyhow."""
+OTHER_WIDTHS: dict[str, tuple[Request, ...]] = {"split-width": ({"n_embd": 96},), "lemon": ({"n_embd": 96},)}
+"""Where rules are compared too: at twice the width some of them make the same weights."""
 LAYERS_OF_SOURCE = {"lidas": 4, "one-layer": 1}
 """Operators that five layers do not suit grow from the first few of them."""
 
@@ -81,12 +93,19 @@ class Growth:
     request: Request
     n_layer_src: int | None = None
     """Layers of the real model that are there before growth, from the first on. None: all."""
+    trained_first: bool = False
+    """Whether these layers are trained before growth, which then takes further ones from the real model."""
 
     def plan(self, src: Config, seed: int = 0) -> GrowthPlan:
         return plan_growth(self.operator, src, seed=seed, **self.request)
 
+    def with_reference(self, config: Config) -> Growth:
+        """The same growth, by layers of a model of this configuration."""
+        return replace(self, request={**self.request, "reference": Reference(config, "", MODEL)})
+
     def __str__(self) -> str:
-        return f"{self.operator} {' '.join(f'{key}={value}' for key, value in self.request.items())}"
+        shown = {key: MODEL if key == "reference" else value for key, value in self.request.items()}
+        return f"{self.operator} {' '.join(f'{key}={value}' for key, value in shown.items())}"
 
 
 def growths_of(name: str) -> list[Growth]:
@@ -99,6 +118,58 @@ def growths_of(name: str) -> list[Growth]:
     if requests is None:
         raise ValueError(f"operator {name!r} grows {OPERATORS[name].axis!r}; add sizes for it to REQUESTS")
     return [Growth(name, request, LAYERS_OF_SOURCE.get(name)) for request in requests]
+
+
+APPENDED = Growth("inheritune", {"n_layer": 5}, n_layer_src=3, trained_first=True)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """One growth by every rule for residual channels that it can have."""
+
+    growth: Growth
+    same_weights: dict[str, list[str]] = field(default_factory=dict)
+    """Rule -> those that make the same weights as it, and are not measured."""
+
+    @classmethod
+    def of(cls, growth: Growth, src: Config) -> Rules:
+        found: dict[tuple[object, ...], list[str]] = {}
+        for rule in RULES:
+            try:
+                width = replace(growth, request={**growth.request, "residual": rule}).plan(src).width
+            except ValueError:
+                continue  # not a rule for this growth
+            assert width is not None
+            found.setdefault((*width.channel_scales(src), width.norm_scale(src)), []).append(rule)
+        return cls(growth, {first: others for first, *others in found.values()})
+
+    def growths(self) -> list[Growth]:
+        """The default first, and under the name that it has without a choice."""
+        named = [replace(self.growth, request={**self.growth.request, "residual": rule}) for rule in self.same_weights]
+        return [self.growth, *named[1:]]
+
+    def notes(self) -> list[str]:
+        """What is not in the table, as text."""
+        return [
+            f"{self.growth} residual={' and '.join(others)}: the same weights as {rule}"
+            for rule, others in self.same_weights.items()
+            if others
+        ]
+
+
+def measured(name: str, src: Config) -> tuple[list[Growth], list[str]]:
+    """The growths of an operator that are in the table, and notes on what is not."""
+    first = growths_of(name)[0]
+    if name == "inheritune":
+        return [first, APPENDED.with_reference(src)], []
+    if "residual" not in OPERATORS[name].options:
+        return [first], []
+    compared = [
+        Rules.of(replace(first, request=request), src) for request in (first.request, *OTHER_WIDTHS.get(name, ()))
+    ]
+    return [growth for rules in compared for growth in rules.growths()], [
+        n for rules in compared for n in rules.notes()
+    ]
 
 
 def first_layers(
@@ -172,14 +243,18 @@ def measure(bench: Bench, growth: Growth | None, steps: Sequence[int], seeds: Se
     """One row of the table. Without a growth the model trains on as it is."""
     started_secs = time.process_time()
     config, weights = first_layers(bench.config, bench.weights, growth.n_layer_src if growth else None)
-    before = bench.loss(model_of(config, weights))
-    runs = []
+    before, runs = [], []
     grown = config
     for seed in seeds:
-        grown_tensors = weights
+        source = model_of(config, weights)
+        if growth is not None and growth.trained_first:
+            train(bench, source, [max(steps)], seed + OTHER_SEED)
+        before.append(bench.loss(source))
+        grown_tensors: Mapping[str, Tensor] = source.state_dict()
         if growth is not None:
             plan = growth.plan(config, seed)
-            grown, grown_tensors = plan.dst, grow_weights(plan, weights)
+            reference = None if plan.reference is None else bench.weights
+            grown, grown_tensors = plan.dst, grow_weights(plan, grown_tensors, reference)
         runs.append(train(bench, model_of(grown, grown_tensors), steps, seed))
     return {
         "operator": growth.operator if growth else None,
@@ -188,10 +263,29 @@ def measure(bench: Bench, growth: Growth | None, steps: Sequence[int], seeds: Se
         "n_layer_before": config.n_layer,
         "sizes": {key: getattr(grown, key) for key in ("n_layer", "n_embd", "n_head", "n_query_groups")},
         "parameters": count_parameters(grown),
-        "loss_before": before,
+        "loss_before": mean(before),
         "loss_after": {str(step): [run[step] for run in runs] for step in (0, *steps)},
         "cpu_secs": round(time.process_time() - started_secs, 1),
     }
+
+
+def estimate_secs(bench: Bench, growths: Sequence[Growth | None], steps: Sequence[int], n_seeds: int) -> float:
+    """CPU seconds that the table takes, from some steps of the source: time rises as depth and the root of width."""
+    train(bench, model_of(bench.config, bench.weights), [TIMED_STEPS], 0)  # the first steps are slower
+    started_secs = time.process_time()
+    train(bench, model_of(bench.config, bench.weights), [TIMED_STEPS], 0)
+    per_step_secs = (time.process_time() - started_secs) / TIMED_STEPS
+    n_models = 0.0
+    for growth in growths:
+        src = (
+            bench.config
+            if growth is None
+            else replace(bench.config, n_layer=growth.n_layer_src or bench.config.n_layer)
+        )
+        dst = src if growth is None else growth.plan(src).dst
+        width = (dst.n_embd / bench.config.n_embd) ** 0.5
+        n_models += dst.n_layer * width / bench.config.n_layer + (growth is not None and growth.trained_first)
+    return n_models * per_step_secs * max(steps) * n_seeds
 
 
 def print_table(rows: Sequence[dict[str, Any]], steps: Sequence[int]) -> None:
@@ -215,6 +309,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=list(OPERATORS), help="operators to measure; default all")
     parser.add_argument("--steps", nargs="+", type=int, default=STEPS, help="when to measure (%(default)s)")
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help="of growth and of the data's order")
+    parser.add_argument("--estimate", action="store_true", help="say how long it will take, and stop")
     parser.add_argument("--out", type=Path, help=f"file to write; default {RESULT.name} for a run of all operators")
     args = parser.parse_args(arguments)
     if args.data is None:
@@ -226,19 +321,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     torch.set_num_threads(1)
     bench = Bench.load(args.data)
-    growths = [growths_of(name)[0] for name in args.only or OPERATORS]
+    growths: list[Growth | None] = [None]
+    notes = []
+    for name in args.only or OPERATORS:
+        more, said = measured(name, bench.config)
+        growths += more
+        notes += said
+    secs = estimate_secs(bench, growths, args.steps, len(args.seeds))
+    sys.stderr.write(f"{len(growths)} rows, about {secs / 60:.0f} minutes of one core\n")
+    if args.estimate:
+        return 0
     rows = []
-    for growth in (None, *growths):
+    for growth in growths:
         rows.append(measure(bench, growth, args.steps, args.seeds))
         sys.stderr.write(f"{rows[-1]['growth']}: {rows[-1]['cpu_secs']} s\n")
     print_table(rows, args.steps)
+    for note in notes:
+        print(note)
     is_default = args.only is None and tuple(args.steps) == STEPS and tuple(args.seeds) == SEEDS
     if args.out or is_default:
-        write(args.out or RESULT, rows, args.steps, args.seeds)
+        write(args.out or RESULT, rows, args.steps, args.seeds, notes)
     return 0
 
 
-def write(path: Path, rows: Sequence[dict[str, Any]], steps: Sequence[int], seeds: Sequence[int]) -> None:
+def write(
+    path: Path, rows: Sequence[dict[str, Any]], steps: Sequence[int], seeds: Sequence[int], notes: Sequence[str]
+) -> None:
     record = {
         "command": "python -m benchmarks.operators_after_growth",
         "what": f"loss of {MODEL} on held-out {TEXT}, nats per token, before growth, right after and while it trains",
@@ -253,6 +361,7 @@ def write(path: Path, rows: Sequence[dict[str, Any]], steps: Sequence[int], seed
             "warmup_steps": SCHEDULE.warmup_steps,
         },
         "results": list(rows),
+        "notes": list(notes),
         "cpu_secs": round(sum(row["cpu_secs"] for row in rows)),
         "threads": torch.get_num_threads(),
         "machine": {**describe(), "load_average": os.getloadavg()},

@@ -22,7 +22,7 @@ from grow.layer_map import (
 )
 from grow.operator_list import operator_list, operator_tables
 from grow.operators import function_of, operator, plan_growth
-from grow.plan import OPTIMIZER_POLICIES, GrowthPlan
+from grow.plan import FUSIONS, OPTIMIZER_POLICIES, GrowthPlan
 from grow.registry import FUNCTION, OPERATORS
 from grow.width_plan import RULES, SHARES
 from lit_gpt.errors import EXIT_USAGE, DataError, run_command
@@ -49,8 +49,8 @@ def run_map(args: argparse.Namespace) -> None:
     print_layer_map(layers, args.n_layer_src or highest + 1)
 
 
-def print_layer_map(layers: Sequence[int | None], n_layer_src: int, identity_layers: Sequence[int] = ()) -> None:
-    first, *more = draw_layer_map(layers, identity_layers)
+def print_layer_map(layers: Sequence[int | None], n_layer_src: int, **marks: Sequence[int]) -> None:
+    first, *more = draw_layer_map(layers, **marks)
     print(f"  layers      {first}")
     for line in more:
         print(f"              {line}")
@@ -85,6 +85,7 @@ def add_apply_arguments(parser: argparse.ArgumentParser) -> None:
         "--factor", type=float, metavar="K", help="sizes after growth over sizes before: layers in depth, else widths"
     )
     parser.add_argument("--layer-map", metavar="MAP", help="use this map instead of the operator's; see `grow map`")
+    parser.add_argument("--reference", metavar="CKPT", help="the larger model whose next layers inheritune appends")
     parser.add_argument("--seed", type=int, default=0, help="of whatever the operator draws; default 0")
     parser.add_argument("--residual", choices=RULES, help="rule for residual channels; default M, exact for any width")
     parser.add_argument("--shares", choices=list(SHARES), help="how copies share what is read from them")
@@ -125,13 +126,15 @@ PLAN_ARGUMENTS = (
 def run_apply(args: argparse.Namespace) -> None:
     import torch
 
-    from grow.apply import grow_checkpoint, summary
+    from grow.apply import grow_checkpoint, read_reference, summary
     from lit_gpt.checkpoint import read_config
 
     src = find_checkpoint(args.src)
+    reference = find_checkpoint(args.reference) if args.reference else None
     plan = plan_growth(
         args.operator,
         read_config(src),
+        reference=read_reference(reference) if reference else None,
         **{name: getattr(args, name) for name in PLAN_ARGUMENTS},
     )
     if not args.json:
@@ -146,6 +149,7 @@ def run_apply(args: argparse.Namespace) -> None:
             args.optimizer_policy,
             allow_non_finite=args.allow_non_finite,
             dtype=torch.float32 if args.dtype == "float32" else None,
+            reference_path=reference,
         )
     if args.json:
         print_json(report)
@@ -160,9 +164,13 @@ def print_plan(plan: GrowthPlan, policy: str) -> None:
     print(f"{op.name}: {describe_growth(plan)} ({op.paper})")
     if plan.width is None or plan.src.n_layer != plan.dst.n_layer:
         print(f"  layer map   {format_layer_map(plan.layer_map)}")
-        print_layer_map(plan.layer_map, plan.src.n_layer, plan.identity_layers)
+        print_layer_map(plan.layer_map, plan.src.n_layer, **plan.marks)
     if plan.identity_layers:
-        print("  (n)         a copy of layer n with proj = w3 = 0: it passes its input on, until it is trained")
+        print("  (n)         proj = w3 = 0: the layer passes its input on, until it is trained")
+    if plan.fusion is not None:
+        print(f"  n+m         {FUSIONS[plan.fusion]}")
+    if plan.reference is not None:
+        print(f"  [n]         layer n of {plan.reference.path_name}, {plan.reference.manifest}")
     if None in plan.layer_map:
         print(f"  new         a layer with initial weights, drawn with seed {plan.seed}")
     if plan.noise:
@@ -202,6 +210,8 @@ def describe_sizes(config: Config) -> str:
 def print_receipt(receipt: dict[str, Any]) -> None:
     print(f"wrote {receipt['destination']} ({receipt['form']} form)")
     print(f"  parent      {receipt['parent']}")
+    if receipt["reference"] is not None:
+        print(f"  reference   {receipt['reference']}")
     print(f"  manifest    {receipt['manifest']}")
     if receipt["tokens"] is not None:
         print(f"  behind it   {receipt['tokens']:,} tokens, {receipt['flops_total']:.4g} FLOPs")
@@ -264,6 +274,8 @@ def print_history(history: list[dict[str, Any]]) -> None:
         print(f"grown by {record['operator']}: {describe_growth(plan)}{behind}")
         print(f"  layer map   {format_layer_map(plan.layer_map)}")
         print(f"  R_c         {record['connection_rate']}")
+        if plan.reference is not None:
+            print(f"  reference   {plan.reference.path_name} {plan.reference.manifest}")
         print(f"  optimizer   {record['optimizer_policy']}")
         print(f"  parent      {record['parent_path_name']} {record['parent']}")
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from grow.check import check_weights
+from grow.fused import FusedLayers
 from grow.operators import function_of
-from grow.plan import OPTIMIZER_POLICIES, GrowthPlan, differing_sizes
+from grow.plan import OPTIMIZER_POLICIES, GrowthPlan, Reference, differing_sizes
 from grow.tensors import grown_moments, grown_weight
 from lit_gpt.axes import parameter_shapes
 from lit_gpt.checkpoint import (
@@ -24,6 +25,7 @@ from lit_gpt.checkpoint import (
     read_config,
     read_exchange,
     read_training,
+    read_weights,
     write_exchange,
     write_training,
 )
@@ -38,18 +40,26 @@ OptimizerState = Mapping[str, Mapping[str, Tensor]]
 
 
 class GrownWeights(Mapping[str, Tensor]):
-    """Name -> tensor of the grown model, made from the source on every access: nothing is held.
+    """Name -> tensor of the grown model, made from the source on every access: no weight is held.
 
-    With a dtype, the source's weights are cast to it before they are grown.
+    With a dtype, the source's weights are cast to it before they are grown. A plan with a reference needs its weights.
     """
 
-    def __init__(self, plan: GrowthPlan, weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        plan: GrowthPlan,
+        weights: Mapping[str, Tensor],
+        dtype: torch.dtype | None = None,
+        reference: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self._plan = plan
         self._names = parameter_shapes(plan.dst)
         self._weights = weights if dtype is None else CastWeights(weights, dtype)
+        self._reference = reference
+        self._fused = FusedLayers(plan)
 
     def __getitem__(self, name: str) -> Tensor:
-        return grown_weight(self._plan, name, self._weights)
+        return grown_weight(self._plan, name, self._weights, fused=self._fused, reference=self._reference)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -75,12 +85,15 @@ class CastWeights(Mapping[str, Tensor]):
         return len(self._weights)
 
 
-def grow_weights(plan: GrowthPlan, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def grow_weights(
+    plan: GrowthPlan, weights: Mapping[str, Tensor], reference: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """A state dict of the grown model; `weights` stays as it was and shares no storage with it.
 
     Args:
         plan: what to do.
         weights: name -> tensor with the names and shapes of `parameter_shapes(plan.src)`, any dtype and device.
+        reference: those of the plan's reference, if it has one; they are cast to the dtype of `weights`.
 
     Returns:
         Name -> tensor with the names and shapes of `parameter_shapes(plan.dst)`, in that order.
@@ -89,7 +102,7 @@ def grow_weights(plan: GrowthPlan, weights: Mapping[str, Tensor]) -> dict[str, T
         DataError: the weights are not those of a model of the plan's source sizes.
     """
     check_weights(plan.src, weights, "the source", allow_non_finite=True)
-    grown = dict(GrownWeights(plan, weights))
+    grown = dict(GrownWeights(plan, weights, reference=reference))
     check_weights(plan.dst, grown, "the grown model", allow_non_finite=True)
     return grown
 
@@ -184,6 +197,7 @@ def growth_record(
         "optimizer_policy": policy,
         "parent": parent,
         "parent_path_name": parent_path_name,
+        "reference": None if plan.reference is None else plan.reference.manifest,
         "step_count": step_count,
         "tokens": tokens,
         "flops_total": flops_total,
@@ -199,6 +213,7 @@ def grow_checkpoint(
     *,
     allow_non_finite: bool = False,
     dtype: torch.dtype | None = None,
+    reference_path: str | Path | None = None,
 ) -> dict[str, Any]:
     """Grow a checkpoint into a new one of the same form; all or nothing, and the source is only read.
 
@@ -212,23 +227,25 @@ def grow_checkpoint(
         policy: one of OPTIMIZER_POLICIES. Exchange form has no optimizer state, so "reset" is all it can do.
         allow_non_finite: grow weights that hold NaN or infinity too.
         dtype: of the grown weights; None keeps that of the source. Moments keep theirs.
+        reference_path: the checkpoint, of either form, of the plan's reference, see `read_reference`.
 
     Returns:
-        The receipt: source, destination, form, operator, layer_map, connection_rate, optimizer_policy, preserves,
-        function, parameters_before, parameters_after, parent and manifest (sha256), tokens, flops_total.
+        The receipt: source, destination, form, operator, layer_map, connection_rate, optimizer_policy, reference,
+        preserves, function, parameters_before, parameters_after, parent and manifest (sha256), tokens, flops_total.
 
     Raises:
         ValueError: a destination that cannot be, or a policy that the source cannot serve.
         FileNotFoundError: there is no source.
-        DataError: the source is damaged, or is not what the plan was made for.
+        DataError: the source or the reference is damaged, or is not what the plan was made for.
         OSError: the destination exists or cannot be written.
     """
     src_path, dst_path = Path(src_path), Path(dst_path)
     _check_destination(src_path, dst_path)
     form = detect_form(src_path)
     _check_source(read_config(src_path), plan, src_path)
+    reference = _reference_weights(plan, reference_path, allow_non_finite)
     carry_out = _grow_training if form == TRAINING else _grow_exchange
-    record = carry_out(src_path, dst_path, plan, policy, allow_non_finite, dtype)
+    record = carry_out(src_path, dst_path, plan, policy, allow_non_finite, dtype, reference)
     return {
         "source": str(src_path),
         "destination": str(dst_path),
@@ -239,6 +256,31 @@ def grow_checkpoint(
     }
 
 
+def read_reference(path: str | Path) -> Reference:
+    """What a plan has to know of a checkpoint, of either form, to take layers from it; reads no tensor."""
+    path = Path(path)
+    return Reference(read_config(path), manifest_sha256(path), path.name)
+
+
+def _reference_weights(
+    plan: GrowthPlan, path: str | Path | None, allow_non_finite: bool
+) -> Mapping[str, Tensor] | None:
+    """Those of the plan's reference; refuses another checkpoint than the one that the plan was made with."""
+    if plan.reference is None:
+        return None
+    if path is None:
+        raise ValueError(f"the plan takes layers from {plan.reference.path_name}; give the path of this checkpoint")
+    found = read_reference(path)
+    if found.manifest != plan.reference.manifest:
+        raise DataError(
+            f"{path} is not the reference that this growth was planned with: its manifest is {found.manifest}, "
+            f"not {plan.reference.manifest}"
+        )
+    weights = read_weights(path)
+    check_weights(found.config, weights, str(path), allow_non_finite=allow_non_finite)
+    return weights
+
+
 def summary(plan: GrowthPlan, policy: str) -> dict[str, Any]:
     """What a growth does, in the keys of its receipt."""
     return {
@@ -246,6 +288,7 @@ def summary(plan: GrowthPlan, policy: str) -> dict[str, Any]:
         "layer_map": list(plan.layer_map),
         "connection_rate": plan.connection_rate,
         "optimizer_policy": policy,
+        "reference": None if plan.reference is None else plan.reference.manifest,
         "preserves": function_of(plan) != "no",
         "function": function_of(plan),
         "parameters_before": count_parameters(plan.src),
@@ -269,7 +312,13 @@ def _check_source(found: Config, plan: GrowthPlan, src_path: Path) -> None:
 
 
 def _grow_training(
-    src_path: Path, dst_path: Path, plan: GrowthPlan, policy: str, allow_non_finite: bool, dtype: torch.dtype | None
+    src_path: Path,
+    dst_path: Path,
+    plan: GrowthPlan,
+    policy: str,
+    allow_non_finite: bool,
+    dtype: torch.dtype | None,
+    reference: Mapping[str, Tensor] | None,
 ) -> dict[str, Any]:
     source = read_training(src_path)
     optimizer = GrownOptimizer(plan, source.optimizer, policy)
@@ -285,7 +334,7 @@ def _grow_training(
     )
     write_training(
         dst_path,
-        model=GrownWeights(plan, source.model, dtype),
+        model=GrownWeights(plan, source.model, dtype, reference),
         optimizer=optimizer,
         state=grown_state(source.state, plan, record),
     )
@@ -326,7 +375,13 @@ def grown_state(state: Mapping[str, Any], plan: GrowthPlan, record: dict[str, An
 
 
 def _grow_exchange(
-    src_path: Path, dst_path: Path, plan: GrowthPlan, policy: str, allow_non_finite: bool, dtype: torch.dtype | None
+    src_path: Path,
+    dst_path: Path,
+    plan: GrowthPlan,
+    policy: str,
+    allow_non_finite: bool,
+    dtype: torch.dtype | None,
+    reference: Mapping[str, Tensor] | None,
 ) -> dict[str, Any]:
     source = read_exchange(src_path)
     _check_optimizer(plan, {}, policy)  # refuses what needs moments
@@ -342,7 +397,7 @@ def _grow_exchange(
     write_exchange(
         dst_path,
         plan.dst,
-        GrownWeights(plan, source.weights, dtype),
+        GrownWeights(plan, source.weights, dtype, reference),
         tokenizer_dir=src_path if any((src_path / name).is_file() for name in FILE_NAMES) else None,
         provenance={**before, "history": [*before.get("history", []), record]},
     )

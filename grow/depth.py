@@ -215,15 +215,52 @@ def zero_layer(n_layer_src: int, n_layer_dst: int) -> LayerMap:
 def inheritune(n_layer_src: int, n_layer_dst: int) -> LayerMap:
     """The first layers of a larger model (arXiv 2404.08634): the one operator that shrinks. The function changes.
 
+    Its second half, which appends the next layers of that model to such a prefix, is the same map of the larger model
+    with the prefix's own layers in the place of the first ones: `plan_growth` with a reference.
+
     Raises:
-        ValueError: more layers than the source has, or none.
+        ValueError: more layers than the larger model has, or none.
     """
     if not 1 <= n_layer_dst <= n_layer_src:
         raise ValueError(
             f"inheritune takes the first layers of a larger model, 1 to {n_layer_src} of them, and not {n_layer_dst}; "
-            f"use stack to grow"
+            f"to append more layers of the model that this one was cut from, name it by --reference; use stack to grow"
         )
     return tuple(range(n_layer_dst))
+
+
+def opt_deus(n_layer_src: int, n_layer_dst: int) -> LayerMap:
+    """A layer in each of the uppermost gaps between two layers, 0 1 1 2 2 3, made from the two: k of them in k gaps.
+
+    OpT-DeUS (arXiv 2508.08011). Further copies in this map stand for the new layers; a plan lists them as fused layers,
+    see grow/fused.py, and as identity layers, so that the function is kept. There only they are trained afterwards.
+
+    Raises:
+        ValueError: more layers than there are gaps.
+    """
+    return _in_gaps(n_layer_src, n_layer_dst, "opt-deus")
+
+
+def lesa(n_layer_src: int, n_layer_dst: int) -> LayerMap:
+    """As opt-deus, but a network predicts the new layers, which act at once. Does not preserve the function.
+
+    LESA (arXiv 2502.13794), where 16 layers go between layers 15 to 31 of 32.
+
+    Raises:
+        ValueError: more layers than there are gaps.
+    """
+    return _in_gaps(n_layer_src, n_layer_dst, "lesa")
+
+
+def _in_gaps(n_layer_src: int, n_layer_dst: int, name: str) -> LayerMap:
+    more = n_layer_dst - n_layer_src
+    if more >= n_layer_src > 0 and more:
+        raise ValueError(
+            f"{name} puts one layer into a gap between two, and {n_layer_src} layers have {n_layer_src - 1} gaps: "
+            f"at most {2 * n_layer_src - 1} layers, and not {n_layer_dst}; use stack, or grow in several hops"
+        )
+    first = n_layer_src - 1 - more
+    return tuple(layer for i in range(n_layer_src) for layer in ((i, i) if first <= i < n_layer_src - 1 else (i,)))
 
 
 def _middle(n_layer_src: int, n_layer_dst: int, name: str, min_blocks: int) -> int:

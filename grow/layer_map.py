@@ -275,18 +275,39 @@ def unused_layers(layer_map: Sequence[int | None], n_layer_src: int) -> list[int
     return sorted(set(range(n_layer_src)) - set(layer_map))
 
 
+def layer_texts(
+    layer_map: Sequence[int | None],
+    identity_layers: Collection[int] = (),
+    fused_layers: Collection[int] = (),
+    reference_layers: Collection[int] = (),
+) -> list[str]:
+    """One word for every layer of a grown model: the layer that it starts from, counted from 1, or `new`.
+
+    Layers of the grown model, counted from 0, stand out: identity layers as (3), those made from two layers as 3+4,
+    those of a reference as [3].
+    """
+    texts = []
+    for i, layer in enumerate(layer_map):
+        text = NEW if layer is None else str(layer + 1)
+        text = f"{text}+{layer + 2}" if layer is not None and i in fused_layers else text
+        text = f"[{text}]" if i in reference_layers else text
+        texts.append(f"({text})" if i in identity_layers else text)
+    return texts
+
+
 def draw_layer_map(
-    layer_map: Sequence[int | None], identity_layers: Collection[int] = (), width: int = 100
+    layer_map: Sequence[int | None], identity_layers: Collection[int] = (), width: int = 100, **marks: Collection[int]
 ) -> list[str]:
     """Lines of source layers, counted from 1, with a bar wherever two neighbours were none in the source.
 
-    Layers in `identity_layers` (counted from 0, of the grown model) stand in brackets; a new layer is `new`.
+    For the words, and how layers of the grown model are marked, see `layer_texts`; a layer made from two counts as the
+    lower one, and one of a reference as the source's.
     """
-    cells = []
-    for i, layer in enumerate(layer_map):
-        cell = NEW if layer is None else str(layer + 1)
-        cell = f"({cell})" if i in identity_layers else cell
-        cells.append(cell if i == 0 or is_connected(layer_map[i - 1], layer) else f"| {cell}")
+    texts = layer_texts(layer_map, identity_layers, **marks)
+    cells = [
+        text if i == 0 or is_connected(layer_map[i - 1], layer) else f"| {text}"
+        for i, (text, layer) in enumerate(zip(texts, layer_map, strict=True))
+    ]
     lines = [""]
     for cell in cells:
         if lines[-1] and len(lines[-1]) + 1 + len(cell) > width:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
 
 from grow import depth
 from grow.layer_map import LayerMap, format_layer_map, further_copies
-from grow.plan import GrowthPlan
+from grow.plan import NEEDS_SCIPY, GrowthPlan, Reference
 from grow.registry import BY_NAME, IN_WIDTH, OPERATORS, RETIRED, SIZES, UNAVAILABLE, Operator
 from grow.sizes import scaled_depth, wider, with_depth
 from lit_gpt.config import Config
@@ -50,6 +51,7 @@ def plan_growth(
     intermediate_size: int | None = None,
     factor: float | None = None,
     layer_map: str | Sequence[int | None] | None = None,
+    reference: Reference | None = None,
     seed: int = 0,
     noise: float = 0.0,
     **options: Any,
@@ -67,6 +69,7 @@ def plan_growth(
         factor: sizes after growth over sizes before: layers for operators in depth, all widths for those in width.
         layer_map: the map to use instead of the operator's own: text with layers counted from 1, or a sequence of
             layers counted from 0, None for a new one.
+        reference: the larger model whose next layers inheritune appends.
         seed: seed of whatever the operator draws.
         noise: share of every grown matrix that is replaced by noise, see `GrowthPlan.noise`.
         options: residual, shares, order, adjust_eps and twin_noise of the operators in grow/width.py that have them.
@@ -77,8 +80,12 @@ def plan_growth(
     sizes = _given(n_embd=n_embd, n_head=n_head, n_query_groups=n_query_groups, intermediate_size=intermediate_size)
     options = _given(**options)
     op = operator(name, in_width=bool(sizes))
-    _check_options(op, {**_given(n_layer=n_layer, factor=factor, layer_map=layer_map), **sizes, **options})
-    if op.width is None:
+    _check_options(
+        op, {**_given(n_layer=n_layer, factor=factor, layer_map=layer_map, reference=reference), **sizes, **options}
+    )
+    if reference is not None:
+        plan = _plan_appended(op, src, scaled_depth(src.n_layer, n_layer, factor), reference, seed)
+    elif op.width is None:
         plan = _plan_depth(op, src, scaled_depth(src.n_layer, n_layer, factor), layer_map, seed)
     else:
         plan = _plan_width(op, src, n_layer, _given(**sizes, factor=factor), seed, options)
@@ -101,7 +108,38 @@ def _plan_depth(
     identity_layers = further_copies(layers) if op.identity_copies else ()
     if op.identity_copies:
         _check_preserved(op, src.n_layer, layers, identity_layers)
-    return GrowthPlan(op.name, src, with_depth(src, len(layers)), layers, seed, identity_layers=identity_layers)
+    fused_layers = further_copies(layers) if op.fusion else ()
+    if fused_layers and op.fusion == "aligned" and importlib.util.find_spec("scipy") is None:
+        raise ValueError(NEEDS_SCIPY)  # now, and not after the stage before has been trained
+    return GrowthPlan(
+        op.name,
+        src,
+        with_depth(src, len(layers)),
+        layers,
+        seed,
+        identity_layers=identity_layers,
+        fusion=op.fusion if fused_layers else None,
+        fused_layers=fused_layers,
+    )
+
+
+def _plan_appended(op: Operator, src: Config, n_layer: int | None, reference: Reference, seed: int) -> GrowthPlan:
+    """The layers of the source, and above them those of the reference that come next."""
+    layers = _layers(op, reference.config.n_layer, n_layer, None)
+    if len(layers) <= src.n_layer:
+        raise ValueError(
+            f"the source has {src.n_layer} layers, so that a reference adds none to {len(layers)}; ask for "
+            f"{src.n_layer + 1} to {reference.config.n_layer}, or leave the reference out"
+        )
+    return GrowthPlan(
+        op.name,
+        src,
+        with_depth(src, len(layers)),
+        layers,
+        seed,
+        reference=reference,
+        reference_layers=range(src.n_layer, len(layers)),
+    )
 
 
 def _plan_width(
@@ -154,7 +192,8 @@ def _layers(
     elif op.layers is None:
         raise ValueError(f"{op.name} needs a layer map, e.g. '1-23*2-3' (layers count from 1); give one, or use stack")
     elif n_layer_dst is None:
-        options = " or ".join(("n_layer", "factor", "a layer map")[: len(op.options)])
+        known = {"n_layer": "n_layer", "factor": "factor", "layer_map": "a layer map"}
+        options = " or ".join(text for option, text in known.items() if option in op.options)
         raise ValueError(f"how deep is the grown model? Give {op.name} {options}")
     else:
         _check_not_smaller(op, n_layer_src, n_layer_dst)

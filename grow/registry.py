@@ -43,6 +43,8 @@ class Operator:
     """Whether further copies of a layer are identity layers."""
     trainable: str = "all"
     """The parameters that its paper trains afterwards; one of TRAINABLE in grow/trainable.py."""
+    fusion: str | None = None
+    """How further copies of a layer are made instead, from it and the layer after it: one of grow.plan.FUSIONS."""
     options: tuple[str, ...] = ("n_layer", "factor")
     """Arguments of `plan_growth`, beside seed and noise, that it takes."""
 
@@ -214,8 +216,34 @@ _ALL = (
         axis="depth",
         function="no",
         paper="arXiv 2404.08634",
-        summary="the first layers of a larger model, the one operator that shrinks: 123456 -> 123",
+        summary="the first layers of a larger model, the one operator that shrinks: 123456 -> 123; with --reference it "
+        "grows such a model again, by the next layers of the larger one: 123 -> 123[4][5]",
         layers=depth.inheritune,
+        options=("n_layer", "factor", "reference"),
+    ),
+    Operator(
+        name="opt-deus",
+        aliases=("optimal_transport",),
+        axis="depth",
+        function="bitwise",
+        paper="arXiv 2508.08011",
+        summary="in the uppermost gaps the mean of the two layers around, heads and neurons of the upper one in the "
+        "order of the lower one's, as an identity layer: 1234 -> 12(2+3)3(3+4)4",
+        layers=depth.opt_deus,
+        identity_copies=True,
+        fusion="aligned",
+        trainable="new",
+    ),
+    Operator(
+        name="lesa",
+        aliases=(),
+        axis="depth",
+        function="no",
+        paper="arXiv 2502.13794",
+        summary="in the uppermost gaps a layer that a network, fitted to the source's layers, predicts from the two "
+        "around: 1 2 3 4 -> 1 2 2+3 3 3+4 4",
+        layers=depth.lesa,
+        fusion="predicted",
     ),
     Operator(
         name="split-width",
@@ -336,8 +364,6 @@ UNAVAILABLE: dict[str, str] = {
     "learn_width": "its mixing matrices are trained on data first; split-width copies",
     "ligo": "its mixing matrices are trained on data first; stack has the weights that they start from in depth",
     "gradmax": "its new neurons are made from gradients on data; zero-width adds neurons that nothing reads yet",
-    "lesa": "its layers are predicted by a network trained on the source; interpolate copies a neighbour instead",
-    "opt_deus": "its layers are fused from their neighbours by optimal transport; llama-pro inserts identity copies",
     "scratch": "it grows nothing; leave the operator out",
 }
 """Names of published methods that cannot be asked for, and what to know about each."""

@@ -7,25 +7,34 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from grow.fused import FusedLayers
 from grow.plan import GrowthPlan
 from grow.width_tensors import compute_dtype, generator, widened_moment, widened_weight, widening
 from lit_gpt.axes import EMBEDDING, layer_of, parameter_shapes, with_layer
 from lit_gpt.model import init_std, init_tensor
 
 
-def grown_weight(plan: GrowthPlan, name: str, weights: Mapping[str, Tensor]) -> Tensor:
+def grown_weight(
+    plan: GrowthPlan,
+    name: str,
+    weights: Mapping[str, Tensor],
+    *,
+    fused: FusedLayers | None = None,
+    reference: Mapping[str, Tensor] | None = None,
+) -> Tensor:
     """The parameter `name` of the grown model, with storage of its own.
 
     Args:
         plan: what to do.
         name: of a parameter of the grown model.
         weights: name -> tensor of the source; only what the parameter starts from is read.
+        fused: of this plan; what it keeps saves work where several parameters are made. Default: a new one.
+        reference: name -> tensor of the reference, where the plan has one.
 
     Returns:
         A tensor of the shape that `parameter_shapes(plan.dst)` gives, in dtype and on the device of its source; those
-        of a new layer are in dtype and on the device of the embedding.
+        without a source are in dtype and on the device of the embedding.
     """
-    shape = parameter_shapes(plan.dst)[name]
     source = plan.source_of(name)
     if source is not None and plan.width is not None:
         following = _following(plan, source)
@@ -35,12 +44,28 @@ def grown_weight(plan: GrowthPlan, name: str, weights: Mapping[str, Tensor]) -> 
     elif source is not None:
         grown = weights[source].clone()
     else:
-        like = weights[EMBEDDING]
-        if plan.is_silenced(name):
-            grown = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        else:
-            grown = init_tensor(name, plan.dst, plan.seed).to(dtype=like.dtype, device=like.device)
-    return with_noise(grown, plan, name) if plan.noise and len(shape) == 2 else grown
+        grown = _without_source(plan, name, weights, fused or FusedLayers(plan), reference)
+    return with_noise(grown, plan, name) if plan.noise and grown.dim() == 2 else grown
+
+
+def _without_source(
+    plan: GrowthPlan,
+    name: str,
+    weights: Mapping[str, Tensor],
+    fused: FusedLayers,
+    reference: Mapping[str, Tensor] | None,
+) -> Tensor:
+    """A parameter that is zero, made from two layers, from the reference, or new."""
+    layer, like = layer_of(name), weights[EMBEDDING]
+    if plan.is_silenced(name):
+        return torch.zeros(parameter_shapes(plan.dst)[name], dtype=like.dtype, device=like.device)
+    if layer in plan.fused_layers:
+        return fused.weight(name, weights).to(like)
+    if layer in plan.reference_layers:
+        if reference is None:
+            raise ValueError(f"{name} comes from the reference {plan.reference.path_name}; give its weights too")
+        return reference[with_layer(name, plan.layer_map[layer])].to(like, copy=True)
+    return init_tensor(name, plan.dst, plan.seed).to(like)
 
 
 def with_noise(weight: Tensor, plan: GrowthPlan, name: str) -> Tensor:

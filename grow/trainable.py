@@ -16,8 +16,8 @@ TRAINABLE = {
 
 def new_layers(plan: GrowthPlan) -> tuple[int, ...]:
     """Layers of the grown model that are not the first copy of a source layer, counted from 0."""
-    further = set(further_copies(plan.layer_map))
-    return tuple(i for i, layer in enumerate(plan.layer_map) if layer is None or i in further)
+    added = {*further_copies(plan.layer_map), *plan.fused_layers, *plan.reference_layers}
+    return tuple(i for i, layer in enumerate(plan.layer_map) if layer is None or i in added)
 
 
 def trainable_parameters(plan: GrowthPlan, which: str) -> frozenset[str]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import yaml
 
+from grow.layer_map import layer_texts
 from grow.plan import differing_sizes
 from grow.registry import SIZES
 from lit_gpt.atomic import write_atomically
@@ -214,7 +215,7 @@ def describe(plan: Plan) -> None:
         say(f"{line}, {count_parameters(stage.config):,} parameters, {flops:.3g} FLOPs")
         say(f"  {', '.join(f'{key}={value}' for key, value in stage.config.to_dict().items())}")
         if stage.plan is not None:
-            layers = " ".join("new" if layer is None else str(layer + 1) for layer in stage.plan.layer_map)
+            layers = " ".join(layer_texts(stage.plan.layer_map, **stage.plan.marks))
             say(f"  grown by {stage.plan.operator}, layer map {layers}, R_c {stage.plan.connection_rate}")
 
 

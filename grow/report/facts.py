@@ -8,7 +8,8 @@ from datetime import datetime, timezone
 from fractions import Fraction
 from typing import Any
 
-from grow.layer_map import format_layer_map, is_connected
+from grow.layer_map import format_layer_map, is_connected, layer_texts
+from grow.plan import MARKS
 from grow.report.charts import build_charts, line_styles
 from grow.report.compare import Comparisons
 from grow.report.gather import Gathered, TrainedModel
@@ -90,14 +91,16 @@ def _row(model: TrainedModel, comparisons: Comparisons, style: int) -> dict[str,
     }
 
 
-def blocks(layer_map: Sequence[int | None], identity_layers: Collection[int]) -> list[dict[str, Any]]:
-    """Every layer of a grown model with the layer it came from, counted from 1; None for a new one."""
+def blocks(layer_map: Sequence[int | None], **marks: Collection[int]) -> list[dict[str, Any]]:
+    """Every layer of a grown model with the layer it came from, counted from 1; None for one without in the source."""
+    texts = layer_texts(layer_map, **marks)
     return [
         {
             "layer": i + 1,
-            "source": None if source is None else source + 1,
+            "source": None if source is None or i in marks.get("reference_layers", ()) else source + 1,
+            "text": texts[i],
             "connected": i > 0 and is_connected(layer_map[i - 1], source),
-            "identity": i in identity_layers,
+            "identity": i in marks.get("identity_layers", ()),
         }
         for i, source in enumerate(layer_map)
     ]
@@ -119,7 +122,7 @@ def _growth(model: TrainedModel, gathered: Gathered, comparisons: Comparisons) -
         "layer_map": layer_map,
         "layer_map_text": format_layer_map(layer_map) if layer_map else None,
         "n_layer_src": Config.from_dict(plan["src"]).n_layer if plan else None,
-        "blocks": blocks(layer_map, plan.get("identity_layers", ())),
+        "blocks": blocks(layer_map, **{mark: plan.get(mark, ()) for mark in MARKS}),
         "connection_rate": rate,
         "connection_share": float(Fraction(rate)) if rate else None,
         "optimizer_policy": (model.growth or {}).get("optimizer_policy"),

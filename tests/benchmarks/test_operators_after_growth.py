@@ -7,6 +7,9 @@ import json
 import pytest
 
 from benchmarks import operators_after_growth
+from benchmarks.operators_after_growth import Growth, Rules, measured
+from grow.registry import OPERATORS
+from tests.toys import toy_config
 
 
 @pytest.fixture
@@ -35,3 +38,40 @@ def test_a_run_of_a_few_operators_leaves_the_committed_result_alone(arguments, t
     assert operators_after_growth.main(arguments) == 0
 
     assert capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+def test_rules_for_residual_channels_are_compared_where_they_make_other_weights():
+    src = toy_config()
+    doubled, wider = (Rules.of(Growth("split-width", {"n_embd": n_embd}), src) for n_embd in (32, 24))
+
+    assert doubled.same_weights == {"M": ["U", "Z"], "E": []} and wider.same_weights == {"M": [], "E": []}
+    assert [str(growth) for growth in doubled.growths()] == [
+        "split-width n_embd=32",
+        "split-width n_embd=32 residual=E",
+    ]
+    assert doubled.notes() == ["split-width n_embd=32 residual=U and Z: the same weights as M"]
+    padded = Rules.of(Growth("zero-width", {"n_embd": 24}), src)
+    assert padded.same_weights == {"M": [], "Z": ["E"]}, "U needs copies of every channel"
+
+
+def test_every_operator_is_in_the_table_and_those_with_rules_by_more_than_one():
+    src = toy_config(n_layer=5, n_head=8, n_embd=64, n_query_groups=4)
+    for name, op in OPERATORS.items():
+        growths, _ = measured(name, src)
+        assert all(growth.operator == name for growth in growths)
+        assert (len(growths) > 1) is ("residual" in op.options or name == "inheritune"), name
+
+
+def test_a_prefix_that_was_trained_takes_the_next_layers_of_the_real_model(data_dir, capsys):
+    assert (
+        operators_after_growth.main(["--data", str(data_dir()), "--only", "inheritune", "--steps", "1", "--seeds", "0"])
+        == 0
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and lines[3].startswith("inheritune n_layer=5 reference=checkpoints/stories260K")
+
+
+def test_an_estimate_trains_nothing_to_the_end(data_dir, capsys):
+    assert operators_after_growth.main(["--data", str(data_dir()), "--only", "stack", "--estimate"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("2 rows, about ") and err.endswith(" minutes of one core\n")

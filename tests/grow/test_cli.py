@@ -16,6 +16,7 @@ import torch
 from grow.__main__ import COMMANDS, main
 from grow.layer_map import draw_layer_map
 from grow.operators import plan_growth
+from grow.plan import Reference
 from grow.registry import OPERATORS
 from lit_gpt.checkpoint import read_weights, write_exchange, write_training
 from lit_gpt.flops import count_parameters
@@ -144,19 +145,21 @@ def test_the_page_about_operators_has_the_tables_of_the_registry(capsys):
         assert table in page, "write the output of `grow operators --markdown` into docs/operators.md"
 
 
-PICTURE = re.compile(r"^([a-z-]+) +([1-9n]+) -> +(\d+)   ([\d|() new]+?)(?:   .*)?$", re.MULTILINE)
+PICTURE = re.compile(r"^([a-z-]+) +([1-9n]+) -> +(\d+)   ([\d|()\[\]+ new]+?)(?:   .*)?$", re.MULTILINE)
 
 
 def test_the_pictures_of_the_page_are_what_the_operators_draw():
     page = (Path(__file__).parents[2] / "docs" / "operators.md").read_text()
     pictures = PICTURE.findall(page)
 
-    assert len(pictures) == 13
+    assert len(pictures) == 16
     for name, n_layer_src, n_layer_dst, picture in pictures:
         src = toy_config(n_layer=3 if n_layer_src == "n" else int(n_layer_src))
         layer_map = "12-345*3-6" if name == "partial" else None
-        plan = plan_growth(name, src, n_layer=int(n_layer_dst), layer_map=layer_map)
-        assert [picture.strip()] == draw_layer_map(plan.layer_map, plan.identity_layers)
+        appends = name == "inheritune" and int(n_layer_dst) > src.n_layer
+        reference = Reference(toy_config(n_layer=6), "sha", "large") if appends else None
+        plan = plan_growth(name, src, n_layer=int(n_layer_dst), layer_map=layer_map, reference=reference)
+        assert [picture.strip()] == draw_layer_map(plan.layer_map, **plan.marks)
 
 
 def test_apply_grows_the_latest_valid_checkpoint_of_a_run(capsys, run_folder, tmp_path, caplog):
