@@ -10,6 +10,7 @@ from torch import Tensor
 from grow.plan import GrowthPlan
 from grow.width_tensors import compute_dtype, generator, widened_moment, widened_weight, widening
 from lit_gpt.axes import EMBEDDING, layer_of, parameter_shapes, with_layer
+from lit_gpt.lazy_tensors import spec_of
 from lit_gpt.model import init_std, init_tensor
 
 
@@ -35,7 +36,7 @@ def grown_weight(plan: GrowthPlan, name: str, weights: Mapping[str, Tensor]) -> 
     elif source is not None:
         grown = weights[source].clone()
     else:
-        like = weights[EMBEDDING]
+        like = spec_of(weights, EMBEDDING)
         if plan.is_silenced(name):
             grown = torch.zeros(shape, dtype=like.dtype, device=like.device)
         else:
@@ -82,9 +83,10 @@ def grown_moments(
     source = plan.source_of(name)
     shape = parameter_shapes(plan.dst)[name]
     if source is None or from_zero:
+        like = {slot: spec_of(moments[source or EMBEDDING], slot) for slot in moments[source or EMBEDDING]}
         return {
-            key: torch.zeros(shape if value.dim() else (), dtype=value.dtype, device=value.device)
-            for key, value in moments[EMBEDDING if source is None else source].items()
+            slot: torch.zeros(shape if spec.shape else (), dtype=spec.dtype, device=spec.device)
+            for slot, spec in like.items()
         }
     if plan.width is None:
         return {key: value.clone() for key, value in moments[source].items()}

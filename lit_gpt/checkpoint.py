@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from lit_gpt.sharded_writer import References
 
 __all__ = [
+    "EARLIER",
     "EXCHANGE",
     "TRAINING",
     "ExchangeCheckpoint",

@@ -10,7 +10,9 @@ from math import prod
 import torch
 from torch import Tensor
 
-FINITE_BLOCK = 1 << 20  # entries that are looked at at a time
+FINITE_BLOCK = (
+    1 << 15
+)  # entries that are looked at at a time: torch starts no threads for so few, they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,10 @@ class LazyTensors(Mapping[str, Tensor]):
     @abstractmethod
     def spec(self, name: str) -> TensorSpec:
         """What `self[name]` will be; reads and makes nothing."""
+
+    def __contains__(self, name: object) -> bool:
+        """By name alone: Mapping's own makes the tensor to find out."""
+        return any(name == each for each in self)
 
 
 def spec_of(tensors: Mapping[str, Tensor], name: str) -> TensorSpec:
@@ -88,7 +94,9 @@ class CastWeights(LazyTensors):
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether no entry is NaN or infinite; takes no memory of the tensor's size."""
-    return all(_is_finite(block) for block in tensor.detach().reshape(-1).split(FINITE_BLOCK))
+    flat = tensor.detach().reshape(-1)
+    blocks = flat.split(FINITE_BLOCK) if flat.device.type == "cpu" else (flat,)  # a GPU has to be waited for each time
+    return all(_is_finite(block) for block in blocks)
 
 
 def _is_finite(block: Tensor) -> bool:
