@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,76 +13,34 @@ import torch
 from torch import Tensor
 
 from grow.check import check_weights
-from grow.fused import FusedLayers
+from grow.grown import GrownOptimizer, GrownWeights, OptimizerState, check_optimizer
 from grow.operators import function_of
-from grow.plan import OPTIMIZER_POLICIES, GrowthPlan, Reference, differing_sizes
-from grow.tensors import grown_moments, grown_weight
-from lit_gpt.axes import parameter_shapes
+from grow.plan import GrowthPlan, Reference, differing_sizes
+from lit_gpt.atomic import directory_problems
 from lit_gpt.checkpoint import (
+    EARLIER,
     TRAINING,
+    TrainingCheckpoint,
     detect_form,
     manifest_sha256,
+    prune_temporaries,
     read_config,
     read_exchange,
     read_training,
     read_weights,
+    stored_name,
     write_exchange,
     write_training,
 )
 from lit_gpt.config import Config
 from lit_gpt.errors import DataError
+from lit_gpt.exchange_writer import Copies
 from lit_gpt.flops import Flops, count_parameters
+from lit_gpt.problems import raise_problems
 from lit_gpt.tokenizer import FILE_NAMES
 from lit_gpt.versions import versions
 
-OptimizerState = Mapping[str, Mapping[str, Tensor]]
-"""Parameter name -> "exp_avg", "exp_avg_sq" (shaped like the parameter) and "step" (a scalar)."""
-
-
-class GrownWeights(Mapping[str, Tensor]):
-    """Name -> tensor of the grown model, made from the source on every access: no weight is held.
-
-    With a dtype, the source's weights are cast to it before they are grown. A plan with a reference needs its weights.
-    """
-
-    def __init__(
-        self,
-        plan: GrowthPlan,
-        weights: Mapping[str, Tensor],
-        dtype: torch.dtype | None = None,
-        reference: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        self._plan = plan
-        self._names = parameter_shapes(plan.dst)
-        self._weights = weights if dtype is None else CastWeights(weights, dtype)
-        self._reference = reference
-        self._fused = FusedLayers(plan)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return grown_weight(self._plan, name, self._weights, fused=self._fused, reference=self._reference)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-class CastWeights(Mapping[str, Tensor]):
-    """The same weights in another dtype, cast on every access."""
-
-    def __init__(self, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-        self._weights = weights
-        self._dtype = dtype
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._weights[name].to(self._dtype)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
-
-    def __len__(self) -> int:
-        return len(self._weights)
+SMALL_FILE_BYTES = 1 << 24  # whose content is checked in any case; larger ones only if they are read
 
 
 def grow_weights(
@@ -107,51 +65,6 @@ def grow_weights(
     return grown
 
 
-class GrownOptimizer(Mapping[str, dict[str, Tensor]]):
-    """Name -> optimizer state of a parameter of the grown model, made on every access; empty under "reset".
-
-    Raises:
-        ValueError: unknown policy, or one that needs moments where there are none.
-        DataError: parameters are missing or unexpected in the optimizer state.
-    """
-
-    def __init__(self, plan: GrowthPlan, optimizer_state: OptimizerState, policy: str) -> None:
-        _check_optimizer(plan, optimizer_state, policy)
-        self._plan = plan
-        self._state = optimizer_state
-        self._old_only = policy == "map-old-zero-new"
-        self._sources = {} if policy == "reset" else plan.sources()
-        firsts = {source: name for name, source in reversed(self._sources.items())}
-        self._first_copies = set(firsts.values())
-
-    def __getitem__(self, name: str) -> dict[str, Tensor]:
-        if name not in self._sources:
-            raise KeyError(name)
-        forgotten = self._old_only and name not in self._first_copies
-        return grown_moments(self._plan, name, self._state, from_zero=forgotten, first_copies=self._old_only)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._sources)
-
-    def __len__(self) -> int:
-        return len(self._sources)
-
-
-def _check_optimizer(plan: GrowthPlan, optimizer_state: OptimizerState, policy: str) -> None:
-    if policy not in OPTIMIZER_POLICIES:
-        raise ValueError(f"unknown optimizer policy {policy!r}; known: {', '.join(OPTIMIZER_POLICIES)}")
-    if policy == "reset":
-        return
-    if not optimizer_state:
-        raise ValueError(f"optimizer policy {policy!r} needs moments, and the source has none; use 'reset'")
-    strange = set(parameter_shapes(plan.src)) ^ set(optimizer_state)
-    if strange:
-        raise DataError(
-            f"the optimizer state does not belong to the source: {len(strange)} parameters are in only one of the two, "
-            f"e.g. {min(strange)}; use policy 'reset'"
-        )
-
-
 def grow_optimizer(
     plan: GrowthPlan, optimizer_state: OptimizerState, policy: str = "reset"
 ) -> dict[str, dict[str, Tensor]]:
@@ -166,7 +79,7 @@ def grow_optimizer(
         ValueError: unknown policy, or one that needs moments where there are none.
         DataError: parameters are missing or unexpected in the optimizer state.
     """
-    return dict(GrownOptimizer(plan, optimizer_state, policy))
+    return {name: dict(slots) for name, slots in GrownOptimizer(plan, optimizer_state, policy).items()}
 
 
 def growth_record(
@@ -236,14 +149,16 @@ def grow_checkpoint(
     Raises:
         ValueError: a destination that cannot be, or a policy that the source cannot serve.
         FileNotFoundError: there is no source.
-        DataError: the source or the reference is damaged, or is not what the plan was made for.
+        DataError: the source is damaged, or is not what the plan was made for.
         OSError: the destination exists or cannot be written.
     """
     src_path, dst_path = Path(src_path), Path(dst_path)
     _check_destination(src_path, dst_path)
+    if dst_path.parent.is_dir():
+        prune_temporaries(dst_path.parent, of=dst_path.name)
     form = detect_form(src_path)
     _check_source(read_config(src_path), plan, src_path)
-    reference = _reference_weights(plan, reference_path, allow_non_finite)
+    reference = reference_weights(plan, reference_path, allow_non_finite=allow_non_finite)
     carry_out = _grow_training if form == TRAINING else _grow_exchange
     record = carry_out(src_path, dst_path, plan, policy, allow_non_finite, dtype, reference)
     return {
@@ -262,8 +177,8 @@ def read_reference(path: str | Path) -> Reference:
     return Reference(read_config(path), manifest_sha256(path), path.name)
 
 
-def _reference_weights(
-    plan: GrowthPlan, path: str | Path | None, allow_non_finite: bool
+def reference_weights(
+    plan: GrowthPlan, path: str | Path | None, *, allow_non_finite: bool = False
 ) -> Mapping[str, Tensor] | None:
     """Those of the plan's reference; refuses another checkpoint than the one that the plan was made with."""
     if plan.reference is None:
@@ -320,9 +235,10 @@ def _grow_training(
     dtype: torch.dtype | None,
     reference: Mapping[str, Tensor] | None,
 ) -> dict[str, Any]:
-    source = read_training(src_path)
+    source = read_training(src_path, verify_up_to_bytes=SMALL_FILE_BYTES)
+    weights = GrownWeights(plan, source.model, dtype, reference)
     optimizer = GrownOptimizer(plan, source.optimizer, policy)
-    check_weights(plan.src, source.model, str(src_path), allow_non_finite=allow_non_finite)
+    finite = _check_weights_as_needed(source, src_path, plan, allow_non_finite, linked=bool(weights.copies()))
     record = growth_record(
         plan,
         policy,
@@ -334,11 +250,36 @@ def _grow_training(
     )
     write_training(
         dst_path,
-        model=GrownWeights(plan, source.model, dtype, reference),
+        model=weights,
         optimizer=optimizer,
         state=grown_state(source.state, plan, record),
+        references=source.references(_stored_copies(weights, optimizer), finite=finite) if weights.copies() else None,
     )
     return record
+
+
+def _check_weights_as_needed(
+    source: TrainingCheckpoint, src_path: Path, plan: GrowthPlan, allow_non_finite: bool, *, linked: bool
+) -> bool:
+    """Check the source as far as its growth needs it; returns whether its weights are known to be finite numbers.
+
+    Files that will be linked are not read: their sizes and the manifest's digest are right, and the manifest says
+    whether the weights were finite when they were written. Older checkpoints do not say, and are read.
+    """
+    trusted = source.is_finite or allow_non_finite
+    if not (linked and trusted):
+        raise_problems(directory_problems(src_path, source.manifest, deep=True), EARLIER)
+    if not trusted:
+        check_weights(plan.src, source.model, str(src_path))
+    return source.is_finite or not trusted
+
+
+def _stored_copies(weights: GrownWeights, optimizer: GrownOptimizer) -> dict[str, str]:
+    """What is a copy of a tensor of the source, under the names of the files: new name -> name in the source."""
+    copied = {stored_name(name): stored_name(source) for name, source in weights.copies().items()}
+    for name, source in optimizer.copies().items():
+        copied |= {stored_name(name, slot): stored_name(source, slot) for slot in optimizer[name]}
+    return copied
 
 
 def _tokens_behind(state: Mapping[str, Any]) -> int:
@@ -383,9 +324,9 @@ def _grow_exchange(
     dtype: torch.dtype | None,
     reference: Mapping[str, Tensor] | None,
 ) -> dict[str, Any]:
-    source = read_exchange(src_path)
-    _check_optimizer(plan, {}, policy)  # refuses what needs moments
-    check_weights(plan.src, source.weights, str(src_path), allow_non_finite=allow_non_finite)
+    source = read_exchange(src_path, verify_weights=False)  # they are checked while they are copied
+    check_optimizer(plan, {}, policy)  # refuses what needs moments
+    weights = GrownWeights(plan, source.weights, dtype, reference)
     before = source.provenance or {}
     record = growth_record(
         plan,
@@ -397,8 +338,9 @@ def _grow_exchange(
     write_exchange(
         dst_path,
         plan.dst,
-        GrownWeights(plan, source.weights, dtype, reference),
+        weights,
         tokenizer_dir=src_path if any((src_path / name).is_file() for name in FILE_NAMES) else None,
         provenance={**before, "history": [*before.get("history", []), record]},
+        copies=Copies(source.weights, weights.copies(), allow_non_finite),
     )
     return record

@@ -18,6 +18,7 @@ from lit_gpt.checkpoint import TRAINING, detect_form, read_config, read_exchange
 from lit_gpt.checkpoint import verify as checkpoint_problems
 from lit_gpt.config import Config
 from lit_gpt.flops import count_non_embedding, count_parameters
+from lit_gpt.lazy_tensors import all_finite
 from lit_gpt.model import GPT
 from lit_gpt.packed_dataset import read_header
 from lit_gpt.problems import raise_problems, shape_problems
@@ -42,7 +43,7 @@ def check_weights(config: Config, weights: Mapping[str, Tensor], where: str, *, 
     shapes, non_finite = {}, []
     for name, weight in weights.items():
         shapes[name] = tuple(weight.shape)
-        if not (allow_non_finite or bool(torch.isfinite(weight).all())):
+        if not (allow_non_finite or all_finite(weight)):
             non_finite.append(f"{where}: {name} holds NaN or infinity")
     problems = shape_problems(parameter_shapes(config), shapes, where) + non_finite
     raise_problems(problems, "use another checkpoint")

@@ -11,6 +11,7 @@ from grow.fused import FusedLayers
 from grow.plan import GrowthPlan
 from grow.width_tensors import compute_dtype, generator, widened_moment, widened_weight, widening
 from lit_gpt.axes import EMBEDDING, layer_of, parameter_shapes, with_layer
+from lit_gpt.lazy_tensors import spec_of
 from lit_gpt.model import init_std, init_tensor
 
 
@@ -56,16 +57,17 @@ def _without_source(
     reference: Mapping[str, Tensor] | None,
 ) -> Tensor:
     """A parameter that is zero, made from two layers, from the reference, or new."""
-    layer, like = layer_of(name), weights[EMBEDDING]
+    layer, like = layer_of(name), spec_of(weights, EMBEDDING)
+    kind = {"dtype": like.dtype, "device": like.device}
     if plan.is_silenced(name):
-        return torch.zeros(parameter_shapes(plan.dst)[name], dtype=like.dtype, device=like.device)
+        return torch.zeros(parameter_shapes(plan.dst)[name], **kind)
     if layer in plan.fused_layers:
-        return fused.weight(name, weights).to(like)
+        return fused.weight(name, weights).to(**kind)
     if layer in plan.reference_layers:
         if reference is None:
             raise ValueError(f"{name} comes from the reference {plan.reference.path_name}; give its weights too")
-        return reference[with_layer(name, plan.layer_map[layer])].to(like, copy=True)
-    return init_tensor(name, plan.dst, plan.seed).to(like)
+        return reference[with_layer(name, plan.layer_map[layer])].to(**kind, copy=True)
+    return init_tensor(name, plan.dst, plan.seed).to(**kind)
 
 
 def with_noise(weight: Tensor, plan: GrowthPlan, name: str) -> Tensor:
@@ -98,7 +100,8 @@ def grown_moments(
         plan: what was done to the weights.
         name: of a parameter of the grown model.
         moments: of the source, parameter name -> "exp_avg", "exp_avg_sq" (shaped like the parameter), "step" (scalar).
-        from_zero: forget them: zeros and step 0. Parameters without a source start so in any case.
+        from_zero: forget them: zeros and step 0. Parameters without a source, and those whose source was frozen and
+            has no moments, start so in any case.
         first_copies: forget those of further copies of a channel, head or neuron.
 
     Returns:
@@ -106,10 +109,12 @@ def grown_moments(
     """
     source = plan.source_of(name)
     shape = parameter_shapes(plan.dst)[name]
-    if source is None or from_zero:
+    if source not in moments or from_zero:
+        any_state = next(iter(moments.values()))
+        like = {slot: spec_of(any_state, slot) for slot in any_state}
         return {
-            key: torch.zeros(shape if value.dim() else (), dtype=value.dtype, device=value.device)
-            for key, value in moments[EMBEDDING if source is None else source].items()
+            slot: torch.zeros(shape if spec.shape else (), dtype=spec.dtype, device=spec.device)
+            for slot, spec in like.items()
         }
     if plan.width is None:
         return {key: value.clone() for key, value in moments[source].items()}
@@ -122,7 +127,7 @@ def grown_moments(
             wide,
             name,
             value,
-            None if following is None else moments[following][key],
+            moments[following][key] if following in moments else None,
             power=2 if key.endswith("sq") else 1,
             first_copies=first_copies,
         )

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -14,6 +15,8 @@ import socket
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from glob import escape
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -27,8 +30,20 @@ _TEMPORARY = re.compile(r"\.(?P<name>.+)\.lit-(?P<kind>tmp|old)-[0-9a-f]{8}")
 _FULL_DISK = re.compile(r"No space left|os error (28|122)|unexpected pos")  # of C, of Rust, of PyTorchFileWriter
 
 
+@dataclass(frozen=True)
+class Known:
+    """What is known of a directory when it is built; its manifest takes this instead of reading the files again."""
+
+    crc32: dict[str, str] = field(default_factory=dict)
+    """File name -> crc32 of its content, eight hexadecimal digits; filled while the directory is built."""
+    notes: dict[str, Any] = field(default_factory=dict)
+    """Further entries of the manifest."""
+
+
 @contextmanager
-def atomic_directory(path: str | Path, form: str = "", *, replace: bool = False) -> Iterator[Path]:
+def atomic_directory(
+    path: str | Path, form: str = "", *, replace: bool = False, known: Known | None = None
+) -> Iterator[Path]:
     """Build a directory under a temporary name beside `path`; publish it when the block ends without an error.
 
     Publishing is: fsync every file, write the manifest, fsync the directories, rename, fsync the parent. After an
@@ -39,6 +54,7 @@ def atomic_directory(path: str | Path, form: str = "", *, replace: bool = False)
         form: what the directory is, for the manifest.
         replace: whether a directory that is there already may go. It goes after the new one is complete; a kill
             between the two renames leaves it for `prune_temporaries` to put back.
+        known: what need not be read for the manifest; the block fills it.
 
     Raises:
         FileExistsError: `path` exists, is not an empty directory, and `replace` is False.
@@ -51,7 +67,7 @@ def atomic_directory(path: str | Path, form: str = "", *, replace: bool = False)
     try:
         with _locked(temporary):
             yield temporary
-            _write_manifest(temporary, form)
+            _write_manifest(temporary, form, known)
             _publish(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -120,12 +136,16 @@ def _locked(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def prune_temporaries(directory: str | Path) -> list[Path]:
+def prune_temporaries(directory: str | Path, *, of: str | None = None) -> list[Path]:
     """Remove what killed processes left half-built in `directory` and in its sub-directories; returns what went.
 
-    A directory that was moved aside for a successor that never came is put back.
+    A directory that was moved aside for a successor that never came is put back. With `of`, only what would have become
+    the entry of that name in `directory` is looked at.
     """
-    found = [entry for pattern in (".*", "*/.*") for entry in Path(directory).glob(pattern)]
+    if of is None:
+        found = [entry for pattern in (".*", "*/.*") for entry in Path(directory).glob(pattern)]
+    else:
+        found = list(Path(directory).glob(f".{escape(of)}.lit-*"))
     removed = []
     for entry in sorted(found):
         match = _TEMPORARY.fullmatch(entry.name)
@@ -183,37 +203,47 @@ def full_disk_as_os_error(path: str | Path) -> Iterator[None]:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
 
 
-def _write_manifest(directory: Path, form: str) -> None:
+def _write_manifest(directory: Path, form: str, known: Known | None = None) -> None:
     target = directory / MANIFEST
     target.unlink(missing_ok=True)
     with target.open("wb") as file:
-        file.write(render_manifest(manifest_of(directory, form, sync=True)))
+        file.write(render_manifest(manifest_of(directory, form, sync=True, known=known)))
         file.flush()
         os.fsync(file.fileno())
 
 
-def manifest_of(directory: Path, form: str, *, sync: bool = False) -> dict[str, Any]:
+def manifest_of(directory: Path, form: str, *, sync: bool = False, known: Known | None = None) -> dict[str, Any]:
     """The manifest that `directory` would get: size and crc32 of every file, and a digest over all that.
 
     Args:
         directory: what to describe; a MANIFEST.json in it is left out.
         form: what the directory is.
         sync: also fsync every file.
+        known: what need not be read.
     """
+    known = Known() if known is None else known
     names = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
-    files = {name: _describe(directory / name, sync) for name in names if name != MANIFEST}
-    manifest = {"format": MANIFEST_FORMAT, "form": form, "files": files}
+    files = {name: _describe(directory / name, sync, known.crc32.get(name)) for name in names if name != MANIFEST}
+    manifest = {**known.notes, "format": MANIFEST_FORMAT, "form": form, "files": files}
     return {**manifest, "digest": _digest(manifest)}
 
 
-def _describe(path: Path, sync: bool = False) -> dict[str, Any]:
-    size = crc = 0
+def _describe(path: Path, sync: bool = False, crc32: str | None = None) -> dict[str, Any]:
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+        size = os.fstat(file.fileno()).st_size
+        if crc32 is None:
+            size = crc = 0
+            while chunk := file.read(CHUNK_BYTES):
+                size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+            crc32 = crc32_text(crc)
         if sync:
             os.fsync(file.fileno())
-    return {"size": size, "crc32": f"{crc:08x}"}
+    return {"size": size, "crc32": crc32}
+
+
+def crc32_text(crc32: int) -> str:
+    """As it stands in a manifest."""
+    return f"{crc32:08x}"
 
 
 def render_manifest(manifest: dict[str, Any]) -> bytes:
@@ -289,14 +319,27 @@ def file_problem(directory: str | Path, manifest: dict[str, Any], name: str, *, 
     size = path.stat().st_size
     if size != entry["size"]:
         return f"{path} has {size:,} bytes, {MANIFEST} says {entry['size']:,}: it was cut short or changed"
-    if deep and _describe(path)["crc32"] != entry["crc32"]:
+    return crc32_problem(path, entry, _describe(path)["crc32"]) if deep else None
+
+
+def crc32_problem(path: Path, entry: dict[str, Any], crc32: str) -> str | None:
+    """What it means that a file has this crc32, given its entry in the manifest; None if nothing is wrong."""
+    if crc32 != entry["crc32"]:
         return f"{path} does not have the crc32 {entry['crc32']} of {MANIFEST}: its content was damaged or changed"
     return None
 
 
-def directory_problems(directory: str | Path, manifest: dict[str, Any], *, deep: bool) -> list[str]:
-    """One line for every file of the manifest that is missing, of another size or, when `deep`, of other content."""
-    found = (file_problem(directory, manifest, name, deep=deep) for name in manifest["files"])
+def directory_problems(
+    directory: str | Path, manifest: dict[str, Any], *, deep: bool, deep_up_to_bytes: float = math.inf
+) -> list[str]:
+    """One line for every file of the manifest that is missing, of another size or, when `deep`, of other content.
+
+    Of files larger than `deep_up_to_bytes` only the size is looked at.
+    """
+    found = (
+        file_problem(directory, manifest, name, deep=deep and entry["size"] <= deep_up_to_bytes)
+        for name, entry in manifest["files"].items()
+    )
     return [problem for problem in found if problem is not None]
 
 

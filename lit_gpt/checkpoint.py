@@ -10,9 +10,10 @@ import errno
 import io
 import json
 import logging
+import math
 import pickle
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from lit_gpt.atomic import (
     MANIFEST,
+    Known,
     atomic_directory,
     check_free_space,
     directory_problems,
@@ -40,19 +42,21 @@ from lit_gpt.errors import DataError
 from lit_gpt.exchange import (
     EXCHANGE,
     HF_CONFIG,
-    LEGACY_SUFFIXES,
     ExchangeCheckpoint,
-    legacy_refusal,
     read_exchange,
     read_exchange_config,
     write_exchange,
 )
+from lit_gpt.exchange_files import LEGACY_SUFFIXES, legacy_refusal
+from lit_gpt.lazy_tensors import Renamed, all_finite
 from lit_gpt.problems import bounded_shapes, raise_problems, read_json, shape_problems
 
 if TYPE_CHECKING:
     from lit_gpt.sharded import StoredTensors
+    from lit_gpt.sharded_writer import References
 
 __all__ = [
+    "EARLIER",
     "EXCHANGE",
     "TRAINING",
     "ExchangeCheckpoint",
@@ -67,6 +71,7 @@ __all__ = [
     "read_exchange",
     "read_training",
     "read_weights",
+    "stored_name",
     "verify",
     "write_exchange",
     "write_training",
@@ -75,6 +80,7 @@ __all__ = [
 TRAINING = "training"
 STATE = "state.json"
 RNG = "rng-00000.pt"
+FINITE = "finite"  # in the manifest: all weights were finite numbers when they were written
 PARTS = (".distcp", ".safetensors", ".pt")  # of another checkpoint, if the manifest does not list them
 OVERHEAD_BYTES = 4096  # per tensor, for its header and its share of the metadata
 EARLIER = "use an earlier checkpoint"
@@ -94,6 +100,31 @@ class TrainingCheckpoint:
     """Parameter name -> slot (exp_avg, exp_avg_sq, step) -> tensor."""
     state: dict[str, Any]
     rng: dict[str, Any] | None
+    tensors: StoredTensors
+    """All of them under the names they are stored by, see `stored_name`."""
+    manifest: dict[str, Any]
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all weights were finite numbers when they were written; False if that was not recorded."""
+        return self.manifest.get(FINITE) is True
+
+    def references(self, names: Mapping[str, str], *, finite: bool) -> References:
+        """For `write_training`: tensors of a new checkpoint that are stored in the files of this one.
+
+        Args:
+            names: stored name in the new checkpoint -> stored name here.
+            finite: whether all weights here are known to be finite numbers.
+        """
+        from lit_gpt.sharded_writer import References
+
+        crc32 = {name: entry["crc32"] for name, entry in self.manifest["files"].items()}
+        return References(self.tensors, names, crc32, finite)
+
+
+def stored_name(name: str, slot: str | None = None) -> str:
+    """Under which a parameter, or a slot of its optimizer state, is stored."""
+    return f"model.{name}" if slot is None else f"optimizer.{name}.{slot}"
 
 
 def write_training(
@@ -104,8 +135,11 @@ def write_training(
     rng: dict[str, Any] | None = None,
     *,
     replace: bool = False,
+    references: References | None = None,
 ) -> Path:
     """Write a training form; all or nothing. Dtypes are kept, tensors may be on any device.
+
+    Tensors of lazy mappings are in memory one at a time. The manifest notes whether all weights are finite.
 
     Args:
         path: the directory to make.
@@ -114,36 +148,63 @@ def write_training(
         state: what state.json shall hold; JSON values only.
         rng: random states: tensors, numbers, strings, lists, tuples and dicts of them.
         replace: whether a directory that is there already may go.
+        references: tensors that are those of another checkpoint; its files are linked in, and the tensors not read.
 
     Raises:
         ValueError: state or rng hold what cannot be stored.
         DataError: the tensors are not those of the configuration.
         OSError: `path` exists already, cannot be written, or the disk is full.
     """
-    from lit_gpt.sharded import write_tensors
+    from lit_gpt.sharded_writer import write_tensors
 
     path = Path(path)
     stored_state, stored_rng = _encode_state(state), _encode_rng(rng)
-    tensors = {f"model.{name}": tensor.detach() for name, tensor in model.items()}
-    for name, slots in optimizer.items():
-        tensors |= {f"optimizer.{name}.{slot}": tensor.detach() for slot, tensor in slots.items()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    tensors = _under_stored_names(model, optimizer)
+    specs = {name: tensors.spec(name) for name in tensors}
+    shapes = {name: spec.shape for name, spec in specs.items()}
     raise_problems(_tensor_problems(_config_in(state), shapes, str(path)), "nothing was written")
-    check_free_space(path, sum(tensor.nbytes + OVERHEAD_BYTES for tensor in tensors.values()))
-    with full_disk_as_os_error(path), atomic_directory(path, TRAINING, replace=replace) as directory:
-        write_tensors(directory, tensors)
+    referenced = {} if references is None else references.names
+    check_free_space(path, sum(spec.n_bytes + OVERHEAD_BYTES for name, spec in specs.items() if name not in referenced))
+    known = Known(notes={FINITE: references is None or references.finite})
+
+    def note_finite(name: str, tensor: Tensor) -> None:
+        if known.notes[FINITE] and name.startswith("model."):
+            known.notes[FINITE] = all_finite(tensor)
+
+    with (
+        full_disk_as_os_error(path),
+        atomic_directory(path, TRAINING, replace=replace, known=known) as directory,
+    ):
+        known.crc32.update(
+            write_tensors(
+                directory,
+                tensors,
+                references,
+                on_tensor=note_finite,
+                before_copy=lambda n_bytes: check_free_space(path, n_bytes),
+            )
+        )
         (directory / STATE).write_bytes(stored_state)
         if stored_rng is not None:
             (directory / RNG).write_bytes(stored_rng)
     return path
 
 
-def read_training(path: str | Path, *, verify: bool = True) -> TrainingCheckpoint:
+def _under_stored_names(model: Mapping[str, Tensor], optimizer: Mapping[str, Mapping[str, Tensor]]) -> Renamed:
+    places = {stored_name(name): (model, name) for name in model}
+    for name in optimizer:
+        slots = optimizer[name]
+        places |= {stored_name(name, slot): (slots, slot) for slot in slots}
+    return Renamed(places)
+
+
+def read_training(path: str | Path, *, verify: bool = True, verify_up_to_bytes: float = math.inf) -> TrainingCheckpoint:
     """Open a training form.
 
     Args:
         path: the directory.
         verify: whether the crc32 of every file is checked first; sizes are checked in any case.
+        verify_up_to_bytes: the crc32 of larger files is not.
 
     Raises:
         FileNotFoundError: there is no such directory.
@@ -151,32 +212,16 @@ def read_training(path: str | Path, *, verify: bool = True) -> TrainingCheckpoin
     """
     directory = Path(path)
     manifest = _training_manifest(directory)
-    raise_problems(directory_problems(directory, manifest, deep=verify), EARLIER)
+    problems = directory_problems(directory, manifest, deep=verify, deep_up_to_bytes=verify_up_to_bytes)
+    raise_problems(problems, EARLIER)
     state = read_json(directory / STATE, EARLIER)
     config = _stored_config(directory, state)
     tensors = _stored_tensors(directory, manifest)
-    shapes = {name: tensors.shape(name) for name in tensors}
+    shapes = {name: tensors.spec(name).shape for name in tensors}
     raise_problems(_tensor_problems(config, shapes, str(directory)), EARLIER)
     rng = _read_rng(directory / RNG) if RNG in manifest["files"] else None
-    model = _Renamed(tensors, {name: f"model.{name}" for name in parameter_shapes(config)})
-    return TrainingCheckpoint(model, _optimizer_of(tensors), state, rng)
-
-
-class _Renamed(Mapping[str, Tensor]):
-    """A lazy mapping under other names."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], stored_name: dict[str, str]) -> None:
-        self._tensors = tensors
-        self._stored_name = stored_name
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[self._stored_name[name]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._stored_name)
-
-    def __len__(self) -> int:
-        return len(self._stored_name)
+    model = Renamed({name: (tensors, stored_name(name)) for name in parameter_shapes(config)})
+    return TrainingCheckpoint(model, _optimizer_of(tensors), state, rng, tensors, manifest)
 
 
 def _optimizer_of(tensors: Mapping[str, Tensor]) -> dict[str, Mapping[str, Tensor]]:
@@ -186,7 +231,10 @@ def _optimizer_of(tensors: Mapping[str, Tensor]) -> dict[str, Mapping[str, Tenso
         if kind == "optimizer":
             name, _, slot = rest.rpartition(".")
             stored.setdefault(name, {})[slot] = full_name
-    return {name: _Renamed(tensors, slots) for name, slots in stored.items()}
+    return {
+        name: Renamed({slot: (tensors, full_name) for slot, full_name in slots.items()})
+        for name, slots in stored.items()
+    }
 
 
 def _tensor_problems(config: Config, shapes: Mapping[str, tuple[int, ...]], where: str) -> list[str]:

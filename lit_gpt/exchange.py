@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 import errno
-import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from lit_gpt.atomic import (
-    MANIFEST,
-    atomic_directory,
-    check_free_space,
-    file_problem,
-    full_disk_as_os_error,
-    read_manifest,
-)
-from lit_gpt.axes import HEAD, parameter_shapes
+from lit_gpt.atomic import Known, atomic_directory, check_free_space, file_problem, full_disk_as_os_error
+from lit_gpt.axes import parameter_shapes
 from lit_gpt.config import Config
 from lit_gpt.errors import DataError
-from lit_gpt.hf import LLAMA, config_from_hf, config_to_hf, from_hf, hf_names, hf_shapes, to_hf
-from lit_gpt.problems import bounded_shapes, check_names, raise_problems, read_json, shape_problems
+from lit_gpt.exchange_files import (
+    ACCEPT_CHANGES,
+    LitWeights,
+    TensorFiles,
+    manifest_if_ours,
+    tensor_problems,
+)
+from lit_gpt.exchange_writer import Copies, plan_shards, write_json, write_shards
+from lit_gpt.hf import LLAMA, config_from_hf, config_to_hf
+from lit_gpt.problems import check_names, raise_problems, read_json
 
 EXCHANGE = "exchange"
-MODEL = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 HF_CONFIG = "config.json"
 LIT_CONFIG = "lit_config.json"
 PROVENANCE = "growth.json"
@@ -45,9 +40,6 @@ TOKENIZER_EXTRAS = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-LEGACY_SUFFIXES = (".bin", ".pth", ".pt", ".ckpt")
-WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
-ACCEPT_CHANGES = f"restore the file, or remove {MANIFEST} to accept the folder as it is"
 
 
 @dataclass(frozen=True)
@@ -55,7 +47,7 @@ class ExchangeCheckpoint:
     """An opened exchange form."""
 
     config: Config
-    weights: Mapping[str, Tensor]
+    weights: LitWeights
     """Our names -> tensors on the CPU, read from the files on every access."""
     provenance: dict[str, Any] | None
     """The content of growth.json."""
@@ -70,8 +62,11 @@ def write_exchange(
     provenance: dict[str, Any] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     replace: bool = False,
+    copies: Copies | None = None,
 ) -> Path:
     """Write weights so that `AutoModelForCausalLM.from_pretrained(path)` loads them; all or nothing.
+
+    One tensor is in memory at a time.
 
     Args:
         path: the directory to make.
@@ -79,36 +74,40 @@ def write_exchange(
         weights: our names -> tensors of any device; a lazy mapping is read one tensor after the other. Dtypes are kept.
         tokenizer_dir: holds the tokenizer to go along.
         provenance: written as growth.json.
-        max_shard_bytes: size above which the weights go into several files with an index; also the memory needed.
+        max_shard_bytes: size above which the weights go into several files with an index.
         replace: whether a directory that is there already may go.
+        copies: another exchange form that is checked while this one is written, and the weights that are copies of its.
 
     Raises:
         ValueError: the model cannot be expressed by Hugging Face's Llama, or the tokenizer is not the model's.
-        DataError: `weights` are not those of `config`.
+        DataError: `weights` are not those of `config`, or what is copied from is damaged.
         OSError: `path` exists already, cannot be written, or the disk is full.
     """
     path = Path(path)
     config_to_hf(config, torch.float32, bos_id=None, eos_id=None)  # refuse before anything is read
-    shapes = parameter_shapes(config)
-    check_names(shapes, weights, "the weights to write")
-    check_free_space(path, sum(map(prod, shapes.values())) * weights[next(iter(shapes))].itemsize)
-    with full_disk_as_os_error(path), atomic_directory(path, EXCHANGE, replace=replace) as directory:
+    check_names(parameter_shapes(config), weights, "the weights to write")
+    shards = plan_shards(config, weights, copies, max_shard_bytes)
+    check_free_space(path, sum(spec.n_bytes for shard in shards for _, spec in shard))
+    known = Known()
+    with full_disk_as_os_error(path), atomic_directory(path, EXCHANGE, replace=replace, known=known) as directory:
         bos_id, eos_id = _write_tokenizer(directory, tokenizer_dir, config)
-        dtype = _write_shards(directory, _in_hf_names(config, weights), max_shard_bytes)
-        _write_json(directory / HF_CONFIG, config_to_hf(config, dtype, bos_id=bos_id, eos_id=eos_id))
-        _write_json(directory / "generation_config.json", {"bos_token_id": bos_id, "eos_token_id": eos_id})
-        _write_json(directory / LIT_CONFIG, _lit_config(config))
+        known.crc32.update(write_shards(directory, config, weights, shards, copies))
+        _, first = shards[0][0]
+        write_json(directory / HF_CONFIG, config_to_hf(config, first.dtype, bos_id=bos_id, eos_id=eos_id))
+        write_json(directory / "generation_config.json", {"bos_token_id": bos_id, "eos_token_id": eos_id})
+        write_json(directory / LIT_CONFIG, _lit_config(config))
         if provenance is not None:
-            _write_json(directory / PROVENANCE, provenance)
+            write_json(directory / PROVENANCE, provenance)
     return path
 
 
-def read_exchange(path: str | Path, *, verify: bool = True) -> ExchangeCheckpoint:
+def read_exchange(path: str | Path, *, verify: bool = True, verify_weights: bool = True) -> ExchangeCheckpoint:
     """Open an exchange form of ours, or any Hugging Face folder of a Llama with safetensors.
 
     Args:
         path: the directory.
         verify: whether each file is checked against MANIFEST.json, where there is one, before it is read.
+        verify_weights: False leaves the content of the weights' files to the `scan` of the weights.
 
     Raises:
         FileNotFoundError: there is no such directory.
@@ -116,11 +115,11 @@ def read_exchange(path: str | Path, *, verify: bool = True) -> ExchangeCheckpoin
     """
     directory = Path(path)
     config = read_exchange_config(directory, verify=verify)
-    files = _TensorFiles(directory, _manifest(directory) if verify else None)
-    problems = _tensor_problems(files, config)
+    files = TensorFiles(directory, manifest_if_ours(directory) if verify else None, check_on_open=verify_weights)
+    problems = tensor_problems(files, config)
     raise_problems(problems, "convert the folder again, or take its weights from where they came")
     provenance = read_json(directory / PROVENANCE) if (directory / PROVENANCE).is_file() else None
-    return ExchangeCheckpoint(config, _LitWeights(files, config), provenance)
+    return ExchangeCheckpoint(config, LitWeights(files, config), provenance)
 
 
 def read_exchange_config(path: str | Path, *, verify: bool = True) -> Config:
@@ -133,7 +132,7 @@ def read_exchange_config(path: str | Path, *, verify: bool = True) -> Config:
     directory = Path(path)
     if not directory.is_dir():
         raise FileNotFoundError(errno.ENOENT, "no such directory", str(directory))
-    manifest = _manifest(directory) if verify else None
+    manifest = manifest_if_ours(directory) if verify else None
     for name in (HF_CONFIG, LIT_CONFIG, PROVENANCE):
         if manifest is not None and (directory / name).is_file():
             raise_problems([file_problem(directory, manifest, name, deep=True)], ACCEPT_CHANGES)
@@ -167,55 +166,6 @@ def _lit_config(config: Config) -> dict[str, Any]:
     return values
 
 
-def _in_hf_names(config: Config, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor as Hugging Face has them, one of our tensors in memory at a time; none shares its memory."""
-    for name, shape in parameter_shapes(config).items():
-        tensor = weights[name].detach()
-        if tuple(tensor.shape) != shape:
-            raise DataError(f"{name} has shape {tuple(tensor.shape)}, the configuration wants {shape}")
-        for theirs, part in to_hf(name, tensor, config).items():
-            yield theirs, part.to("cpu", copy=True).contiguous()
-
-
-def _write_shards(directory: Path, tensors: Iterator[tuple[str, Tensor]], max_shard_bytes: int) -> torch.dtype:
-    """Write shard after shard as they fill up, then give them their names; returns the dtype of the first tensor."""
-    shard: dict[str, Tensor] = {}
-    shards: list[list[str]] = []
-    shard_bytes = total_bytes = 0
-    dtype = None
-
-    def flush() -> None:
-        part = directory / f"{len(shards)}.part"
-        save_file(shard, part, metadata={"format": "pt"})
-        part.chmod(directory.stat().st_mode & 0o666)  # safetensors leaves it to its owner alone
-        shards.append(list(shard))
-        shard.clear()
-
-    for name, tensor in tensors:
-        dtype = dtype or tensor.dtype
-        if shard and shard_bytes + tensor.nbytes > max_shard_bytes:
-            flush()
-            shard_bytes = 0
-        shard[name] = tensor
-        shard_bytes += tensor.nbytes
-        total_bytes += tensor.nbytes
-    flush()
-    _name_shards(directory, shards, total_bytes)
-    return dtype
-
-
-def _name_shards(directory: Path, shards: list[list[str]], total_bytes: int) -> None:
-    if len(shards) == 1:
-        (directory / "0.part").rename(directory / MODEL)
-        return
-    weight_map = {}
-    for number, names in enumerate(shards):
-        file_name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (directory / f"{number}.part").rename(directory / file_name)
-        weight_map |= dict.fromkeys(names, file_name)
-    _write_json(directory / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
-
-
 def _write_tokenizer(directory: Path, source: str | Path | None, config: Config) -> tuple[int | None, int | None]:
     """Copy the tokenizer's files; returns its beginning-of-text and end-of-text ids."""
     if source is None:
@@ -234,7 +184,7 @@ def _write_tokenizer(directory: Path, source: str | Path | None, config: Config)
             shutil.copyfile(Path(source) / name, directory / name)
     described = any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     if (directory / SENTENCEPIECE).is_file() and not described:
-        _write_json(directory / "tokenizer_config.json", _tokenizer_config(directory / SENTENCEPIECE))
+        write_json(directory / "tokenizer_config.json", _tokenizer_config(directory / SENTENCEPIECE))
     return tokenizer.bos_id, tokenizer.eos_id
 
 
@@ -262,127 +212,3 @@ def _is_like_llama(processor: Any) -> bool:
         and processor.encode("a", out_type=str)[0].startswith("\u2581")
         and processor.decode(processor.encode(probe)) == probe
     )
-
-
-class _TensorFiles(Mapping[str, Tensor]):
-    """Hugging Face name -> tensor, over one safetensors file or several with an index.
-
-    Args:
-        directory: the folder.
-        manifest: what each file is checked against before its first tensor is read; None checks nothing.
-    """
-
-    def __init__(self, directory: Path, manifest: dict[str, Any] | None) -> None:
-        self.directory = directory
-        self._manifest = manifest
-        self._open: dict[str, Any] = {}
-        self._file_of = self._find()
-
-    def _find(self) -> dict[str, str]:
-        if (self.directory / MODEL).is_file():
-            return dict.fromkeys(self._file(MODEL).keys(), MODEL)
-        if (self.directory / INDEX).is_file():
-            return self._indexed()
-        legacy = sorted(path.name for path in self.directory.iterdir() if path.suffix in LEGACY_SUFFIXES)
-        if legacy:
-            raise DataError(legacy_refusal(self.directory / legacy[0]))
-        raise DataError(f"{self.directory} has neither {MODEL} nor {INDEX}; it is not a complete Hugging Face folder")
-
-    def _indexed(self) -> dict[str, str]:
-        if self._manifest is not None:
-            raise_problems([file_problem(self.directory, self._manifest, INDEX, deep=True)], ACCEPT_CHANGES)
-        weight_map = read_json(self.directory / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(
-            isinstance(name, str) and Path(name).name == name for name in weight_map.values()
-        ):
-            raise DataError(f"{self.directory / INDEX} has no weight_map of tensor names to names of files beside it")
-        missing = [f"{file}: {name}" for name, file in weight_map.items() if name not in self._file(file).keys()]
-        raise_problems(
-            [f"{self.directory}/{entry} is in the index, not in the file" for entry in missing], "get it again"
-        )
-        return weight_map
-
-    def _file(self, name: str) -> Any:
-        if name not in self._open:
-            self._open[name] = self._checked(name)
-        return self._open[name]
-
-    def _checked(self, name: str) -> Any:
-        path = self.directory / name
-        if self._manifest is not None:
-            raise_problems([file_problem(self.directory, self._manifest, name, deep=True)], ACCEPT_CHANGES)
-        if not path.is_file():
-            raise DataError(f"{path} is missing, {INDEX} lists it; get the folder again")
-        try:
-            return safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise DataError(f"{path} is not a whole safetensors file: {error}; get it again") from error
-
-    def __getitem__(self, name: str) -> Tensor:
-        file = self._file(self._file_of[name])
-        try:
-            return file.get_tensor(name).clone()  # safetensors hands out views of one mapping of the file
-        except (SafetensorError, RuntimeError, TypeError) as error:
-            raise DataError(f"{name} in {self.directory / self._file_of[name]}: {error}; get it again") from error
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._file_of)
-
-    def __len__(self) -> int:
-        return len(self._file_of)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._file(self._file_of[name]).get_slice(name).get_shape())
-
-    def dtype(self, name: str) -> str:
-        return self._file(self._file_of[name]).get_slice(name).get_dtype()
-
-
-class _LitWeights(Mapping[str, Tensor]):
-    """Our names over Hugging Face's files; q, k and v are fused on access."""
-
-    def __init__(self, files: _TensorFiles, config: Config) -> None:
-        self._files = files
-        self._config = config
-        self._names = parameter_shapes(config)
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        return from_hf(name, self._files.__getitem__, self._config)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-def _tensor_problems(files: _TensorFiles, config: Config) -> list[str]:
-    wanted: dict[str, tuple[int, ...]] = {}
-    for name, shape in bounded_shapes(config, len(files), str(files.directory)).items():
-        wanted |= hf_shapes(name, shape, config)
-    spare = set(hf_names(HEAD)) if config.tie_embeddings else set()
-    found = {name: files.shape(name) for name in files if name not in spare and not name.endswith(tuple(LLAMA.ignored))}
-    problems = shape_problems(wanted, found, str(files.directory))
-    return problems + [
-        f"{files.directory}: {name} has dtype {files.dtype(name)}; weights have one of {', '.join(WEIGHT_DTYPES)}"
-        for name in wanted
-        if name in found and files.dtype(name) not in WEIGHT_DTYPES
-    ]
-
-
-def legacy_refusal(path: Path) -> str:
-    return (
-        f"{path} is a pickle of the older tools; it is not read yet. Load it where it was made and save it with "
-        f"save_pretrained(..., safe_serialization=True)"
-    )
-
-
-def _manifest(directory: Path) -> dict[str, Any] | None:
-    """The manifest of a folder that we wrote; a plain Hugging Face folder has none."""
-    return read_manifest(directory) if (directory / MANIFEST).exists() else None
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n")

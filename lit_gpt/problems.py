@@ -16,7 +16,8 @@ SHOWN_PROBLEMS = 8  # a wrong configuration makes hundreds
 
 def check_names(wanted: Mapping[str, Any], found: Mapping[str, Any], where: str) -> None:
     """Raises DataError, naming them, if `found` lacks names of `wanted` or has others."""
-    problems = [f"{where} lack {name}" for name in wanted if name not in found]
+    names = set(found)  # `in` would make every tensor of a lazy mapping
+    problems = [f"{where} lack {name}" for name in wanted if name not in names]
     problems += [f"{where} have an unexpected {name}" for name in found if name not in wanted]
     raise_problems(problems, "use the configuration that belongs to these weights")
 

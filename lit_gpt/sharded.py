@@ -1,4 +1,4 @@
-"""Tensors in torch.distributed.checkpoint files, one process. Importing this costs 0.7 s: import it late."""
+"""Tensors read from torch.distributed.checkpoint files, one process. Importing this costs 0.7 s: import it late."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pickle
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from lit_gpt.errors import DataError
+from lit_gpt.lazy_tensors import LazyTensors, TensorSpec
 
 METADATA = ".metadata"
 _CHECKPOINT = "torch.distributed.checkpoint"
@@ -37,25 +39,8 @@ ALLOWED_GLOBALS = frozenset(
 DTYPES = frozenset(name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype))
 
 
-def write_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write `tensors` of any shape, dtype and device into `directory`, one file of data and one of metadata.
-
-    Raises:
-        OSError: the file system refused.
-    """
-    writer = _Writer(directory, single_file_per_rank=True, sync_files=True, overwrite=False)
-    with _single_process():
-        dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
-
-
-class _Writer(dcp.FileSystemWriter):
-    def storage_meta(self) -> StorageMeta:
-        """Nothing: the default would keep the temporary path and a random id in the file."""
-        return StorageMeta()
-
-
 @contextmanager
-def _single_process() -> Iterator[None]:
+def single_process() -> Iterator[None]:
     """Keep dcp from warning that there is one process, and from raising what `except Exception` does not catch."""
     try:
         with warnings.catch_warnings():
@@ -66,7 +51,7 @@ def _single_process() -> Iterator[None]:
         raise (cause if isinstance(cause, Exception) else RuntimeError(str(error))) from None
 
 
-class StoredTensors(Mapping[str, Tensor]):
+class StoredTensors(LazyTensors):
     """Name -> tensor on the CPU, read from the files on every access.
 
     Args:
@@ -80,13 +65,14 @@ class StoredTensors(Mapping[str, Tensor]):
     def __init__(self, directory: Path, sizes: Mapping[str, int]) -> None:
         self.directory = directory
         self._reader = _Reader(directory, sizes)
-        self._entries: dict[str, TensorStorageMetadata] = self._reader.metadata.state_dict_metadata
+        self.metadata = self._reader.metadata
+        self._entries: dict[str, TensorStorageMetadata] = self.metadata.state_dict_metadata
 
     def __getitem__(self, name: str) -> Tensor:
         entry = self._entries[name]
         try:
             tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-            with _single_process():
+            with single_process():
                 dcp.load({name: tensor}, storage_reader=self._reader, no_dist=True)
         except Exception as error:
             raise DataError(
@@ -100,8 +86,17 @@ class StoredTensors(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._entries[name].size)
+    def spec(self, name: str) -> TensorSpec:
+        entry = self._entries[name]
+        return TensorSpec(tuple(entry.size), entry.properties.dtype)
+
+    @cached_property
+    def places(self) -> dict[str, list[tuple[MetadataIndex, Any]]]:
+        """Name -> for each of its parts the part's index and where it lies: relative_path, offset, length."""
+        found: dict[str, list[tuple[MetadataIndex, Any]]] = {}
+        for index, place in self.metadata.storage_data.items():
+            found.setdefault(index.fqn, []).append((index, place))
+        return found
 
 
 class _Reader(dcp.FileSystemReader):

@@ -1,0 +1,105 @@
+"""Mappings name -> tensor that read or make a tensor on every access, and say what it will be beforehand."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+from torch import Tensor
+
+FINITE_BLOCK = (
+    1 << 15
+)  # entries that are looked at at a time: torch starts no threads for so few, they stay in the cache
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a tensor will be, without it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def n_bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """Name -> tensor, read or made on every access; nothing is held."""
+
+    @abstractmethod
+    def spec(self, name: str) -> TensorSpec:
+        """What `self[name]` will be; reads and makes nothing."""
+
+    def __contains__(self, name: object) -> bool:
+        """By name alone: Mapping's own makes the tensor to find out."""
+        return any(name == each for each in self)
+
+
+def spec_of(tensors: Mapping[str, Tensor], name: str) -> TensorSpec:
+    """What `tensors[name]` is. A lazy mapping is asked, any other one is expected to hold its tensors."""
+    if isinstance(tensors, LazyTensors):
+        return tensors.spec(name)
+    tensor = tensors[name]
+    return TensorSpec(tuple(tensor.shape), tensor.dtype, tensor.device)
+
+
+class Renamed(LazyTensors):
+    """Tensors of one or several mappings under other names.
+
+    Args:
+        places: new name -> mapping and name there.
+    """
+
+    def __init__(self, places: Mapping[str, tuple[Mapping[str, Tensor], str]]) -> None:
+        self._places = places
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensors, there = self._places[name]
+        return tensors[there]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def spec(self, name: str) -> TensorSpec:
+        return spec_of(*self._places[name])
+
+
+class CastWeights(LazyTensors):
+    """The same weights in another dtype, cast on every access."""
+
+    def __init__(self, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        self._weights = weights
+        self._dtype = dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._weights[name].to(self._dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+    def spec(self, name: str) -> TensorSpec:
+        return replace(spec_of(self._weights, name), dtype=self._dtype)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite; takes no memory of the tensor's size."""
+    flat = tensor.detach().reshape(-1)
+    blocks = flat.split(FINITE_BLOCK) if flat.device.type == "cpu" else (flat,)  # a GPU has to be waited for each time
+    return all(_is_finite(block) for block in blocks)
+
+
+def _is_finite(block: Tensor) -> bool:
+    """A sum is finite only if all its terms are, and costs a tenth of looking at each; it may overflow, though."""
+    total = block.sum(dtype=torch.float64 if block.dtype == torch.float64 else torch.float32)
+    return bool(total.isfinite()) or bool(block.isfinite().all())
