@@ -316,9 +316,26 @@ def test_policies_that_cannot_be_served_are_refused():
         grow_optimizer(plan, moments, "keep")
     with pytest.raises(ValueError, match="'map' needs moments, and the source has none; use 'reset'"):
         grow_optimizer(plan, {}, "map")
-    del moments["transformer.ln_f.weight"]
-    with pytest.raises(DataError, match="e.g. transformer.ln_f.weight"):
+    moments["transformer.h.9.norm_1.weight"] = moments["transformer.ln_f.weight"]
+    with pytest.raises(DataError, match="e.g. transformer.h.9.norm_1.weight"):
         grow_optimizer(plan, moments, "map")
+
+
+def test_what_was_frozen_and_has_no_moments_starts_from_zero_under_map():
+    config = toy_config()
+    moments = toy_moments(config)
+    frozen = {name for name in moments if layer_of(name) == 0}
+
+    grown = grow_optimizer(
+        plan_growth("stack", config, factor=2), {n: s for n, s in moments.items() if n not in frozen}, "map"
+    )
+
+    for name, slots in grown.items():
+        if layer_of(name) in (0, 2):
+            assert not any(value.any() for value in slots.values())
+            assert slots["exp_avg"].shape == moments[with_layer(name, 0)]["exp_avg"].shape
+        else:
+            assert any(value.any() for value in slots.values())
 
 
 def test_mapped_moments_let_adamw_take_the_step_it_would_have_taken():
