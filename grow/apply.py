@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from grow.check import check_weights
-from grow.operators import function_of
+from grow.from_data import Made, make_from_data
+from grow.operators import function_of, is_learned, needs_data
 from grow.plan import OPTIMIZER_POLICIES, GrowthPlan, differing_sizes
+from grow.samples import Samples
 from grow.tensors import grown_moments, grown_weight
 from lit_gpt.axes import parameter_shapes
 from lit_gpt.checkpoint import (
@@ -35,15 +37,21 @@ from lit_gpt.versions import versions
 
 OptimizerState = Mapping[str, Mapping[str, Tensor]]
 """Parameter name -> "exp_avg", "exp_avg_sq" (shaped like the parameter) and "step" (a scalar)."""
+GIVE_DATA = "name some: grow apply --data PATH, a folder of scripts/prepare.py or token files"
 
 
 class GrownWeights(Mapping[str, Tensor]):
     """Name -> tensor of the grown model, made from the source on every access: nothing is held.
 
     With a dtype, the source's weights are cast to it before they are grown.
+
+    Raises:
+        ValueError: a plan that needs training samples.
     """
 
     def __init__(self, plan: GrowthPlan, weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
+        if needs_data(plan):
+            raise ValueError(f"{plan.operator} makes weights from training samples, and there are none; {GIVE_DATA}")
         self._plan = plan
         self._names = parameter_shapes(plan.dst)
         self._weights = weights if dtype is None else CastWeights(weights, dtype)
@@ -75,6 +83,27 @@ class CastWeights(Mapping[str, Tensor]):
         return len(self._weights)
 
 
+def make_weights(
+    plan: GrowthPlan, weights: Mapping[str, Tensor], dtype: torch.dtype | None = None, samples: Samples | None = None
+) -> Made:
+    """The grown model of any plan. Only plans that need training samples do work here and now.
+
+    Args:
+        plan: what to do.
+        weights: of the source.
+        dtype: to cast them to first; None keeps theirs.
+        samples: training samples for the source; plans that need none leave them alone.
+
+    Raises:
+        ValueError: a plan that needs samples, and none are given.
+        DataError: samples that are too few or of another vocabulary.
+        NonFiniteError: a loss or a gradient on the samples is not a number.
+    """
+    if samples is None or not needs_data(plan):
+        return Made(plan, GrownWeights(plan, weights, dtype))
+    return make_from_data(plan, weights if dtype is None else CastWeights(weights, dtype), samples)
+
+
 def grow_weights(plan: GrowthPlan, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict of the grown model; `weights` stays as it was and shares no storage with it.
 
@@ -86,6 +115,7 @@ def grow_weights(plan: GrowthPlan, weights: Mapping[str, Tensor]) -> dict[str, T
         Name -> tensor with the names and shapes of `parameter_shapes(plan.dst)`, in that order.
 
     Raises:
+        ValueError: a plan that needs training samples; see `make_weights`.
         DataError: the weights are not those of a model of the plan's source sizes.
     """
     check_weights(plan.src, weights, "the source", allow_non_finite=True)
@@ -129,6 +159,11 @@ def _check_optimizer(plan: GrowthPlan, optimizer_state: OptimizerState, policy: 
         raise ValueError(f"unknown optimizer policy {policy!r}; known: {', '.join(OPTIMIZER_POLICIES)}")
     if policy == "reset":
         return
+    if is_learned(plan):
+        raise ValueError(
+            f"optimizer policy {policy!r} does not go with {plan.operator}, whose weights are trained mixtures that the "
+            f"source's moments say nothing about; use 'reset'"
+        )
     if not optimizer_state:
         raise ValueError(f"optimizer policy {policy!r} needs moments, and the source has none; use 'reset'")
     strange = set(parameter_shapes(plan.src)) ^ set(optimizer_state)
@@ -165,6 +200,7 @@ def growth_record(
     step_count: int | None,
     tokens: int | None,
     flops_total: float | None,
+    growth_flops: float = 0.0,
 ) -> dict[str, Any]:
     """One entry of a model's growth history: plain values for JSON.
 
@@ -176,6 +212,7 @@ def growth_record(
         step_count: optimizer updates of its run; None if it does not say, like the next two.
         tokens: training tokens behind it, those of its own parents included.
         flops_total: training FLOPs behind it in the paper's convention, those of its own parents included.
+        growth_flops: of the growth itself, where it learned from data; they are added to `flops_total`.
     """
     return {
         "operator": plan.operator,
@@ -186,7 +223,8 @@ def growth_record(
         "parent_path_name": parent_path_name,
         "step_count": step_count,
         "tokens": tokens,
-        "flops_total": flops_total,
+        "flops_total": None if flops_total is None else flops_total + growth_flops,
+        "growth_flops": growth_flops,
         "versions": versions(),
     }
 
@@ -199,6 +237,7 @@ def grow_checkpoint(
     *,
     allow_non_finite: bool = False,
     dtype: torch.dtype | None = None,
+    samples: Samples | None = None,
 ) -> dict[str, Any]:
     """Grow a checkpoint into a new one of the same form; all or nothing, and the source is only read.
 
@@ -212,15 +251,18 @@ def grow_checkpoint(
         policy: one of OPTIMIZER_POLICIES. Exchange form has no optimizer state, so "reset" is all it can do.
         allow_non_finite: grow weights that hold NaN or infinity too.
         dtype: of the grown weights; None keeps that of the source. Moments keep theirs.
+        samples: for plans that need training samples; their FLOPs are charged to the grown checkpoint.
 
     Returns:
         The receipt: source, destination, form, operator, layer_map, connection_rate, optimizer_policy, preserves,
-        function, parameters_before, parameters_after, parent and manifest (sha256), tokens, flops_total.
+        function, parameters_before, parameters_after, parent and manifest (sha256), tokens, flops_total, growth_flops and
+        data (what an operator that reads samples has read).
 
     Raises:
-        ValueError: a destination that cannot be, or a policy that the source cannot serve.
+        ValueError: a destination that cannot be, a policy that the source cannot serve, or a plan that needs samples.
         FileNotFoundError: there is no source.
-        DataError: the source is damaged, or is not what the plan was made for.
+        DataError: the source is damaged, or is not what the plan was made for; or the samples do not fit it.
+        NonFiniteError: a loss or a gradient on the samples is not a number.
         OSError: the destination exists or cannot be written.
     """
     src_path, dst_path = Path(src_path), Path(dst_path)
@@ -228,14 +270,15 @@ def grow_checkpoint(
     form = detect_form(src_path)
     _check_source(read_config(src_path), plan, src_path)
     carry_out = _grow_training if form == TRAINING else _grow_exchange
-    record = carry_out(src_path, dst_path, plan, policy, allow_non_finite, dtype)
+    record = carry_out(src_path, dst_path, plan, policy, allow_non_finite, dtype, samples)
     return {
         "source": str(src_path),
         "destination": str(dst_path),
         "form": form,
         **summary(plan, policy),
         "manifest": manifest_sha256(dst_path),
-        **{key: record[key] for key in ("parent", "tokens", "flops_total")},
+        **{key: record[key] for key in ("parent", "tokens", "flops_total", "growth_flops")},
+        "data": record["plan"]["data"],
     }
 
 
@@ -269,25 +312,33 @@ def _check_source(found: Config, plan: GrowthPlan, src_path: Path) -> None:
 
 
 def _grow_training(
-    src_path: Path, dst_path: Path, plan: GrowthPlan, policy: str, allow_non_finite: bool, dtype: torch.dtype | None
+    src_path: Path,
+    dst_path: Path,
+    plan: GrowthPlan,
+    policy: str,
+    allow_non_finite: bool,
+    dtype: torch.dtype | None,
+    samples: Samples | None,
 ) -> dict[str, Any]:
     source = read_training(src_path)
     optimizer = GrownOptimizer(plan, source.optimizer, policy)
     check_weights(plan.src, source.model, str(src_path), allow_non_finite=allow_non_finite)
+    made = make_weights(plan, source.model, dtype, samples)
     record = growth_record(
-        plan,
+        made.plan,
         policy,
         parent=manifest_sha256(src_path),
         parent_path_name=src_path.name,
         step_count=source.state["step_count"],
         tokens=_tokens_behind(source.state),
         flops_total=_flops_behind(source.state).paper,
+        growth_flops=made.flops.paper,
     )
     write_training(
         dst_path,
-        model=GrownWeights(plan, source.model, dtype),
+        model=made.weights,
         optimizer=optimizer,
-        state=grown_state(source.state, plan, record),
+        state=grown_state(source.state, plan, record, made.flops),
     )
     return record
 
@@ -300,8 +351,13 @@ def _flops_behind(state: Mapping[str, Any]) -> Flops:
     return Flops(**state["flops"]) + Flops(**state.get("parent_flops", {}))
 
 
-def grown_state(state: Mapping[str, Any], plan: GrowthPlan, record: dict[str, Any]) -> dict[str, Any]:
-    """state.json of a model that was just grown: a run that has not begun, from the data position of its parent."""
+def grown_state(
+    state: Mapping[str, Any], plan: GrowthPlan, record: dict[str, Any], flops: Flops = Flops()
+) -> dict[str, Any]:
+    """state.json of a model that was just grown: a run that has not begun, from the data position of its parent.
+
+    `flops` are those of the growth itself: the first that the new run spends.
+    """
     return {
         **state,
         "run_config": None,
@@ -313,7 +369,7 @@ def grown_state(state: Mapping[str, Any], plan: GrowthPlan, record: dict[str, An
         "iter_num": 0,
         "grown_into_stage": 1,
         "tokens": 0,
-        "flops": dataclasses.asdict(Flops()),
+        "flops": dataclasses.asdict(flops),
         "parent_tokens": _tokens_behind(state),
         "parent_flops": dataclasses.asdict(_flops_behind(state)),
         "seconds": 0.0,
@@ -326,24 +382,33 @@ def grown_state(state: Mapping[str, Any], plan: GrowthPlan, record: dict[str, An
 
 
 def _grow_exchange(
-    src_path: Path, dst_path: Path, plan: GrowthPlan, policy: str, allow_non_finite: bool, dtype: torch.dtype | None
+    src_path: Path,
+    dst_path: Path,
+    plan: GrowthPlan,
+    policy: str,
+    allow_non_finite: bool,
+    dtype: torch.dtype | None,
+    samples: Samples | None,
 ) -> dict[str, Any]:
     source = read_exchange(src_path)
     _check_optimizer(plan, {}, policy)  # refuses what needs moments
     check_weights(plan.src, source.weights, str(src_path), allow_non_finite=allow_non_finite)
     before = source.provenance or {}
+    made = make_weights(plan, source.weights, dtype, samples)
     record = growth_record(
-        plan,
+        made.plan,
         policy,
         parent=manifest_sha256(src_path),
         parent_path_name=src_path.name,
         **{key: before.get(key) for key in ("step_count", "tokens", "flops_total")},
+        growth_flops=made.flops.paper,
     )
+    behind = {"flops_total": record["flops_total"]} if "flops_total" in before else {}
     write_exchange(
         dst_path,
         plan.dst,
-        GrownWeights(plan, source.weights, dtype),
+        made.weights,
         tokenizer_dir=src_path if any((src_path / name).is_file() for name in FILE_NAMES) else None,
-        provenance={**before, "history": [*before.get("history", []), record]},
+        provenance={**before, **behind, "history": [*before.get("history", []), record]},
     )
     return record

@@ -19,7 +19,7 @@ OPTIMIZER_POLICIES = {
 }
 SILENCED = ("attn.proj.weight", "mlp.swiglu.w3.weight")
 """What a block writes with; where both are zero it passes its input on unchanged, whatever else it holds."""
-ADDED_KEYS = ("identity_layers", "width", "noise")  # plans written before these existed have none of them
+ADDED_KEYS = ("identity_layers", "width", "noise", "data")  # plans written before these existed have none of them
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class GrowthPlan:
     """How every layer grows in width; None: it does not."""
     noise: float = 0.0
     """Share of every grown matrix that is replaced by noise of its initial scale (arXiv 2405.15319, appendix I.2)."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """What the weights were made from beside the source's, and how; empty until an operator that reads data has."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layer_map", tuple(self.layer_map))  # the dataclass is frozen
