@@ -161,8 +161,8 @@ def _check_optimizer(plan: GrowthPlan, optimizer_state: OptimizerState, policy: 
         return
     if is_learned(plan):
         raise ValueError(
-            f"optimizer policy {policy!r} does not go with {plan.operator}, whose weights are trained mixtures that the "
-            f"source's moments say nothing about; use 'reset'"
+            f"optimizer policy {policy!r} does not go with {plan.operator}: its weights are trained mixtures, of which "
+            f"the source's moments say nothing; use 'reset'"
         )
     if not optimizer_state:
         raise ValueError(f"optimizer policy {policy!r} needs moments, and the source has none; use 'reset'")
@@ -255,8 +255,8 @@ def grow_checkpoint(
 
     Returns:
         The receipt: source, destination, form, operator, layer_map, connection_rate, optimizer_policy, preserves,
-        function, parameters_before, parameters_after, parent and manifest (sha256), tokens, flops_total, growth_flops and
-        data (what an operator that reads samples has read).
+        function, parameters_before, parameters_after, parent and manifest (sha256), tokens, flops_total,
+        growth_flops and data (what an operator that reads samples has read).
 
     Raises:
         ValueError: a destination that cannot be, a policy that the source cannot serve, or a plan that needs samples.
@@ -351,9 +351,7 @@ def _flops_behind(state: Mapping[str, Any]) -> Flops:
     return Flops(**state["flops"]) + Flops(**state.get("parent_flops", {}))
 
 
-def grown_state(
-    state: Mapping[str, Any], plan: GrowthPlan, record: dict[str, Any], flops: Flops = Flops()
-) -> dict[str, Any]:
+def grown_state(state: Mapping[str, Any], plan: GrowthPlan, record: dict[str, Any], flops: Flops) -> dict[str, Any]:
     """state.json of a model that was just grown: a run that has not begun, from the data position of its parent.
 
     `flops` are those of the growth itself: the first that the new run spends.

@@ -1,12 +1,12 @@
 """The grown model as a linear function of mixing matrices: what LiGO learns. Read lit_gpt/axes.py first.
 
-A weight of the grown model is sum_j D[l, j] (B_out W_j B_in^T), with W_j that of layer j of the source, D one matrix for
-every kind of weight and B one for every axis. There is a matrix for what grows and none for what stays:
+A weight of layer l of the grown model is sum_j D[l, j] (B_out W_j B_in^T), where W_j is that of layer j of the source,
+every kind of weight has a D, and every axis a B. There is a matrix for what grows and none for what stays:
 
     name                                      shape       mixes
     depth.q k v o w1 w2 w3 norm_1 norm_2      (L', L)     layers
     width.embd                                (C', C)     residual channels
-    width.q, width.k, width.v                 (H', H), (G', G), (G', G)    whole heads: rotary positions stay what they are
+    width.q, width.k, width.v                 (H', H), (G', G), (G', G)    whole heads, as RoPE demands
     width.mlp                                 (F', F)     neurons
 
 Legend: L n_layer, C n_embd, H n_head, G n_query_groups, D head_size, F intermediate_size; a prime is after growth.

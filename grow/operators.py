@@ -11,7 +11,7 @@ from typing import Any
 from grow import depth
 from grow.layer_map import LayerMap, format_layer_map, further_copies
 from grow.plan import GrowthPlan
-from grow.registry import BY_NAME, IN_WIDTH, LEARNING, OPERATORS, RETIRED, UNAVAILABLE, Operator
+from grow.registry import BY_NAME, IN_WIDTH, LEARNING, OPERATORS, RETIRED, SIZES, UNAVAILABLE, Operator
 from grow.sizes import scaled_depth, with_depth
 from lit_gpt.config import Config
 
@@ -112,7 +112,8 @@ def _plan_width(
     op: Operator, src: Config, n_layer: int | None, sizes: dict[str, Any], seed: int, options: dict[str, Any]
 ) -> GrowthPlan:
     if not sizes and n_layer is None:
-        raise ValueError(f"how large is the grown model? Give {op.name} {' or '.join(op.options)}")
+        ways = [option for option in op.options if option in ("n_layer", *SIZES, "factor")]
+        raise ValueError(f"how large is the grown model? Give {op.name} {' or '.join(ways)}")
     dst = op.grown_sizes(src, **sizes)
     if n_layer is not None:
         _check_not_smaller(op, src.n_layer, n_layer)
@@ -181,7 +182,8 @@ def _layers(
     elif op.layers is None:
         raise ValueError(f"{op.name} needs a layer map, e.g. '1-23*2-3' (layers count from 1); give one, or use stack")
     elif n_layer_dst is None:
-        options = " or ".join(("n_layer", "factor", "a layer map")[: len(op.options)])
+        ways = {"n_layer": "n_layer", "factor": "factor", "layer_map": "a layer map"}
+        options = " or ".join(text for option, text in ways.items() if option in op.options)
         raise ValueError(f"how deep is the grown model? Give {op.name} {options}")
     else:
         _check_not_smaller(op, n_layer_src, n_layer_dst)

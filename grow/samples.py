@@ -49,8 +49,8 @@ class Samples:
         """
         if n_rows > self.source.n_samples:
             raise DataError(
-                f"{self.path} holds {self.source.n_samples} samples of {self.source.block_size} targets, and a batch is "
-                f"to have {n_rows}; add data, or lower --batch-size"
+                f"{self.path} holds {self.source.n_samples} samples of {self.source.block_size} targets, "
+                f"and a batch has {n_rows}; add data, or lower --batch-size"
             )
         return (self.batch(start, n_rows) for start in _every(n_rows, position))
 
@@ -117,8 +117,8 @@ def _check_vocabulary(path: str | os.PathLike[str], vocab_size: int, config: Con
     if vocab_size == config.vocab_size or (vocab_size <= rows and rows in (vocab_size, round_up(vocab_size, 64))):
         return
     raise DataError(
-        f"{os.fspath(path)} was prepared with a tokenizer of {vocab_size} tokens, and the model has {config.vocab_size} "
-        f"({rows} rows); prepare the text with the model's own tokenizer: scripts/prepare.py --tokenizer PATH"
+        f"{os.fspath(path)} was prepared with a tokenizer of {vocab_size} tokens, and the model knows "
+        f"{config.vocab_size} ({rows} rows); prepare the text with the model's own: scripts/prepare.py --tokenizer PATH"
     )
 
 

@@ -112,7 +112,7 @@ def learn_width(src: Config, dst: Config, *, seed: int = 0, layer_map: LayerMap 
 def gradmax(src: Config, dst: Config, *, seed: int = 0) -> GrowthPlan:
     """Neurons that write in the direction in which they get the largest gradient, and write nothing yet.
 
-    GradMax (arXiv 2201.05125) for a SwiGLU, see grow/gradmax.py. Keeps the function: the up projection is zero at first.
+    GradMax (arXiv 2201.05125) for a SwiGLU, see grow/gradmax.py. Keeps the function: the up projection is zero.
 
     Raises:
         ValueError: fewer neurons.

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from grow.operators import plan_growth, with_depth
+from grow.operators import needs_data, plan_growth, with_depth
 from grow.plan import GrowthPlan
 from lit_gpt.config import Config
 from pretrain.config import OptimizerConfig, RunConfig, ScheduleConfig, StageConfig, parse_token_count
@@ -70,7 +70,10 @@ def _stage_config(settings: StageConfig, model: Config) -> Config:
 
 def _plan(settings: StageConfig, src: Config, dst: Config, seed: int) -> GrowthPlan:
     try:
-        return plan_growth(settings.operator or "", src, n_layer=dst.n_layer, layer_map=settings.layer_map, seed=seed)
+        plan = plan_growth(settings.operator or "", src, n_layer=dst.n_layer, layer_map=settings.layer_map, seed=seed)
+        if needs_data(plan):
+            raise ValueError(f"{plan.operator} reads data to grow; let `grow apply --data` do it between two runs")
+        return plan
     except ValueError as error:
         raise ValueError(f"stage {settings.name!r} cannot grow from {src.n_layer} layers: {error}") from error
 
