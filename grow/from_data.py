@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from grow.gradmax import GradMaxWeights, gradmax_columns
-from grow.learned import LearnedGrowth, learn, learning_rates
+from grow.learned import LearnedGrowth, default_rate, learn
 from grow.operators import is_learned
 from grow.plan import GrowthPlan
 from grow.registry import BATCH_SIZE, LEARN_STEPS
@@ -58,12 +58,12 @@ def _learned(plan: GrowthPlan, weights: Mapping[str, Tensor], samples: Samples) 
     steps = plan.options.get("learn_steps", LEARN_STEPS)
     n_rows = plan.options.get("batch_size", BATCH_SIZE)
     growth = LearnedGrowth(plan, weights)
-    rates = learning_rates(plan.options.get("learn_rate"))
-    losses = learn(growth, samples.batches(n_rows), steps=steps, rates=rates)
+    rate = plan.options.get("learn_rate", default_rate(plan))
+    losses = learn(growth, samples.batches(n_rows), steps=steps, rate=rate)
     record = {
         "steps": steps,
         "batch_size": n_rows,
-        "rates": rates,
+        "rate": rate,
         "first_loss": losses[0],
         "last_loss": losses[-1],
         **samples.to_dict(steps * n_rows),

@@ -74,12 +74,12 @@ def gradmax_columns(plan: GrowthPlan, weights: Mapping[str, Tensor], rows: Tenso
     Raises:
         NonFiniteError: the loss on the batch or its gradient is not a number.
     """
-    dtype = compute_dtype(weights[EMBEDDING].dtype)
-    model = GPT(plan.src).to(dtype)
+    dtype, device = compute_dtype(weights[EMBEDDING].dtype), weights[EMBEDDING].device
+    model = GPT(plan.src).to(device, dtype)
     model.load_state_dict({name: weights[name].to(dtype) for name in parameter_shapes(plan.src)})
     model.requires_grad_(False)
     model.transformer.wte.weight.requires_grad_(True)  # one is enough for gradients to reach every layer
-    inputs, gradients = mlp_inputs_and_gradients(model, rows)
+    inputs, gradients = mlp_inputs_and_gradients(model, rows.to(device))
     columns, n_open, multiplied = [], 0, 0
     for layer, (x, delta) in enumerate(zip(inputs, gradients, strict=True)):
         gates = grown_weight(plan, with_layer(GATE, layer), weights)[plan.src.intermediate_size :]

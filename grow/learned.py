@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +18,9 @@ from lit_gpt.axes import parameter_shapes
 from lit_gpt.errors import NonFiniteError
 from lit_gpt.model import GPT
 
-# The best of 0.003 to 0.3 and of 0.001 to 0.03 after 100 steps of 8 x 128 tokens of Tiny Shakespeare, from stories260K
-# to twice its depth or width. Matrices over layers have few entries, and each weighs a whole layer.
-RATES = {"depth": 0.03, "width": 0.002}
+# The best of 0.003 to 0.3 (depth), 0.001 to 0.03 (width), after 100 steps of 8 x 128 tokens of Tiny Shakespeare, from
+# stories260K to twice its depth or width; for both at once matrices over layers want the smaller rate too.
+DEPTH_RATE, WIDTH_RATE = 0.03, 0.002
 BETAS = (0.9, 0.95)
 GRAD_CLIP = 1.0
 
@@ -82,23 +81,9 @@ def _parameters(matrices: Mapping[str, Tensor], device: torch.device) -> nn.Para
     return nn.ParameterDict({name: nn.Parameter(matrix.to(device)) for name, matrix in matrices.items()})
 
 
-def learning_rates(rate: float | None = None) -> dict[str, float]:
-    """The learning rate of the matrices over layers ("depth") and of those over channels, heads and neurons ("width").
-
-    Args:
-        rate: one for all of them; None takes RATES.
-    """
-    return dict(RATES) if rate is None else dict.fromkeys(RATES, rate)
-
-
-def parameter_groups(growth: LearnedGrowth, rates: Mapping[str, float]) -> list[dict[str, Any]]:
-    """The matrices as parameter groups of an optimizer, without weight decay, which would pull them towards 0."""
-    kinds = {"depth": growth.depth, "width": growth.width}
-    return [
-        {"params": list(matrices.values()), "lr": rates[kind], "weight_decay": 0.0}
-        for kind, matrices in kinds.items()
-        if matrices
-    ]
+def default_rate(plan: GrowthPlan) -> float:
+    """The learning rate of the mixing matrices, where nobody gives one."""
+    return DEPTH_RATE if plan.width is None else WIDTH_RATE
 
 
 def learn(
@@ -106,15 +91,17 @@ def learn(
     batches: Iterator[Tensor],
     *,
     steps: int = LEARN_STEPS,
-    rates: Mapping[str, float] | None = None,
+    rate: float | None = None,
 ) -> list[float]:
     """Train the mixing matrices in place by AdamW, at a rate that falls linearly to 0. Deterministic.
+
+    Without weight decay, which would pull the matrices towards 0.
 
     Args:
         growth: what is trained.
         batches: (B, T + 1) int64 each; the last column is only a target. `steps` of them are read.
         steps: updates.
-        rates: of the first step, see `learning_rates`.
+        rate: of the first step; None takes `default_rate`.
 
     Returns:
         The loss before each update, nats per token.
@@ -125,9 +112,9 @@ def learn(
     """
     if steps < 1:
         raise ValueError(f"learn_steps={steps} must be at least 1; stack grows by what learning starts from in depth")
-    first = learning_rates() if rates is None else rates
+    rate = default_rate(growth.plan) if rate is None else rate
     parameters = list(growth.parameters())
-    optimizer = torch.optim.AdamW(parameter_groups(growth, first), betas=BETAS)
+    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=BETAS, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     losses: list[float] = []
     for step in range(steps):
@@ -139,7 +126,7 @@ def learn(
         if not (math.isfinite(losses[-1]) and math.isfinite(norm)):
             raise NonFiniteError(
                 f"step {step + 1} of learned growth: loss {losses[-1]}, gradient norm {norm}; nothing was grown. "
-                f"Lower --learn-rate (now {dict(first)}), or look at the data and at the source's weights"
+                f"Lower --learn-rate (now {rate:g}), or look at the data and at the source's weights"
             )
         optimizer.step()
         optimizer.zero_grad()

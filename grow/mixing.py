@@ -127,6 +127,7 @@ def mixed(
         plan: gives the sizes.
     """
     dtype = compute_dtype(source["wte"].dtype)
+    depth, width = ({name: matrix.to(dtype) for name, matrix in each.items()} for each in (depth, width))
     grown = {}
     for part, tensor in source.items():
         wider = _widened(part, tensor.to(dtype), width, plan)

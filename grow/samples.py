@@ -139,7 +139,7 @@ def check_tokenizer(samples: Samples, checkpoint: Path) -> None:
 def _tokenizer_of(checkpoint: Path) -> str | None:
     if detect_form(checkpoint) == TRAINING:
         entry = read_training(checkpoint, verify=False).state.get("tokenizer")
-        return None if entry is None else entry["sha256"]
+        return None if entry is None else entry.get("sha256")
     try:
         return Tokenizer.load(checkpoint).fingerprint
     except (ValueError, FileNotFoundError):

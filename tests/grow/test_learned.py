@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grow.apply import grow_weights
-from grow.learned import LearnedGrowth, learn, learning_rates, parameter_groups
+from grow.learned import DEPTH_RATE, WIDTH_RATE, LearnedGrowth, default_rate, learn
 from grow.mixing import PARTS, parts_of, weights_of
 from grow.operators import plan_growth
 from grow.plan import GrowthPlan
@@ -88,15 +88,13 @@ def test_only_the_mixing_matrices_are_parameters_and_all_of_them_get_gradients(n
     source = {name: buffer.clone() for name, buffer in growth.named_buffers()}
 
     growth(tokens[:, :-1], tokens[:, 1:]).backward()
-    torch.optim.AdamW(parameter_groups(growth, learning_rates())).step()
+    torch.optim.AdamW(growth.parameters()).step()
 
     names = {name for name, _ in growth.named_parameters()}
     assert names == set(growth.state_dict()) and all(name.partition(".")[0] in ("depth", "width") for name in names)
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in growth.parameters())
     assert all(torch.equal(buffer, source[name]) for name, buffer in growth.named_buffers())
     assert not any(buffer.requires_grad for buffer in growth.buffers())
-    grouped = [parameter for group in parameter_groups(growth, learning_rates()) for parameter in group["params"]]
-    assert {id(parameter) for parameter in grouped} == {id(parameter) for parameter in growth.parameters()}
 
 
 def test_there_is_a_matrix_for_what_grows_and_none_for_what_stays():
@@ -187,6 +185,16 @@ def test_the_inner_model_may_compute_in_bf16_while_the_matrices_are_fp32():
     assert {parameter.grad.dtype for parameter in growth.parameters()} == {torch.float32}
 
 
+def test_a_module_that_was_cast_to_bf16_still_learns():
+    plan = plan_of("learn-width", {"n_layer": 3, "n_embd": 24})
+    growth = LearnedGrowth(plan, toy_weights(plan.src)).to(torch.bfloat16)
+
+    losses = learn(growth, repeat(toy_tokens(plan.src)), steps=10, rate=0.01)
+
+    assert losses[-1] < losses[0]
+    assert {weight.dtype for weight in growth.materialise().values()} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("n_query_groups", [1, 2, 4])
 def test_taking_a_model_apart_and_putting_it_together_changes_nothing(n_query_groups):
     config = toy_config(n_query_groups=n_query_groups)
@@ -265,6 +273,11 @@ def test_random_rows_have_the_variance_of_one_over_their_number():
     matrix = growth.width["embd"]
     assert torch.equal(matrix[:64], torch.eye(64))
     assert matrix[64:].std().item() == pytest.approx(256**-0.5, rel=0.05)
+
+
+def test_the_rate_depends_on_what_grows():
+    rates = [default_rate(plan_of(name, request)) for name, request in (*LEARNED, ("learn-width", {"n_layer": 3}))]
+    assert rates == [DEPTH_RATE, WIDTH_RATE, WIDTH_RATE, WIDTH_RATE, DEPTH_RATE]
 
 
 def test_what_cannot_be_learned_is_refused():
