@@ -27,14 +27,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import describe
-from grow.apply import grow_weights
-from grow.operators import OPERATORS, operator, plan_growth
+from grow.apply import make_weights
+from grow.operators import OPERATORS, needs_data, operator, plan_growth
 from grow.plan import GrowthPlan, Reference
+from grow.samples import Samples, open_samples
 from lit_gpt.axes import EMBEDDING, layer_of
 from lit_gpt.config import Config
 from lit_gpt.flops import count_parameters
 from lit_gpt.llama2c import read_llama2c, to_exchange
 from lit_gpt.model import GPT
+from lit_gpt.packed_dataset import token_dtype, write_token_file
 from lit_gpt.tokenizer import Tokenizer
 from pretrain.config import OptimizerConfig, ScheduleConfig
 from pretrain.optim import build_optimizer, learning_rate, set_learning_rate
@@ -75,6 +77,7 @@ REQUESTS: dict[str, tuple[Request, ...]] = {
     "lemon": BOTH[1:],
     "hypercloning": TWICE,
     "staged-width": TWICE[:1],
+    "gradmax": ({"intermediate_size": 344}, {"intermediate_size": 200}),
 }
 """Where the axis does not say it all. The first request of an operator is the one that is measured."""
 RULES = ("M", "U", "Z", "E")
@@ -182,6 +185,12 @@ def first_layers(
     return replace(config, n_layer=n_layer), kept
 
 
+def samples_of(ids: Tensor, config: Config, path: Path, *, seed: int = 0) -> Samples:
+    """For operators that read data: ids (n,) written to a token file at `path`, in samples of config.block_size."""
+    write_token_file(path, ids.numpy(), token_dtype(config.vocab_size))
+    return open_samples(path, config, seed=seed)
+
+
 @dataclass(frozen=True)
 class Bench:
     """The model and the text."""
@@ -203,6 +212,17 @@ class Bench:
             train_ids, held_out = (torch.from_numpy(tokenizer.encode(part)) for part in (text[:cut], text[cut:]))
         n_held_out = HELD_OUT_ROWS * (TRAIN_TOKENS + 1)
         return cls(config, weights, train_ids, held_out[:n_held_out].view(HELD_OUT_ROWS, -1))
+
+    def grow(self, plan: GrowthPlan, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Grown weights. Operators that read data get batches of the size of those that are trained on."""
+        if not needs_data(plan):
+            reference = None if plan.reference is None else self.weights
+            return dict(make_weights(plan, weights, reference=reference).weights)
+        with_batch = replace(plan, options={**plan.options, "batch_size": TRAIN_ROWS})
+        with tempfile.TemporaryDirectory() as folder:
+            short = replace(self.config, block_size=TRAIN_TOKENS)
+            samples = samples_of(self.train_ids, short, Path(folder, "train.bin"), seed=plan.seed)
+            return dict(make_weights(with_batch, weights, samples=samples).weights)
 
     def batch(self, generator: torch.Generator) -> Tensor:
         """(TRAIN_ROWS, TRAIN_TOKENS + 1)"""
@@ -253,8 +273,7 @@ def measure(bench: Bench, growth: Growth | None, steps: Sequence[int], seeds: Se
         grown_tensors: Mapping[str, Tensor] = source.state_dict()
         if growth is not None:
             plan = growth.plan(config, seed)
-            reference = None if plan.reference is None else bench.weights
-            grown, grown_tensors = plan.dst, grow_weights(plan, grown_tensors, reference)
+            grown, grown_tensors = plan.dst, bench.grow(plan, grown_tensors)
         runs.append(train(bench, model_of(grown, grown_tensors), steps, seed))
     return {
         "operator": growth.operator if growth else None,
@@ -357,6 +376,8 @@ def write(
             "tokens_per_sample": TRAIN_TOKENS,
             "held_out_tokens": HELD_OUT_ROWS * TRAIN_TOKENS,
             "trained": "all parameters, also where the paper of an operator freezes some",
+            "operators_that_read_data": "learn-depth and learn-width train mixing matrices for 100 steps of as many "
+            "tokens first, gradmax reads one batch; none of it counts as a step",
             "learning_rate": OPTIMIZER.learning_rate,
             "warmup_steps": SCHEDULE.warmup_steps,
         },

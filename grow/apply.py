@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor
 
 from grow.check import check_weights
-from grow.grown import GrownOptimizer, GrownWeights, OptimizerState, check_optimizer
-from grow.operators import function_of
+from grow.from_data import Made, make_from_data
+from grow.grown import GrownOptimizer, GrownWeights, OptimizerState, check_optimizer, copied_parameters
+from grow.operators import function_of, needs_data
 from grow.plan import GrowthPlan, Reference, differing_sizes
+from grow.samples import Samples
 from lit_gpt.atomic import directory_problems
 from lit_gpt.checkpoint import (
     EARLIER,
@@ -36,11 +39,39 @@ from lit_gpt.config import Config
 from lit_gpt.errors import DataError
 from lit_gpt.exchange_writer import Copies
 from lit_gpt.flops import Flops, count_parameters
+from lit_gpt.lazy_tensors import CastWeights
 from lit_gpt.problems import raise_problems
 from lit_gpt.tokenizer import FILE_NAMES
 from lit_gpt.versions import versions
 
 SMALL_FILE_BYTES = 1 << 24  # whose content is checked in any case; larger ones only if they are read
+
+
+def make_weights(
+    plan: GrowthPlan,
+    weights: Mapping[str, Tensor],
+    dtype: torch.dtype | None = None,
+    *,
+    reference: Mapping[str, Tensor] | None = None,
+    samples: Samples | None = None,
+) -> Made:
+    """The grown model of any plan. Only plans that need training samples do work here and now.
+
+    Args:
+        plan: what to do.
+        weights: of the source.
+        dtype: to cast them to first; None keeps theirs.
+        reference: weights of the plan's reference, if it has one.
+        samples: training samples for the source; plans that need none leave them alone.
+
+    Raises:
+        ValueError: a plan that needs samples, and none are given.
+        DataError: samples that are too few or of another vocabulary.
+        NonFiniteError: a loss or a gradient on the samples is not a number.
+    """
+    if samples is None or not needs_data(plan):
+        return Made(plan, GrownWeights(plan, weights, dtype, reference))
+    return make_from_data(plan, weights if dtype is None else CastWeights(weights, dtype), samples)
 
 
 def grow_weights(
@@ -91,6 +122,7 @@ def growth_record(
     step_count: int | None,
     tokens: int | None,
     flops_total: float | None,
+    growth_flops: float = 0.0,
 ) -> dict[str, Any]:
     """One entry of a model's growth history: plain values for JSON.
 
@@ -102,6 +134,7 @@ def growth_record(
         step_count: optimizer updates of its run; None if it does not say, like the next two.
         tokens: training tokens behind it, those of its own parents included.
         flops_total: training FLOPs behind it in the paper's convention, those of its own parents included.
+        growth_flops: those of the growth itself; they are added to flops_total.
     """
     return {
         "operator": plan.operator,
@@ -113,7 +146,8 @@ def growth_record(
         "reference": None if plan.reference is None else plan.reference.manifest,
         "step_count": step_count,
         "tokens": tokens,
-        "flops_total": flops_total,
+        "flops_total": None if flops_total is None else flops_total + growth_flops,
+        "growth_flops": growth_flops,
         "versions": versions(),
     }
 
@@ -127,6 +161,7 @@ def grow_checkpoint(
     allow_non_finite: bool = False,
     dtype: torch.dtype | None = None,
     reference_path: str | Path | None = None,
+    samples: Samples | None = None,
 ) -> dict[str, Any]:
     """Grow a checkpoint into a new one of the same form; all or nothing, and the source is only read.
 
@@ -141,6 +176,7 @@ def grow_checkpoint(
         allow_non_finite: grow weights that hold NaN or infinity too.
         dtype: of the grown weights; None keeps that of the source. Moments keep theirs.
         reference_path: the checkpoint, of either form, of the plan's reference, see `read_reference`.
+        samples: for plans that need training samples; their FLOPs are charged to the grown checkpoint.
 
     Returns:
         The receipt: source, destination, form, operator, layer_map, connection_rate, optimizer_policy, reference,
@@ -160,15 +196,34 @@ def grow_checkpoint(
     _check_source(read_config(src_path), plan, src_path)
     reference = reference_weights(plan, reference_path, allow_non_finite=allow_non_finite)
     carry_out = _grow_training if form == TRAINING else _grow_exchange
-    record = carry_out(src_path, dst_path, plan, policy, allow_non_finite, dtype, reference)
+    making = Making(allow_non_finite, dtype, reference, samples)
+    record = carry_out(src_path, dst_path, plan, policy, making)
     return {
         "source": str(src_path),
         "destination": str(dst_path),
         "form": form,
         **summary(plan, policy),
         "manifest": manifest_sha256(dst_path),
-        **{key: record[key] for key in ("parent", "tokens", "flops_total")},
+        **{key: record[key] for key in ("parent", "tokens", "flops_total", "growth_flops")},
+        "data": record["plan"]["data"],
     }
+
+
+@dataclass(frozen=True)
+class Making:
+    """What a growth takes beside its plan, its source and what becomes of the moments."""
+
+    allow_non_finite: bool
+    dtype: torch.dtype | None
+    reference: Mapping[str, Tensor] | None
+    samples: Samples | None
+
+    def weights(self, plan: GrowthPlan, source: Mapping[str, Tensor]) -> Made:
+        return make_weights(plan, source, self.dtype, reference=self.reference, samples=self.samples)
+
+    def copies(self, plan: GrowthPlan) -> dict[str, str]:
+        """Parameters that are, bit for bit, parameters of the source -> those; {} unless matrices are among them."""
+        return {} if self.dtype is not None or needs_data(plan) else copied_parameters(plan)
 
 
 def read_reference(path: str | Path) -> Reference:
@@ -226,36 +281,39 @@ def _check_source(found: Config, plan: GrowthPlan, src_path: Path) -> None:
         raise DataError(f"{src_path} is not the model this growth was planned for: {'; '.join(lines)}")
 
 
-def _grow_training(
-    src_path: Path,
-    dst_path: Path,
-    plan: GrowthPlan,
-    policy: str,
-    allow_non_finite: bool,
-    dtype: torch.dtype | None,
-    reference: Mapping[str, Tensor] | None,
-) -> dict[str, Any]:
+def _grow_training(src_path: Path, dst_path: Path, plan: GrowthPlan, policy: str, making: Making) -> dict[str, Any]:
     source = read_training(src_path, verify_up_to_bytes=SMALL_FILE_BYTES)
-    weights = GrownWeights(plan, source.model, dtype, reference)
-    optimizer = GrownOptimizer(plan, source.optimizer, policy)
-    finite = _check_weights_as_needed(source, src_path, plan, allow_non_finite, linked=bool(weights.copies()))
+    _check_open(source, src_path)
+    optimizer, copies = GrownOptimizer(plan, source.optimizer, policy), making.copies(plan)
+    finite = _check_weights_as_needed(source, src_path, plan, making.allow_non_finite, linked=bool(copies))
+    made = making.weights(plan, source.model)
     record = growth_record(
-        plan,
+        made.plan,
         policy,
         parent=manifest_sha256(src_path),
         parent_path_name=src_path.name,
         step_count=source.state["step_count"],
         tokens=_tokens_behind(source.state),
         flops_total=_flops_behind(source.state).paper,
+        growth_flops=made.flops.paper,
     )
     write_training(
         dst_path,
-        model=weights,
+        model=made.weights,
         optimizer=optimizer,
-        state=grown_state(source.state, plan, record),
-        references=source.references(_stored_copies(weights, optimizer), finite=finite) if weights.copies() else None,
+        state=grown_state(source.state, plan, record, made.flops),
+        references=source.references(_stored_copies(copies, optimizer), finite=finite) if copies else None,
     )
     return record
+
+
+def _check_open(source: TrainingCheckpoint, src_path: Path) -> None:
+    """Refuse a model whose weights compute something else than they did in training."""
+    if source.state.get("mask") is not None:
+        raise DataError(
+            f"{src_path} was saved while the mask of its growth was still opening, and without it the model is another "
+            f"one; grow a checkpoint from after the mask has opened"
+        )
 
 
 def _check_weights_as_needed(
@@ -274,9 +332,9 @@ def _check_weights_as_needed(
     return source.is_finite or not trusted
 
 
-def _stored_copies(weights: GrownWeights, optimizer: GrownOptimizer) -> dict[str, str]:
+def _stored_copies(copies: Mapping[str, str], optimizer: GrownOptimizer) -> dict[str, str]:
     """What is a copy of a tensor of the source, under the names of the files: new name -> name in the source."""
-    copied = {stored_name(name): stored_name(source) for name, source in weights.copies().items()}
+    copied = {stored_name(name): stored_name(source) for name, source in copies.items()}
     for name, source in optimizer.copies().items():
         copied |= {stored_name(name, slot): stored_name(source, slot) for slot in optimizer[name]}
     return copied
@@ -290,8 +348,11 @@ def _flops_behind(state: Mapping[str, Any]) -> Flops:
     return Flops(**state["flops"]) + Flops(**state.get("parent_flops", {}))
 
 
-def grown_state(state: Mapping[str, Any], plan: GrowthPlan, record: dict[str, Any]) -> dict[str, Any]:
-    """state.json of a model that was just grown: a run that has not begun, from the data position of its parent."""
+def grown_state(state: Mapping[str, Any], plan: GrowthPlan, record: dict[str, Any], flops: Flops) -> dict[str, Any]:
+    """state.json of a model that was just grown: a run that has not begun, from the data position of its parent.
+
+    `flops` are those of the growth itself: the first that the new run spends.
+    """
     return {
         **state,
         "run_config": None,
@@ -303,7 +364,8 @@ def grown_state(state: Mapping[str, Any], plan: GrowthPlan, record: dict[str, An
         "iter_num": 0,
         "grown_into_stage": 1,
         "tokens": 0,
-        "flops": dataclasses.asdict(Flops()),
+        "flops": dataclasses.asdict(flops),
+        "flops_computed": flops.paper,
         "parent_tokens": _tokens_behind(state),
         "parent_flops": dataclasses.asdict(_flops_behind(state)),
         "seconds": 0.0,
@@ -315,32 +377,28 @@ def grown_state(state: Mapping[str, Any], plan: GrowthPlan, record: dict[str, An
     }
 
 
-def _grow_exchange(
-    src_path: Path,
-    dst_path: Path,
-    plan: GrowthPlan,
-    policy: str,
-    allow_non_finite: bool,
-    dtype: torch.dtype | None,
-    reference: Mapping[str, Tensor] | None,
-) -> dict[str, Any]:
+def _grow_exchange(src_path: Path, dst_path: Path, plan: GrowthPlan, policy: str, making: Making) -> dict[str, Any]:
     source = read_exchange(src_path, verify_weights=False)  # they are checked while they are copied
     check_optimizer(plan, {}, policy)  # refuses what needs moments
-    weights = GrownWeights(plan, source.weights, dtype, reference)
+    if needs_data(plan):
+        check_weights(plan.src, source.weights, str(src_path), allow_non_finite=making.allow_non_finite)
     before = source.provenance or {}
+    made = making.weights(plan, source.weights)
     record = growth_record(
-        plan,
+        made.plan,
         policy,
         parent=manifest_sha256(src_path),
         parent_path_name=src_path.name,
         **{key: before.get(key) for key in ("step_count", "tokens", "flops_total")},
+        growth_flops=made.flops.paper,
     )
+    behind = {"flops_total": record["flops_total"]} if "flops_total" in before else {}
     write_exchange(
         dst_path,
         plan.dst,
-        weights,
+        made.weights,
         tokenizer_dir=src_path if any((src_path / name).is_file() for name in FILE_NAMES) else None,
-        provenance={**before, "history": [*before.get("history", []), record]},
-        copies=Copies(source.weights, weights.copies(), allow_non_finite),
+        provenance={**before, **behind, "history": [*before.get("history", []), record]},
+        copies=Copies(source.weights, making.copies(plan), making.allow_non_finite),
     )
     return record

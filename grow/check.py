@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from grow.samples import open_tokens
 from lit_gpt.atomic import MANIFEST
 from lit_gpt.axes import EMBEDDING, parameter_shapes
 from lit_gpt.checkpoint import TRAINING, detect_form, read_config, read_exchange, read_training, read_weights
@@ -20,9 +21,7 @@ from lit_gpt.config import Config
 from lit_gpt.flops import count_non_embedding, count_parameters
 from lit_gpt.lazy_tensors import all_finite
 from lit_gpt.model import GPT
-from lit_gpt.packed_dataset import read_header
 from lit_gpt.problems import raise_problems, shape_problems
-from lit_gpt.token_source import TokenSource
 
 MAX_TOKENS = 128  # of one sequence in a comparison: enough for positions to matter, cheap for any model
 PROGRESS = ("stage", "step_count", "tokens", "parent_tokens")
@@ -111,13 +110,13 @@ def load_model(path: Path) -> GPT:
 
 
 def tokens_from_file(path: str | Path, config: Config, *, n_rows: int = 2) -> Tensor:
-    """The first samples of a token file: (n_rows, up to 128 + 1) int64 ids.
+    """The first samples of a token file or a folder of them: (n_rows, up to 128 + 1) int64 ids.
 
     Raises:
         FileNotFoundError: there is no such file.
         DataError: it is not a token file, is too short, or holds ids outside the vocabulary.
     """
-    source = TokenSource([read_header(path)], min(config.block_size, MAX_TOKENS), config.vocab_size)
+    source, _ = open_tokens(path, config, min(config.block_size, MAX_TOKENS))
     return torch.from_numpy(source.read(np.arange(min(n_rows, source.n_samples))))
 
 

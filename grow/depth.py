@@ -179,6 +179,15 @@ def repeat_top(n_layer_src: int, n_layer_dst: int) -> LayerMap:
     return (*(*range(n_layer_src),) * repeats, *range(n_layer_src - rest, n_layer_src))
 
 
+def learn_depth(n_layer_src: int, n_layer_dst: int) -> LayerMap:
+    """Repeat the whole tower, 0 1 2 0 1; any depth will do. What mixing matrices over layers start from.
+
+    LiGO (arXiv 2303.00980): every layer of the grown model is a learned mixture of all layers of the source, see
+    grow/learned.py. Does not preserve the function.
+    """
+    return tuple(layer % n_layer_src for layer in range(n_layer_dst))
+
+
 def random_depth(n_layer_src: int, n_layer_dst: int) -> LayerMap:
     """The source's layers with new ones on top, which start from the initial weights of the grown model.
 

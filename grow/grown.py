@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from grow.fused import FusedLayers
+from grow.operators import is_learned, needs_data
 from grow.plan import OPTIMIZER_POLICIES, GrowthPlan
 from grow.tensors import grown_moments, grown_weight
 from lit_gpt.axes import EMBEDDING, parameter_shapes
@@ -18,11 +19,16 @@ from lit_gpt.lazy_tensors import CastWeights, LazyTensors, Renamed, TensorSpec, 
 OptimizerState = Mapping[str, Mapping[str, Tensor]]
 """Parameter name -> "exp_avg", "exp_avg_sq" (shaped like the parameter) and "step" (a scalar)."""
 
+GIVE_DATA = "name some: grow apply --data PATH, a folder of scripts/prepare.py or token files"
+
 
 class GrownWeights(LazyTensors):
     """Name -> tensor of the grown model, made from the source on every access: no weight is held.
 
     With a dtype, the source's weights are cast to it before they are grown. A plan with a reference needs its weights.
+
+    Raises:
+        ValueError: a plan that needs training samples.
     """
 
     def __init__(
@@ -32,6 +38,8 @@ class GrownWeights(LazyTensors):
         dtype: torch.dtype | None = None,
         reference: Mapping[str, Tensor] | None = None,
     ) -> None:
+        if needs_data(plan):
+            raise ValueError(f"{plan.operator} makes weights from training samples, and there are none; {GIVE_DATA}")
         self._plan = plan
         self._names = parameter_shapes(plan.dst)
         self._weights = weights if dtype is None else CastWeights(weights, dtype)
@@ -51,11 +59,15 @@ class GrownWeights(LazyTensors):
         like = spec_of(self._weights, self._plan.source_of(name) or EMBEDDING)
         return dataclasses.replace(like, shape=self._names[name])
 
-    def copies(self) -> dict[str, str]:
-        """Parameters that are, bit for bit, parameters of the source -> those; {} unless matrices are among them."""
-        if self._plan.width is not None or self._plan.noise or isinstance(self._weights, CastWeights):
-            return {}
-        return {name: source for name, source in self._plan.sources().items() if source is not None}
+
+def copied_parameters(plan: GrowthPlan) -> dict[str, str]:
+    """Parameters of the grown model that are, bit for bit, parameters of the source -> those.
+
+    {} where the model grows in width or gets noise, although a norm may be a copy even then.
+    """
+    if plan.width is not None or plan.noise:
+        return {}
+    return {name: source for name, source in plan.sources().items() if source is not None}
 
 
 class GrownOptimizer(Mapping[str, LazyTensors]):
@@ -151,6 +163,11 @@ def check_optimizer(plan: GrowthPlan, optimizer_state: OptimizerState, policy: s
         raise ValueError(f"unknown optimizer policy {policy!r}; known: {', '.join(OPTIMIZER_POLICIES)}")
     if policy == "reset":
         return
+    if is_learned(plan):
+        raise ValueError(
+            f"optimizer policy {policy!r} does not go with {plan.operator}: its weights are trained mixtures, of which "
+            f"the source's moments say nothing; use 'reset'"
+        )
     if not optimizer_state:
         raise ValueError(f"optimizer policy {policy!r} needs moments, and the source has none; use 'reset'")
     strange = set(optimizer_state) - set(parameter_shapes(plan.src))

@@ -35,8 +35,9 @@ def operator_tables() -> list[str]:
 
 def _short_options(op: Operator) -> str:
     """As `_options`, with one word for the four sizes that make up the width."""
-    options = [_option(option) for option in op.options if option not in SIZES]
-    return ", ".join([*options, *(["widths"] if set(SIZES) <= set(op.options) else [])])
+    if not set(SIZES) <= set(op.options):
+        return _options(op)
+    return ", ".join([*(_option(option) for option in op.options if option not in SIZES), "widths"])
 
 
 def _refused() -> list[tuple[str, str]]:

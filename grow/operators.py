@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
 from grow import depth
 from grow.layer_map import LayerMap, format_layer_map, further_copies
 from grow.plan import NEEDS_SCIPY, GrowthPlan, Reference
-from grow.registry import BY_NAME, IN_WIDTH, OPERATORS, RETIRED, SIZES, UNAVAILABLE, Operator
-from grow.sizes import scaled_depth, wider, with_depth
+from grow.registry import BY_NAME, IN_WIDTH, LEARNING, OPERATORS, RETIRED, SIZES, UNAVAILABLE, Operator
+from grow.sizes import scaled_depth, with_depth
 from lit_gpt.config import Config
 
 
@@ -72,7 +73,8 @@ def plan_growth(
         reference: the larger model whose next layers inheritune appends.
         seed: seed of whatever the operator draws.
         noise: share of every grown matrix that is replaced by noise, see `GrowthPlan.noise`.
-        options: residual, shares, order, adjust_eps and twin_noise of the operators in grow/width.py that have them.
+        options: residual, shares, order, adjust_eps and twin_noise of the operators in grow/width.py that have them;
+            learn_steps, learn_rate and batch_size of those that read data when the plan is carried out.
 
     Raises:
         ValueError: unknown operator, sizes that contradict each other or the operator, or a map that does not fit.
@@ -83,12 +85,14 @@ def plan_growth(
     _check_options(
         op, {**_given(n_layer=n_layer, factor=factor, layer_map=layer_map, reference=reference), **sizes, **options}
     )
+    _check_learning(options)
+    making = {name: value for name, value in options.items() if name not in LEARNING}
     if reference is not None:
         plan = _plan_appended(op, src, scaled_depth(src.n_layer, n_layer, factor), reference, seed)
     elif op.width is None:
         plan = _plan_depth(op, src, scaled_depth(src.n_layer, n_layer, factor), layer_map, seed)
     else:
-        plan = _plan_width(op, src, n_layer, _given(**sizes, factor=factor), seed, options)
+        plan = _plan_width(op, src, n_layer, _given(**sizes, factor=factor), seed, making)
     written = {**_given(layer_map=layer_map if isinstance(layer_map, str) else None), **options}
     return dataclasses.replace(plan, options=written, noise=noise)
 
@@ -148,7 +152,7 @@ def _plan_width(
     if not sizes and n_layer is None:
         sizes = [option for option in op.options if option in ("n_layer", *SIZES, "factor")]
         raise ValueError(f"how large is the grown model? Give {op.name} {' or '.join(sizes)}")
-    dst = wider(src, **sizes)
+    dst = op.grown_sizes(src, **sizes)
     if n_layer is not None:
         _check_not_smaller(op, src.n_layer, n_layer)
         dst = with_depth(dst, n_layer)
@@ -157,6 +161,18 @@ def _plan_width(
     if plan.width is not None and plan.width.is_identity and plan.dst.norm_eps == src.norm_eps:
         return dataclasses.replace(plan, width=None)
     return plan
+
+
+def needs_data(plan: GrowthPlan) -> bool:
+    """Whether carrying the plan out takes training samples; a growth to the same sizes has nothing to learn."""
+    op = OPERATORS.get(plan.operator)
+    return op is not None and op.needs_data and not plan.is_identity
+
+
+def is_learned(plan: GrowthPlan) -> bool:
+    """Whether the plan's weights are trained while it is carried out."""
+    op = OPERATORS.get(plan.operator)
+    return op is not None and op.is_learned and not plan.is_identity
 
 
 def function_of(plan: GrowthPlan) -> str:
@@ -172,6 +188,18 @@ def function_of(plan: GrowthPlan) -> str:
         return "exactly"
     with_eps = dataclasses.replace(plan.dst, norm_eps=plan.width.exact_eps(plan.src))
     return "up to eps" if plan.width.is_exact(plan.src, with_eps) else "no"
+
+
+def _check_learning(options: Mapping[str, Any]) -> None:
+    problems = [
+        f"{name}={options[name]} must be at least 1"
+        for name in ("learn_steps", "batch_size")
+        if options.get(name, 1) < 1
+    ]
+    if not 0 < options.get("learn_rate", 1.0) < math.inf:
+        problems.append(f"learn_rate={options['learn_rate']} must be a positive number")
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 def _check_options(op: Operator, given: dict[str, object]) -> None:

@@ -32,7 +32,9 @@ MIN_LAYERS_TO_PREDICT = 3  # a layer and its two neighbours are an example
 MARKS = ("identity_layers", "fused_layers", "reference_layers")
 """Fields of a plan that name layers of the grown model which are no plain copies; see `grow.layer_map.layer_texts`."""
 # plans written before these existed have none of them
-ADDED_KEYS = ("identity_layers", "width", "noise", "fusion", "fused_layers", "reference", "reference_layers", "fresh")
+ADDED_KEYS = (
+    *("identity_layers", "width", "noise", "fusion", "fused_layers", "reference", "reference_layers", "fresh", "data"),
+)
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ class GrowthPlan:
     """Layers of the grown model whose layer in layer_map is one of the reference, and not of the source."""
     fresh: bool = False
     """Whether nothing is copied: every parameter has the initial weights of the grown model."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """What the weights were made from beside the source's, and how; empty until an operator that reads data has."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layer_map", tuple(self.layer_map))  # the dataclass is frozen

@@ -9,7 +9,9 @@ from typing import Any
 from grow import depth, width
 from grow.layer_map import LayerMap
 from grow.plan import GrowthPlan
+from grow.sizes import more_neurons, wider
 from grow.trainable import TRAINABLE
+from lit_gpt.config import Config
 
 FUNCTION = {
     "bitwise": "the function, bit for bit in every dtype",
@@ -46,7 +48,19 @@ class Operator:
     fusion: str | None = None
     """How further copies of a layer are made instead, from it and the layer after it: one of grow.plan.FUSIONS."""
     options: tuple[str, ...] = ("n_layer", "factor")
-    """Arguments of `plan_growth`, beside seed and noise, that it takes."""
+    """Arguments of `plan_growth`, beside seed and noise, that it takes; with "data" it makes weights from samples."""
+    grown_sizes: Callable[..., Config] = wider
+    """Source sizes and the widths that were asked for -> grown sizes; for operators in width."""
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it reads training samples."""
+        return "data" in self.options
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether what it makes of the weights is trained, so that moments of the source mean nothing afterwards."""
+        return "learn_steps" in self.options
 
     @property
     def trained(self) -> str:
@@ -69,6 +83,10 @@ BY_MAP = ("n_layer", "factor", "layer_map")
 SIZES = ("n_embd", "n_head", "n_query_groups", "intermediate_size")
 WIDTH = (*SIZES, "factor")
 BOTH = ("n_layer", *SIZES)
+LEARNING = ("learn_steps", "learn_rate", "batch_size")
+"""How operators that read data use it; no part of the sizes."""
+LEARN_STEPS = 100  # LiGO's own; arXiv 2303.00980 saves no more compute with 1,000 or 10,000
+BATCH_SIZE = 8  # samples of block_size tokens: per step of learned growth, and all that gradmax reads
 STACKING_PAPER = "arXiv 2405.15319"
 
 _ALL = (
@@ -350,20 +368,51 @@ _ALL = (
         width=width.student,
         options=BOTH,
     ),
+    Operator(
+        name="learn-depth",
+        aliases=("ligo", "ligo_depth"),
+        axis="depth",
+        function="no",
+        paper="arXiv 2303.00980",
+        summary="every layer a mixture of all layers of the source, by matrices that are trained on data first; they "
+        "start as stack: 12312",
+        layers=depth.learn_depth,
+        options=("n_layer", "factor", "data", *LEARNING),
+    ),
+    Operator(
+        name="learn-width",
+        aliases=("ligo_width",),
+        axis="both",
+        function="no",
+        paper="arXiv 2303.00980",
+        summary="channels, heads and neurons as mixtures of those of the source, and layers as by learn-depth, by "
+        "matrices that are trained on data first",
+        layers=depth.learn_depth,
+        width=width.learn_width,
+        options=("n_layer", *WIDTH, "data", *LEARNING),
+    ),
+    Operator(
+        name="gradmax",
+        aliases=(),
+        axis="width",
+        function="exactly",
+        paper="arXiv 2201.05125",
+        summary="new neurons that change nothing at first and write where the gradient on data is largest; the number "
+        "of neurons is all that grows",
+        width=width.gradmax,
+        options=("intermediate_size", "factor", "data", "batch_size"),
+        grown_sizes=more_neurons,
+    ),
 )
 OPERATORS: dict[str, Operator] = {op.name: op for op in _ALL}
 BY_NAME: dict[str, Operator] = {
     name.replace("-", "_"): op for op in OPERATORS.values() for name in (op.name, *op.aliases)
 }
 
-IN_WIDTH = {"b2b": "fpi", "msg": "random-width"}
+IN_WIDTH = {"b2b": "fpi", "msg": "random-width", "ligo": "learn-width"}
 """Methods of prts that are another operator when the width grows."""
 
 UNAVAILABLE: dict[str, str] = {
-    "learn_depth": "its mixing matrices are trained on data first; stack has the weights that they start from",
-    "learn_width": "its mixing matrices are trained on data first; split-width copies",
-    "ligo": "its mixing matrices are trained on data first; stack has the weights that they start from in depth",
-    "gradmax": "its new neurons are made from gradients on data; zero-width adds neurons that nothing reads yet",
     "scratch": "it grows nothing; leave the operator out",
 }
 """Names of published methods that cannot be asked for, and what to know about each."""

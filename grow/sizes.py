@@ -96,6 +96,21 @@ def resized(config: Config, **given: int) -> Config:
     return _replaced(config, **sizes)
 
 
+def more_neurons(src: Config, *, intermediate_size: int | None = None, factor: float | None = None) -> Config:
+    """The source with more neurons and all else as it was; one of the two arguments says how many.
+
+    Raises:
+        ValueError: both, fewer than there are, or a number that is not whole.
+    """
+    if factor is not None:
+        if intermediate_size is not None:
+            raise ValueError(f"factor={factor} and intermediate_size both give a size; give one of the two")
+        intermediate_size = _times(src, "intermediate_size", factor)
+    given = {} if intermediate_size is None else {"intermediate_size": intermediate_size}
+    _check_not_smaller(src, given)
+    return _replaced(src, **given)
+
+
 def _check_not_smaller(src: Config, given: dict[str, int]) -> None:
     smaller = [name for name, value in given.items() if value < getattr(src, name)]
     if smaller:

@@ -96,6 +96,30 @@ def random_width(
     return _plan("random-width", src, dst, width, seed, layer_map=layer_map)
 
 
+def learn_width(src: Config, dst: Config, *, seed: int = 0, layer_map: LayerMap | None = None) -> GrowthPlan:
+    """Mixtures of channels, heads and neurons, and with a layer map of layers too, whose matrices are learned.
+
+    LiGO (arXiv 2303.00980), see grow/learned.py. At first what there is stays, norms included, and what is new is a
+    random mixture of it. Does not preserve the function.
+
+    Raises:
+        ValueError: sizes that shrink, or another head_size.
+    """
+    width = WidthPlan(**_padded(src, dst), rule="bert2bert", fill="random")
+    return _plan("learn-width", src, dst, width, seed, layer_map=layer_map)
+
+
+def gradmax(src: Config, dst: Config, *, seed: int = 0) -> GrowthPlan:
+    """Neurons that write in the direction in which they get the largest gradient, and write nothing yet.
+
+    GradMax (arXiv 2201.05125) for a SwiGLU, see grow/gradmax.py. Keeps the function: the up projection is zero.
+
+    Raises:
+        ValueError: fewer neurons.
+    """
+    return _plan("gradmax", src, dst, WidthPlan(**_padded(src, dst)), seed, layer_map=None)
+
+
 def fpi(
     src: Config,
     dst: Config,

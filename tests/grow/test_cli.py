@@ -132,7 +132,7 @@ def test_operators_are_listed_with_what_they_are(capsys):
     assert (listed["llama-pro"]["preserves"], listed["llama-pro"]["function"]) == (True, "bitwise")
     assert listed["llama-pro"]["trained"] == "new layers"
     out = grow(capsys, "operators")[1]
-    for words in ("gstack", "bit for bit", "not the function", "arXiv 2401.02415", "learn-depth: its mixing matrices"):
+    for words in ("gstack", "bit for bit", "not the function", "arXiv 2401.02415", "scratch: it grows nothing"):
         assert words in out
 
 
@@ -261,7 +261,11 @@ def test_weights_that_are_no_numbers_are_grown_only_when_allowed(capsys, tmp_pat
     [
         ({"--operator": "stak"}, 2, "did you mean 'stack'"),
         ({"--operator": "milk"}, 2, "operator 'milk' is retired"),
-        ({"--operator": "gradmax"}, 2, "operator 'gradmax' is not available"),
+        ({"--operator": "learn-depth"}, 2, "learn-depth makes weights from training samples: give --data PATH"),
+        ({"--operator": "gradmax", "--data": "nowhere"}, 3, "no such data; prepare some"),
+        ({"--data": "text.txt"}, 2, "stack reads no data; leave --data out. Operators that do: learn-depth"),
+        ({"--learn-steps": "5"}, 2, "stack takes n_layer, factor, layer_map, and not learn_steps"),
+        ({"--operator": "ligo", "--learn-steps": "0"}, 2, "learn_steps=0 must be at least 1"),
         ({"--operator": "inheritune"}, 2, "1 to 2 of them, and not 4"),
         ({"--operator": "split-width", "--factor": "1.1"}, 2, "is 17.6; the result must be a whole number"),
         ({"--n-embd": "32"}, 2, "stack takes n_layer, factor, layer_map, and not n_embd"),

@@ -5,14 +5,17 @@ Random weights hide mistakes that trained ones show: stories260K has grouped que
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.operators_after_growth import Growth, first_layers, growths_of, model_of
-from grow.apply import grow_checkpoint, grow_weights
+from benchmarks.operators_after_growth import Growth, first_layers, growths_of, model_of, samples_of
+from grow.apply import grow_checkpoint, make_weights
 from grow.operators import OPERATORS, function_of
+from grow.plan import GrowthPlan
+from grow.samples import Samples
 from lit_gpt.checkpoint import read_exchange
 from lit_gpt.config import Config
 from lit_gpt.generate import generate
@@ -78,21 +81,35 @@ def greedy_ids(source) -> torch.Tensor:
     return torch.tensor([generate(model_of(*source), [1], 200, temperature=0)])
 
 
-@torch.no_grad()
-def logits_before_and_after(source, growth: Growth, idx, dtype=torch.float32, seed=0):
+@pytest.fixture(scope="module")
+def samples(greedy_ids, tmp_path_factory) -> Samples:
+    """Of what the real model writes, 64 tokens at a time, for operators that read data."""
+    path = tmp_path_factory.mktemp("data") / "train.bin"
+    return samples_of(greedy_ids[0], dataclasses.replace(CONFIG, block_size=64), path)
+
+
+def made_briefly(plan: GrowthPlan) -> GrowthPlan:
+    """The plan with less to learn from, where it learns."""
+    return dataclasses.replace(plan, options={**plan.options, "learn_steps": 2, "batch_size": 2})
+
+
+def logits_before_and_after(source, growth: Growth, idx, samples: Samples, dtype=torch.float32, seed=0):
     config, weights = first_layers(*source, growth.n_layer_src)
     weights = {name: weight.to(dtype) for name, weight in weights.items()}
     plan = growth.plan(config, seed)
-    grown = grow_weights(plan, weights)
+    grown = dict(make_weights(made_briefly(plan), weights, samples=samples).weights)
     assert all(weight.dtype == dtype for weight in grown.values())
-    return plan, model_of(config, weights)(idx), model_of(plan.dst, grown)(idx)
+    with torch.no_grad():
+        return plan, model_of(config, weights)(idx), model_of(plan.dst, grown)(idx)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("growth", GROWTHS + OPTIONS, ids=str)
-def test_an_operator_keeps_logits_and_text_if_it_says_so_and_else_changes_the_logits(source, greedy_ids, growth, dtype):
+def test_an_operator_keeps_logits_and_text_if_it_says_so_and_else_changes_the_logits(
+    source, greedy_ids, samples, growth, dtype
+):
     """Text: where the likeliest tokens after every beginning are the same, greedy writing is."""
-    plan, before, after = logits_before_and_after(source, growth, greedy_ids[:, :COMPARED], dtype)
+    plan, before, after = logits_before_and_after(source, growth, greedy_ids[:, :COMPARED], samples, dtype)
 
     gap = ((after - before).abs().max() / before.abs().max()).item()
     same_text = torch.equal(after.argmax(-1), before.argmax(-1))
@@ -119,8 +136,10 @@ def preserving() -> list[Growth]:
 
 
 @pytest.mark.parametrize("growth", preserving(), ids=str)
-def test_a_checkpoint_that_was_grown_on_disk_goes_on_with_the_known_text(exchange, known_text, tmp_path, growth):
-    grow_checkpoint(exchange, tmp_path / "grown", growth.plan(CONFIG, seed=1))
+def test_a_checkpoint_that_was_grown_on_disk_goes_on_with_the_known_text(
+    exchange, known_text, samples, tmp_path, growth
+):
+    grow_checkpoint(exchange, tmp_path / "grown", made_briefly(growth.plan(CONFIG, seed=1)), samples=samples)
 
     found, tokenizer = read_exchange(tmp_path / "grown"), Tokenizer.load(tmp_path / "grown")
     ids = generate(model_of(found.config, found.weights), [1], 50, temperature=0)
