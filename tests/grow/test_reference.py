@@ -165,7 +165,9 @@ def test_a_reference_is_for_inheritune_and_what_it_needs_is_asked_for():
         plan_growth("stack", PREFIX, n_layer=4, reference=reference_of(LARGE))
     with pytest.raises(ValueError, match="Give inheritune n_layer or factor$"):
         plan_growth("inheritune", PREFIX, reference=reference_of(LARGE))
-    with pytest.raises(ValueError, match="1 to 2 of them, and not 4; to append more layers .* by --reference"):
+    with pytest.raises(
+        ValueError, match="1 to 2 of them, and not 4; to append more layers .* by `grow apply --reference`"
+    ):
         plan_growth("inheritune", PREFIX, n_layer=4)
 
 
