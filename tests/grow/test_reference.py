@@ -141,8 +141,9 @@ def test_the_receipt_names_the_reference_and_a_training_form_grows_too(large, tm
 @pytest.mark.parametrize(
     ("n_layer", "changes", "message"),
     [
-        (6, {}, "1 to 5 of them, and not 6"),
-        (2, {}, "a reference adds none to 2; ask for 3 to 5, or leave the reference out"),
+        (6, {}, "the 5 layers of the reference large a source of 2 layers grows to 3 to 5, and not to 6"),
+        (2, {}, "grows to 3 to 5, and not to 2; ask for one of these, or leave the reference out"),
+        (4, {"n_layer": 2}, "the reference large has 2 layers, and the source has 2 already"),
         (4, {"n_embd": 32, "head_size": 4}, "has other layers than the source: n_embd is 32, not 16"),
         (4, {"vocab_size": 18, "padded_vocab_size": 18}, "vocab_size is 18, not 20; padded_vocab_size is 18, not 20"),
         (4, {"rope_base": 5e5}, "rope_base is 500000.0, not 10000.0"),
