@@ -168,7 +168,8 @@ def function_of(plan: GrowthPlan) -> str:
     """What a plan makes of the function, one of FUNCTION."""
     if plan.is_identity:
         return "bitwise"
-    acting = [layer for i, layer in enumerate(plan.layer_map) if i not in plan.identity_layers]
+    other = (*plan.fused_layers, *plan.reference_layers)  # no layers of the source, whatever their numbers are
+    acting = [None if i in other else layer for i, layer in enumerate(plan.layer_map) if i not in plan.identity_layers]
     if plan.noise or acting != list(range(plan.src.n_layer)):
         return "no"
     if plan.width is None:

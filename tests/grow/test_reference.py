@@ -180,6 +180,11 @@ def test_plans_with_a_reference_that_cannot_be_are_refused():
         GrowthPlan(*parts, (0, 1, 5), reference=reference_of(LARGE), reference_layers=(2,))
 
 
+def test_a_layer_of_a_reference_is_another_one_under_the_same_number():
+    plan = GrowthPlan("x", PREFIX, PREFIX, (0, 1), reference=reference_of(LARGE), reference_layers=(1,))
+    assert function_of(plan) == "no" and not plan.is_identity
+
+
 def test_the_reference_on_disk_must_be_the_one_of_the_plan(prefix, large, tmp_path):
     plan = plan_growth("inheritune", PREFIX, n_layer=3, reference=read_reference(large))
     other = write_exchange(tmp_path / "other", LARGE, toy_weights(LARGE, seed=5))
