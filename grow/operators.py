@@ -129,12 +129,18 @@ def _plan_depth(
 
 def _plan_appended(op: Operator, src: Config, n_layer: int | None, reference: Reference, seed: int) -> GrowthPlan:
     """The layers of the source, and above them those of the reference that come next."""
-    layers = _layers(op, reference.config.n_layer, n_layer, None)
-    if len(layers) <= src.n_layer:
+    deepest = reference.config.n_layer
+    if deepest <= src.n_layer:
         raise ValueError(
-            f"the source has {src.n_layer} layers, so that a reference adds none to {len(layers)}; ask for "
-            f"{src.n_layer + 1} to {reference.config.n_layer}, or leave the reference out"
+            f"the reference {reference.path_name} has {deepest} layers, and the source has {src.n_layer} already; "
+            f"give the larger model that the source was cut from"
         )
+    if n_layer is not None and not src.n_layer < n_layer <= deepest:
+        raise ValueError(
+            f"by the {deepest} layers of the reference {reference.path_name} a source of {src.n_layer} layers grows to "
+            f"{src.n_layer + 1} to {deepest}, and not to {n_layer}; ask for one of these, or leave the reference out"
+        )
+    layers = _layers(op, deepest, n_layer, None)
     return GrowthPlan(
         op.name,
         src,
@@ -179,7 +185,8 @@ def function_of(plan: GrowthPlan) -> str:
     """What a plan makes of the function, one of FUNCTION."""
     if plan.is_identity:
         return "bitwise"
-    acting = [layer for i, layer in enumerate(plan.layer_map) if i not in plan.identity_layers]
+    other = (*plan.fused_layers, *plan.reference_layers)  # no layers of the source, whatever their numbers are
+    acting = [None if i in other else layer for i, layer in enumerate(plan.layer_map) if i not in plan.identity_layers]
     if plan.noise or acting != list(range(plan.src.n_layer)):
         return "no"
     if plan.width is None:

@@ -28,7 +28,7 @@ BATCH = 64
 LEARNING_RATE = 1e-3
 NORM_WEIGHT = 5e-4  # of the difference of norms in the loss
 SMALLEST = 1e-7  # singular values below this share of the largest are rounding in the Gram matrix, whose root they are
-FUSED = "attn.attn.weight"
+QKV_PART = "attn.attn.weight"
 
 
 @dataclass(frozen=True)
@@ -132,9 +132,9 @@ def loss(predicted: Tensor, wanted: Tensor) -> Tensor:
 
 def split(part: str, weight: Tensor, config: Config) -> tuple[Tensor, ...]:
     """The matrices in a parameter of a layer: q, k and v of the fused one, else the parameter itself."""
-    return split_qkv(weight, config) if part == FUSED else (weight,)
+    return split_qkv(weight, config) if part == QKV_PART else (weight,)
 
 
 def join(part: str, matrices: Sequence[Tensor], config: Config) -> Tensor:
     """The inverse of `split`."""
-    return fuse_qkv(*matrices, config) if part == FUSED else matrices[0]
+    return fuse_qkv(*matrices, config) if part == QKV_PART else matrices[0]

@@ -141,8 +141,9 @@ def test_the_receipt_names_the_reference_and_a_training_form_grows_too(large, tm
 @pytest.mark.parametrize(
     ("n_layer", "changes", "message"),
     [
-        (6, {}, "1 to 5 of them, and not 6"),
-        (2, {}, "a reference adds none to 2; ask for 3 to 5, or leave the reference out"),
+        (6, {}, "the 5 layers of the reference large a source of 2 layers grows to 3 to 5, and not to 6"),
+        (2, {}, "grows to 3 to 5, and not to 2; ask for one of these, or leave the reference out"),
+        (4, {"n_layer": 2}, "the reference large has 2 layers, and the source has 2 already"),
         (4, {"n_embd": 32, "head_size": 4}, "has other layers than the source: n_embd is 32, not 16"),
         (4, {"vocab_size": 18, "padded_vocab_size": 18}, "vocab_size is 18, not 20; padded_vocab_size is 18, not 20"),
         (4, {"rope_base": 5e5}, "rope_base is 500000.0, not 10000.0"),
@@ -165,7 +166,9 @@ def test_a_reference_is_for_inheritune_and_what_it_needs_is_asked_for():
         plan_growth("stack", PREFIX, n_layer=4, reference=reference_of(LARGE))
     with pytest.raises(ValueError, match="Give inheritune n_layer or factor$"):
         plan_growth("inheritune", PREFIX, reference=reference_of(LARGE))
-    with pytest.raises(ValueError, match="1 to 2 of them, and not 4; to append more layers .* by --reference"):
+    with pytest.raises(
+        ValueError, match="1 to 2 of them, and not 4; to append more layers .* by `grow apply --reference`"
+    ):
         plan_growth("inheritune", PREFIX, n_layer=4)
 
 
@@ -175,6 +178,11 @@ def test_plans_with_a_reference_that_cannot_be_are_refused():
         GrowthPlan(*parts, (0, 1, 2), reference_layers=(2,))
     with pytest.raises(ValueError, match="the reference has 5 layers, and none is 5 from 0"):
         GrowthPlan(*parts, (0, 1, 5), reference=reference_of(LARGE), reference_layers=(2,))
+
+
+def test_a_layer_of_a_reference_is_another_one_under_the_same_number():
+    plan = GrowthPlan("x", PREFIX, PREFIX, (0, 1), reference=reference_of(LARGE), reference_layers=(1,))
+    assert function_of(plan) == "no" and not plan.is_identity
 
 
 def test_the_reference_on_disk_must_be_the_one_of_the_plan(prefix, large, tmp_path):

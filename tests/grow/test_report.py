@@ -102,11 +102,18 @@ def test_every_model_has_a_row_that_counts_its_own_tokens_and_its_bases_flops(de
     assert rows["grown"]["bpb_of"] == "validation"
 
 
+def test_layers_made_from_two_and_those_of_a_reference_say_so():
+    drawn = blocks([0, 1, 1, 2, 3], fused_layers=[2], reference_layers=[4])
+    assert [block["text"] for block in drawn] == ["1", "2", "2+3", "3", "[4]"]
+    assert [block["source"] for block in drawn] == [1, 2, 2, 3, None]
+
+
 def test_new_layers_have_no_source_and_identity_layers_are_marked():
     drawn = blocks([0, 0, None], identity_layers=[1])
     assert [block["source"] for block in drawn] == [1, 1, None]
     assert [block["identity"] for block in drawn] == [False, True, False]
     assert not any(block["connected"] for block in drawn)
+    assert [block["text"] for block in drawn] == ["1", "(1)", "new"]
     assert layer_style(None, 2) != layer_style(1, 2)
 
 

@@ -129,6 +129,21 @@ def test_moments_survive_growth_when_they_are_mapped(finish):
     assert mixed["transformer.h.2.norm_1.weight"] == 1.0
 
 
+def test_a_run_grows_by_layers_that_are_made_from_two(finish, capsys):
+    stages = [
+        {"name": "base", "n_layer": 3, "max_steps": 2},
+        {"name": "inserted", "n_layer": 4, "operator": "opt-deus", "max_steps": 2, "optimizer_policy": "map"},
+        {"name": "predicted", "n_layer": 5, "operator": "lesa", "max_steps": 1},
+    ]
+
+    checkpoint = read_training(latest(finish(stages=stages) / "checkpoints"))
+
+    assert [record["plan"]["fused_layers"] for record in checkpoint.state["history"]] == [[2], [3]]
+    assert checkpoint.state["model_config"]["n_layer"] == 5
+    out = capsys.readouterr().out
+    assert "layer map 1 2 (2+3) 3, R_c 2/3" in out and "layer map 1 2 3 3+4 4, R_c 3/4" in out
+
+
 def test_only_what_retention_names_stays(finish):
     folder = finish(checkpoints={"every_steps": 1, "keep_last": 2, "keep_every_steps": 5})
     steps = sorted(f"{p.parent.name}/{int(p.name[5:])}" for p in (folder / "checkpoints").glob("*/step-*"))
