@@ -86,6 +86,13 @@ def test_every_sample_is_read_once_before_one_is_read_again_in_the_order_of_the_
     assert not torch.equal(next(open_samples(tokens, CONFIG, seed=4).batches(5)), epoch[:5])
 
 
+def test_whoever_waits_is_told_of_every_batch_that_is_done(tokens):
+    told: list[int] = []
+    plan = plan_growth("learn-depth", CONFIG, factor=2, learn_steps=3, batch_size=2)
+    make_weights(plan, toy_weights(CONFIG), samples=open_samples(tokens, CONFIG, on_batch=told.append))
+    assert told == [1, 2]  # the last one is done when the work is
+
+
 def test_a_batch_larger_than_the_data_is_refused(tokens):
     with pytest.raises(DataError, match="holds 20 samples of 16 targets, and a batch has 21; add data, or lower"):
         open_samples(tokens, CONFIG).batches(21)
@@ -223,7 +230,7 @@ def test_the_command_learns_and_says_what_it_cost(capsys, model_folder, tokens, 
         "the loss jumps",
         f"growth      {spent:.4g} FLOPs on 384 tokens of tokens.bin",
         "nats per token",
-        "24 samples were read, and there are only 20",
+        "24 samples were read, and there are 20",
     ):
         assert words in out
     assert "grown by learn-depth: 2 -> 5 layers" in grow(capsys, "inspect", tmp_path / "grown")[1]
