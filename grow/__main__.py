@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grow.data_command import add_data_arguments, describe_learned, describe_learning, open_data
 from grow.layer_map import (
     connection_rate,
     connection_rate_text,
@@ -21,15 +22,14 @@ from grow.layer_map import (
     unused_layers,
 )
 from grow.operator_list import operator_list, operator_tables
-from grow.operators import function_of, is_learned, needs_data, operator, plan_growth
+from grow.operators import function_of, needs_data, operator, plan_growth
 from grow.plan import FUSIONS, OPTIMIZER_POLICIES, GrowthPlan
-from grow.registry import BATCH_SIZE, FUNCTION, LEARN_STEPS, OPERATORS
+from grow.registry import FUNCTION, LEARNING, OPERATORS
 from grow.width_plan import RULES, SHARES
 from lit_gpt.errors import EXIT_USAGE, DataError, run_command
 from lit_gpt.flops import count_parameters
 
 if TYPE_CHECKING:
-    from grow.samples import Samples
     from lit_gpt.config import Config
 
 
@@ -114,21 +114,14 @@ def add_apply_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="grow weights that hold NaN or infinity too",
     )
-    parser.add_argument(
-        "--data", metavar="PATH", help="samples for operators that read data: a prepared folder, or token files"
-    )
-    parser.add_argument("--learn-steps", type=int, metavar="N", help="updates of the mixing matrices; default 100")
-    parser.add_argument("--learn-rate", type=float, metavar="R", help="of the mixing matrices; default by their kind")
-    parser.add_argument(
-        "--batch-size", type=int, metavar="N", help="samples per step of an operator that reads data; default 8"
-    )
+    add_data_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="say what would be done and stop")
 
 
 PLAN_ARGUMENTS = (
     *("n_layer", *WIDTHS, "factor", "layer_map", "seed", "noise"),
     *("residual", "shares", "order", "adjust_eps", "twin_noise"),
-    *("learn_steps", "learn_rate", "batch_size"),
+    *LEARNING,
 )
 """Options of `grow apply` that are arguments of `plan_growth` by the same name."""
 
@@ -147,7 +140,7 @@ def run_apply(args: argparse.Namespace) -> None:
         reference=read_reference(reference) if reference else None,
         **{name: getattr(args, name) for name in PLAN_ARGUMENTS},
     )
-    samples = open_growth_data(args, plan, src)
+    samples = open_data(args, plan, src)
     if not args.json:
         print_plan(plan, args.optimizer_policy)
     if args.dry_run:
@@ -169,31 +162,6 @@ def run_apply(args: argparse.Namespace) -> None:
         print("dry run: nothing was written")
     else:
         print_receipt(report)
-
-
-def open_growth_data(args: argparse.Namespace, plan: GrowthPlan, src: Path) -> Samples | None:
-    """The samples of --data, checked against the source; None for plans that need none, and for a dry run without.
-
-    Raises:
-        ValueError: --data is missing, or the operator reads none.
-        FileNotFoundError: there is no such data.
-        DataError: it does not fit the source.
-    """
-    if args.data is not None and not operator(plan.operator).needs_data:
-        readers = ", ".join(op.name for op in OPERATORS.values() if op.needs_data)
-        raise ValueError(f"{plan.operator} reads no data; leave --data out. Operators that do: {readers}")
-    if args.data is None and needs_data(plan) and not args.dry_run:
-        raise ValueError(
-            f"{plan.operator} makes weights from training samples: give --data PATH, a folder that scripts/prepare.py "
-            f"made with the model's tokenizer, or token files"
-        )
-    if args.data is None or not needs_data(plan):
-        return None
-    from grow.samples import check_tokenizer, open_samples
-
-    samples = open_samples(args.data, plan.src, seed=plan.seed)
-    check_tokenizer(samples, src)
-    return samples
 
 
 def print_plan(plan: GrowthPlan, policy: str) -> None:
@@ -222,15 +190,6 @@ def print_plan(plan: GrowthPlan, policy: str) -> None:
         print(f"  data        {describe_learning(plan)}")
     print(f"  trained     {op.trained}")
     print(f"  optimizer   {policy}: {OPTIMIZER_POLICIES[policy]}")
-
-
-def describe_learning(plan: GrowthPlan) -> str:
-    """What is made from how much data, before it is."""
-    n_rows = plan.options.get("batch_size", BATCH_SIZE)
-    if not is_learned(plan):
-        return f"the gradient on {n_rows} samples of {plan.src.block_size:,} tokens points new neurons their way"
-    steps = plan.options.get("learn_steps", LEARN_STEPS)
-    return f"mixing matrices are trained for {steps} steps of {n_rows} samples of {plan.src.block_size:,} tokens"
 
 
 def describe_growth(plan: GrowthPlan) -> str:
@@ -264,20 +223,7 @@ def print_receipt(receipt: dict[str, Any]) -> None:
     if receipt["tokens"] is not None:
         print(f"  behind it   {receipt['tokens']:,} tokens, {receipt['flops_total']:.4g} FLOPs")
     if receipt["data"]:
-        print_learning(receipt["data"], receipt["growth_flops"])
-
-
-def print_learning(data: dict[str, Any], flops: float) -> None:
-    """What an operator that reads data has read, and what came of it."""
-    print(f"  growth      {flops:.4g} FLOPs on {data['tokens']:,} tokens of {data['path_name']}")
-    if "last_loss" in data:
-        print(f"  loss        {data['first_loss']:.4f} -> {data['last_loss']:.4f} nats per token")
-    if data["samples"] > data["samples_in_files"]:
-        print(f"  repeated    {data['samples']:,} samples were read, and there are only {data['samples_in_files']:,}")
-    if data.get("neurons_not_converged"):
-        print(
-            f"  directions  of {data['neurons_not_converged']:,} neurons had not converged; they are used as they were"
-        )
+        print("\n".join(describe_learned(receipt["data"], receipt["growth_flops"])))
 
 
 def find_checkpoint(path: str) -> Path:

@@ -17,6 +17,7 @@ from grow.registry import BATCH_SIZE, LEARN_STEPS
 from grow.samples import Samples
 from grow.tensors import with_noise
 from lit_gpt.axes import parameter_shapes
+from lit_gpt.errors import NonFiniteError
 from lit_gpt.flops import Flops, flops_per_token
 
 
@@ -68,8 +69,10 @@ def _learned(plan: GrowthPlan, weights: Mapping[str, Tensor], samples: Samples) 
         "last_loss": losses[-1],
         **samples.to_dict(steps * n_rows),
     }
-    flops = flops_per_token(plan.dst).times(record["tokens"])
-    return Made(_recorded(plan, record), growth.materialise(), flops)
+    grown = growth.materialise()
+    if not all(bool(weight.isfinite().all()) for weight in grown.values()):
+        raise NonFiniteError(f"learned growth ended in weights that are no numbers; lower --learn-rate (now {rate:g})")
+    return Made(_recorded(plan, record), grown, flops_per_token(plan.dst).times(record["tokens"]))
 
 
 def _gradmax(plan: GrowthPlan, weights: Mapping[str, Tensor], samples: Samples) -> Made:

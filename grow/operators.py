@@ -11,7 +11,7 @@ from typing import Any
 
 from grow import depth
 from grow.layer_map import LayerMap, format_layer_map, further_copies
-from grow.plan import NEEDS_SCIPY, GrowthPlan, Reference
+from grow.plan import NEEDS_SCIPY, GrowthPlan, Reference, differing_sizes
 from grow.registry import BY_NAME, IN_WIDTH, LEARNING, OPERATORS, RETIRED, SIZES, UNAVAILABLE, Operator
 from grow.sizes import scaled_depth, with_depth
 from lit_gpt.config import Config
@@ -172,13 +172,13 @@ def _plan_width(
 def needs_data(plan: GrowthPlan) -> bool:
     """Whether carrying the plan out takes training samples; a growth to the same sizes has nothing to learn."""
     op = OPERATORS.get(plan.operator)
-    return op is not None and op.needs_data and not plan.is_identity
+    return op is not None and op.needs_data and bool(differing_sizes(plan.src, plan.dst))
 
 
 def is_learned(plan: GrowthPlan) -> bool:
     """Whether the plan's weights are trained while it is carried out."""
     op = OPERATORS.get(plan.operator)
-    return op is not None and op.is_learned and not plan.is_identity
+    return op is not None and op.is_learned and bool(differing_sizes(plan.src, plan.dst))
 
 
 def function_of(plan: GrowthPlan) -> str:

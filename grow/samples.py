@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ class Samples:
     order: DataOrder
     tokenizer_sha256: str | None
     """Of the tokenizer that the data was prepared with, where its manifest says."""
+    on_batch: Callable[[int], None] | None = None
+    """Called with the number of batches read so far, for whoever waits."""
 
     def batch(self, position: int, n_rows: int) -> Tensor:
         """The samples at positions position .. position + n_rows - 1 of the order: (n_rows, block_size + 1) int64."""
@@ -52,7 +55,13 @@ class Samples:
                 f"{self.path} holds {self.source.n_samples} samples of {self.source.block_size} targets, "
                 f"and a batch has {n_rows}; add data, or lower --batch-size"
             )
-        return (self.batch(start, n_rows) for start in _every(n_rows, position))
+        return self._read(n_rows, position)
+
+    def _read(self, n_rows: int, position: int) -> Iterator[Tensor]:
+        for number in itertools.count():
+            yield self.batch(position + number * n_rows, n_rows)
+            if self.on_batch is not None:
+                self.on_batch(number + 1)
 
     def to_dict(self, n_read: int) -> dict[str, Any]:
         """What was read, for the growth history: plain values.
@@ -72,19 +81,16 @@ class Samples:
         }
 
 
-def _every(step: int, start: int) -> Iterator[int]:
-    while True:
-        yield start
-        start += step
-
-
-def open_samples(path: str | os.PathLike[str], config: Config, *, seed: int = 0) -> Samples:
+def open_samples(
+    path: str | os.PathLike[str], config: Config, *, seed: int = 0, on_batch: Callable[[int], None] | None = None
+) -> Samples:
     """Samples of block_size targets for a model of this configuration.
 
     Args:
         path: a prepared folder, of which the training split is read, or whatever `find_token_files` takes.
         config: of the model.
         seed: of the order.
+        on_batch: see Samples.
 
     Raises:
         FileNotFoundError: there is no such data.
@@ -92,7 +98,8 @@ def open_samples(path: str | os.PathLike[str], config: Config, *, seed: int = 0)
     """
     source, manifest = open_tokens(path, config, config.block_size)
     order = DataOrder({SOURCE: source.n_samples}, seed)
-    return Samples(os.fspath(path), source, order, None if manifest is None else manifest["tokenizer"]["sha256"])
+    tokenizer_sha256 = None if manifest is None else manifest["tokenizer"]["sha256"]
+    return Samples(os.fspath(path), source, order, tokenizer_sha256, on_batch)
 
 
 def open_tokens(

@@ -304,7 +304,8 @@ def inherit_history(state: TrainState, provenance: dict[str, Any]) -> None:
     state.history = list(provenance.get("history", []))
     if state.history:
         state.parent_tokens = state.history[-1]["tokens"] or 0
-        state.parent_flops = Flops(paper=state.history[-1]["flops_total"] or 0)
+        total, growth = state.history[-1]["flops_total"], [each.get("growth_flops", 0) for each in state.history]
+        state.parent_flops = Flops(paper=sum(growth) if total is None else total)
 
 
 def inherit(trained: Trained, state: TrainState, parent: TrainingCheckpoint) -> None:

@@ -86,6 +86,13 @@ def test_every_sample_is_read_once_before_one_is_read_again_in_the_order_of_the_
     assert not torch.equal(next(open_samples(tokens, CONFIG, seed=4).batches(5)), epoch[:5])
 
 
+def test_whoever_waits_is_told_of_every_batch_that_is_done(tokens):
+    told: list[int] = []
+    plan = plan_growth("learn-depth", CONFIG, factor=2, learn_steps=3, batch_size=2)
+    make_weights(plan, toy_weights(CONFIG), samples=open_samples(tokens, CONFIG, on_batch=told.append))
+    assert told == [1, 2]  # the last one is done when the work is
+
+
 def test_a_batch_larger_than_the_data_is_refused(tokens):
     with pytest.raises(DataError, match="holds 20 samples of 16 targets, and a batch has 21; add data, or lower"):
         open_samples(tokens, CONFIG).batches(21)
@@ -223,7 +230,7 @@ def test_the_command_learns_and_says_what_it_cost(capsys, model_folder, tokens, 
         "the loss jumps",
         f"growth      {spent:.4g} FLOPs on 384 tokens of tokens.bin",
         "nats per token",
-        "24 samples were read, and there are only 20",
+        "24 samples were read, and there are 20",
     ):
         assert words in out
     assert "grown by learn-depth: 2 -> 5 layers" in grow(capsys, "inspect", tmp_path / "grown")[1]
@@ -240,26 +247,27 @@ def test_the_same_command_gives_the_same_bits_and_another_seed_others(capsys, mo
     assert any(not torch.equal(weight, grown["other"][name]) for name, weight in grown["first"].items())
 
 
+LIGO = ("--operator=ligo", "--factor=2", "--data=tokens.bin")
+GRADMAX = ("--operator=gradmax", "--factor=2", "--data=tokens.bin")
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("--operator=gradmax", "--factor=2"), 2, "give --data PATH, a folder that scripts/prepare.py made"),
-        (("--operator=gradmax", "--factor=2", "--data=short.bin"), 3, "make no sample of block_size=16"),
-        (("--operator=gradmax", "--factor=2", "--data=tokens.bin", "--batch-size=21"), 3, "lower --batch-size"),
+        (GRADMAX[:2], 2, "give --data PATH, a folder that scripts/prepare.py made"),
+        ((*GRADMAX[:2], "--data=short.bin"), 3, "make no sample of block_size=16"),
+        ((*GRADMAX, "--batch-size=21"), 3, "lower --batch-size"),
+        ((*GRADMAX, "--batch-size=0"), 2, "batch_size=0 must be at least 1"),
+        ((*GRADMAX, "--learn-steps=9"), 2, "and not learn_steps"),
+        ((*LIGO, "--learn-rate=0"), 2, "learn_rate=0.0 must be a positive number"),
+        ((*LIGO, "--learn-rate=1e30", "--learn-steps=9"), 4, "Lower --learn-rate (now 1e+30)"),
         (
-            ("--operator=gradmax", "--factor=2", "--data=tokens.bin", "--batch-size=0"),
-            2,
-            "batch_size=0 must be at least",
-        ),
-        (("--operator=ligo", "--factor=2", "--data=tokens.bin", "--learn-rate=0"), 2, "must be a positive number"),
-        (
-            ("--operator=ligo", "--factor=2", "--data=tokens.bin", "--learn-rate=1e30", "--learn-steps=9"),
+            (*LIGO[::2], "--n-embd=32", "--learn-rate=1e30", "--learn-steps=1"),
             4,
-            "learn-rate",
+            "ended in weights that are no numbers",
         ),
-        (("--operator=gradmax", "--factor=2", "--data=tokens.bin", "--learn-steps=9"), 2, "and not learn_steps"),
+        ((*LIGO, "--optimizer-policy=map"), 2, "use 'reset'"),
         (("--operator=lemon", "--n-layer=4", "--data=tokens.bin"), 2, "lemon reads no data"),
-        (("--operator=ligo", "--factor=2", "--data=tokens.bin", "--optimizer-policy=map"), 2, "use 'reset'"),
     ],
 )
 def test_what_cannot_be_learned_exits_with_one_message_and_writes_nothing(
@@ -273,6 +281,12 @@ def test_what_cannot_be_learned_exits_with_one_message_and_writes_nothing(
 
     assert (found, out) == (code, "") and err.startswith("error: ") and message in err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_growth_to_the_same_sizes_needs_no_data_for_noise_either():
+    plan = plan_growth("learn-depth", CONFIG, factor=1, noise=0.1)
+    grown = grow_weights(plan, toy_weights(CONFIG))
+    assert not torch.equal(grown["lm_head.weight"], toy_weights(CONFIG)["lm_head.weight"])
 
 
 def test_growth_to_the_same_sizes_needs_no_data(capsys, model_folder, tmp_path):

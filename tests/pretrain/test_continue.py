@@ -18,6 +18,8 @@ from grow.operators import plan_growth
 from lit_gpt.checkpoint import latest, read_config, read_exchange, read_training, write_exchange
 from lit_gpt.packed_dataset import write_token_file
 from pretrain.command_line import merge
+from pretrain.run import inherit_history
+from pretrain.state import TrainState
 from tests.pretrain.conftest import write_prepared
 
 BATCH = 4
@@ -329,3 +331,16 @@ def test_a_start_beyond_the_data_is_named_first(base, pretrain):
     result = pretrain(base, "--data.start_position", "5000")
     assert result.returncode == 2
     assert "data.start_position=5,000 is too far" in result.stderr.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("flops_total", "expected"), [(100.0, 100.0), (None, 7.0)], ids=["known", "only that of its growths"]
+)
+def test_a_run_from_an_exchange_form_starts_at_what_is_known_of_its_cost(flops_total, expected):
+    state = TrainState()
+    first = {"tokens": None, "flops_total": None}  # written before growth could cost anything
+    history = [first, {**first, "growth_flops": 4.0}, {"tokens": 5, "flops_total": flops_total, "growth_flops": 3.0}]
+
+    inherit_history(state, {"history": history})
+
+    assert (state.parent_flops.paper, state.parent_tokens) == (expected, 5)

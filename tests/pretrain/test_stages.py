@@ -58,6 +58,13 @@ def test_a_layer_map_that_does_not_fit_is_refused_before_training(layer_map, mes
         plan_stages(run_config(base, StageConfig("grown", max_steps=1, operator="partial", layer_map=layer_map)), MODEL)
 
 
+@pytest.mark.parametrize("name", ["learn-depth", "ligo"])
+def test_an_operator_that_reads_data_is_refused_before_training(name):
+    base = StageConfig("base", max_steps=1, n_layer=2)
+    with pytest.raises(ValueError, match="stage 'grown'.*learn-depth reads data to grow; let `grow apply --data`"):
+        plan_stages(run_config(base, StageConfig("grown", max_steps=1, operator=name)), MODEL)
+
+
 def test_a_stage_shorter_than_a_step_is_refused():
     with pytest.raises(ValueError, match="less than one step of 64 tokens"):
         plan_stages(run_config(StageConfig("main", max_tokens=63)), MODEL)
