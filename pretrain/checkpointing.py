@@ -43,6 +43,10 @@ FREE_TO_CHANGE = (
 )
 
 
+LEARNING = "learning"
+"""Beside the random states: mixing matrices and their moments, by name."""
+
+
 class RunCheckpoints:
     """Writes the checkpoints of one run and removes those that need not stay."""
 
@@ -52,17 +56,30 @@ class RunCheckpoints:
         self.metadata = metadata
         """Parts of state.json that do not change during the run."""
         self.last: Path | None = None
+        self.learning: dict[str, Any] | None = None
+        """What the checkpoint that the run resumed from says of a growth that was being learned."""
         self._passed_over: list[Path] = []
 
-    def save(self, model: GPT, optimizer: torch.optim.Optimizer, state: TrainState, **changing: Any) -> str:
-        """Write a checkpoint of this moment; returns the sha256 of its manifest. `changing` goes into state.json."""
+    def save(
+        self,
+        model: GPT,
+        optimizer: torch.optim.Optimizer,
+        state: TrainState,
+        *,
+        learning: dict[str, Any] | None = None,
+        **changing: Any,
+    ) -> str:
+        """Write a checkpoint of this moment; returns the sha256 of its manifest.
+
+        `learning` is what a growth that is being learned has learned so far; `changing` goes into state.json.
+        """
         path = checkpoint_path(self.folder, state.stage, state.step_count)
         write_training(
             path,
             model=model.state_dict(),
             optimizer=named_state(model, optimizer),
             state={"format": 1, **self.metadata, **changing, **state.to_dict(), "versions": versions()},
-            rng={"torch": torch.get_rng_state()},
+            rng={"torch": torch.get_rng_state(), **({} if learning is None else {LEARNING: learning})},
             replace=True,  # what is there already was found damaged on resume
         )
         self.last = path
@@ -73,7 +90,10 @@ class RunCheckpoints:
         """The newest valid checkpoint, None when there is none; those passed over go with the next save."""
         prune_temporaries(self.folder)
         self.last = latest(self.folder, deep=True, on_skip=self._pass_over)
-        return None if self.last is None else read_training(self.last, verify=False)
+        checkpoint = None if self.last is None else read_training(self.last, verify=False)
+        if checkpoint is not None and checkpoint.rng is not None:
+            self.learning = checkpoint.rng.get(LEARNING)
+        return checkpoint
 
     def _pass_over(self, path: Path, reason: str) -> None:
         sys.stderr.write(f"warning: {path} is passed over: {reason}\n")

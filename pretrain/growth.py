@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
-from grow.apply import grow_optimizer, grow_weights, growth_record
+import torch
+
+from grow.apply import grow_optimizer, grow_weights, growth_record, reference_weights
 from grow.distill import Distillation
+from grow.from_data import Made
+from grow.gradmax import GradMaxWeights, gradmax_columns
+from grow.learned import BETAS, LearnedGrowth
 from grow.masks import mask_scales
+from grow.operators import needs_data
+from grow.registry import BATCH_SIZE
 from lit_gpt.checkpoint import manifest_sha256, read_weights
 from lit_gpt.errors import DataError
 from lit_gpt.model import GPT, Embedding, Linear
@@ -59,6 +68,30 @@ def _parent(run: Run, stage: Stage, state: TrainState) -> Path:
     return found[-1]
 
 
+def learn_to_grow(run: Run, stage: Stage, trained: Trained, state: TrainState) -> Trained:
+    """The mixing matrices of a stage's growth as what trains, from where a checkpoint of it stands."""
+    growth = LearnedGrowth(stage.plan, trained.model.state_dict())
+    growth.model.compute_dtype = run.compute.compute_dtype
+    module = run.fabric.setup_module(growth)
+    optimizer = torch.optim.AdamW(growth.parameters(), lr=stage.learning.rate, betas=BETAS, weight_decay=0.0)
+    learning = Trained(trained.model, module, run.fabric.setup_optimizers(optimizer), growth=growth)
+    saved = run.checkpoints.learning
+    if state.stage_step and saved is not None:
+        with torch.no_grad():
+            for name, parameter in growth.named_parameters():
+                parameter.copy_(saved["matrices"][name])
+        load_named_state(growth, optimizer, saved["moments"])
+    return learning
+
+
+def learned_so_far(trained: Trained) -> dict[str, Any] | None:
+    """Mixing matrices and their moments by name, for a checkpoint; None if no growth is being learned."""
+    if trained.growth is None:
+        return None
+    matrices = {name: parameter.detach().cpu() for name, parameter in trained.growth.named_parameters()}
+    return {"matrices": matrices, "moments": named_state(trained.growth, trained.optimizer.optimizer)}
+
+
 def enter_stage(run: Run, stage: Stage, trained: Trained, state: TrainState) -> Trained:
     """The model of a stage, from the one trained so far, which must not be used afterwards."""
     entered = _grown(run, stage, trained, state) if stage.is_grown else _taken_over(run, stage, trained, state)
@@ -69,12 +102,16 @@ def enter_stage(run: Run, stage: Stage, trained: Trained, state: TrainState) -> 
 def _grown(run: Run, stage: Stage, trained: Trained, state: TrainState) -> Trained:
     plan, parent = stage.plan, run.checkpoints.last
     assert plan is not None and parent is not None, "a stage ends with a checkpoint"
+    made = _make(run, stage, trained, state)
     model = GPT(stage.config)
-    model.load_state_dict(grow_weights(plan, trained.model.state_dict()))
-    moments = grow_optimizer(plan, named_state(trained.model, trained.optimizer.optimizer), stage.optimizer_policy)
+    model.load_state_dict(dict(made.weights))
+    source_moments = {} if trained.growth else named_state(trained.model, trained.optimizer.optimizer)
+    moments = grow_optimizer(plan, source_moments, stage.optimizer_policy)
+    state.flops += made.flops
+    state.flops_computed += made.flops.paper
     state.history.append(
         growth_record(
-            plan,
+            made.plan,
             stage.optimizer_policy,
             parent=manifest_sha256(parent),
             parent_path_name=parent.name,
@@ -90,6 +127,21 @@ def _grown(run: Run, stage: Stage, trained: Trained, state: TrainState) -> Train
         f"optimizer state: {stage.optimizer_policy}"
     )
     return grown
+
+
+def _make(run: Run, stage: Stage, trained: Trained, state: TrainState) -> Made:
+    """The weights of a stage's model. What was learned is charged already; a gradient on a batch is not."""
+    plan, source = stage.plan, trained.model.state_dict()
+    if trained.growth is not None:
+        learned = {"steps": stage.learning.steps, "rate": stage.learning.rate, "first_step": state.step_count}
+        return Made(dataclasses.replace(plan, data=learned), trained.growth.materialise())
+    if needs_data(plan):
+        rows = run.train.packed.samples(state.position, min(BATCH_SIZE, run.config.batch.global_batch_size))
+        found = gradmax_columns(plan, source, torch.from_numpy(rows).to(run.fabric.device))
+        read = {"position": state.position, "batch_size": len(rows), "neurons_not_converged": found.n_open}
+        made = GradMaxWeights(plan, source, found.columns)
+        return Made(dataclasses.replace(plan, data=read), made, found.flops)
+    return Made(plan, grow_weights(plan, source, reference_weights(plan, stage.reference)))
 
 
 def _taken_over(run: Run, stage: Stage, trained: Trained, state: TrainState) -> Trained:

@@ -14,7 +14,7 @@ from lit_gpt.errors import NonFiniteError
 from lit_gpt.flops import flops_per_token
 from pretrain.config import RunConfig, parse_token_count
 from pretrain.evaluate import evaluate
-from pretrain.growth import closed_parts, enter_stage, set_masks
+from pretrain.growth import closed_parts, enter_stage, learn_to_grow, learned_so_far, set_masks
 from pretrain.loggers import Progress, say
 from pretrain.optim import set_learning_rate
 from pretrain.signals import StopRequested
@@ -33,29 +33,32 @@ def train_in_stages(run: Run, trained: Trained, state: TrainState) -> Trained:
         if stage.index > state.stage:
             state.stage, state.stage_step = stage.index, 0
         if state.grown_into_stage < stage.index:
+            if stage.learning is not None:
+                trained = learn_to_grow(run, stage, trained, state)
+                fit(run, stage, trained, state, until=stage.first_step)
             trained = enter_stage(run, stage, trained, state)
-        fit(run, stage, trained, state)
+        fit(run, stage, trained, state, until=stage.steps)
     return trained
 
 
-def fit(run: Run, stage: Stage, trained: Trained, state: TrainState) -> None:
-    """Train one stage from where `state` is to its end, which is a checkpoint. Does nothing if it is finished."""
-    if state.stage_step >= stage.steps:
+def fit(run: Run, stage: Stage, trained: Trained, state: TrainState, *, until: int) -> None:
+    """Train one stage from where `state` is to step `until`. Does nothing if it is there; the stage's end is saved."""
+    if state.stage_step >= until:
         return
     set_masks(stage, trained, state.stage_step)
-    if state.stage_step == 0:
+    if state.stage_step == stage.first_step:
         validate(run, stage, trained, state, "after_growth" if stage.is_grown else "start")
     config, last_log = run.config, (state.seconds, state.tokens)
     with (
-        run.train.batches(state.position, stage.steps - state.stage_step, config.batch, run.fabric) as batches,
+        run.train.batches(state.position, until - state.stage_step, config.batch, run.fabric) as batches,
         Progress(stage.name, stage.steps, state.stage_step, run.flops_left(state)) as progress,
     ):
-        while state.stage_step < stage.steps:
+        while state.stage_step < until:
             started = time.perf_counter()
             loss, grad_norm, rate = train_step(run, stage, trained, state, batches)
             advance(run, stage, state, loss, time.perf_counter() - started)
             progress.step(state.stage_step, step_flops(config, stage, state.stage_step - 1).paper)
-            finished = state.stage_step == stage.steps
+            finished = state.stage_step == until
             if finished or state.step_count % config.logging.every_steps == 0:
                 log_step(run, stage, state, progress, last_log, grad_norm, rate)
                 last_log = (state.seconds, state.tokens)
@@ -68,6 +71,8 @@ def fit(run: Run, stage: Stage, trained: Trained, state: TrainState) -> None:
                 save(run, stage, trained, state)
             if run.stop.received:
                 raise StopRequested(f"stopped by {run.stop.received}; repeat the command to go on")
+    if until < stage.steps:
+        return
     following = run.stages[stage.index : stage.index + 1]
     validate(run, stage, trained, state, "before_growth" if following and following[0].is_grown else "end")
     save(run, stage, trained, state)
@@ -98,7 +103,7 @@ def train_step(
         run.fabric.backward(iter_loss)
         loss += iter_loss.detach()
     max_norm = stage.optimizer.grad_clip or math.inf
-    grad_norm = float(nn.utils.clip_grad_norm_(trained.model.parameters(), max_norm))
+    grad_norm = float(nn.utils.clip_grad_norm_(trained.parameters, max_norm))
     check_finite(run, state, float(loss), grad_norm)
     optimizer.step()
     optimizer.zero_grad()
@@ -219,7 +224,8 @@ def save(run: Run, stage: Stage, trained: Trained, state: TrainState) -> None:
         trained.model,
         trained.optimizer.optimizer,
         state,
-        model_config=stage.config.to_dict(),
+        learning=learned_so_far(trained),
+        model_config=trained.model.config.to_dict(),
         stage_name=stage.name,
         mask=closed_parts(stage, state.stage_step),
         data=run.train.packed.state(state.position),

@@ -123,7 +123,7 @@ def run(invocation: Invocation, command: list[str]) -> None:
         write_atomically(out_dir / CONFIG_FILE, settings.encode())  # those of this sitting; some may change
         describe(plan)
         say(f"compute: {compute.precision}, compile {compute.compile} ({compute.reason})")
-        stage = stages[state.stage - 1]
+        stage = stages[state.grown_into_stage - 1]  # the one whose model there is: the next may still learn to grow
         with StopSignal() as stop:
             kept_stage = 0 if checkpoint is None else state.stage  # nothing stays of a run killed before its first save
             log = RunLog(out_dir, stage=kept_stage, step=state.step_count, tensorboard=config.logging.tensorboard)

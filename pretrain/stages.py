@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grow.apply import read_reference
+from grow.learned import default_rate
 from grow.masks import DEFAULT_STEPS, MaskSchedule
-from grow.operators import operator, plan_growth, with_depth
+from grow.operators import is_learned, operator, plan_growth, with_depth
 from grow.plan import GrowthPlan, differing_sizes
-from grow.registry import SIZES
+from grow.registry import LEARN_STEPS, SIZES
 from grow.sizes import resized
 from grow.trainable import trainable_parameters
 from lit_gpt.axes import parameter_shapes
@@ -31,6 +33,15 @@ class Teaching:
     """Of the teacher."""
     path: Path | None
     """Its checkpoint; None: the last one of the stage before."""
+
+
+@dataclass(frozen=True)
+class Learning:
+    """The first steps of a stage whose growth is learned: they train mixing matrices, and then the model is grown."""
+
+    steps: int
+    rate: float
+    """Learning rate of the first step; it falls linearly to 0."""
 
 
 @dataclass(frozen=True)
@@ -57,19 +68,30 @@ class Stage:
     """Parameters that do not train."""
     mask: MaskSchedule | None = None
     teaching: Teaching | None = None
+    learning: Learning | None = None
+    reference: Path | None = None
+    """Checkpoint that the growth takes layers from beside the source."""
 
     @property
     def is_grown(self) -> bool:
         return self.plan is not None
 
+    @property
+    def first_step(self) -> int:
+        """Steps of this stage that are done when its model is there: those that learn how to grow it."""
+        return 0 if self.learning is None else self.learning.steps
+
     def is_taught(self, stage_step: int) -> bool:
         """Whether the teacher takes part in the step after `stage_step` finished ones."""
-        return self.teaching is not None and stage_step < self.teaching.steps
+        return self.teaching is not None and self.first_step <= stage_step < self.teaching.steps
 
     def learning_rate(self, stage_step: int) -> float:
         """Of the update after `stage_step` finished ones of this stage."""
-        rate = learning_rate(self.schedule_start + stage_step, self.schedule_steps, self.optimizer, self.schedule)
-        return rate * min(1.0, (stage_step + 1) / self.rewarmup_steps) if self.rewarmup_steps else rate
+        if stage_step < self.first_step:
+            return self.learning.rate * (1 - stage_step / self.learning.steps)
+        done = stage_step - self.first_step
+        rate = learning_rate(self.schedule_start + done, self.schedule_steps, self.optimizer, self.schedule)
+        return rate * min(1.0, (done + 1) / self.rewarmup_steps) if self.rewarmup_steps else rate
 
 
 def plan_stages(run: RunConfig, model: Config, grown_by: GrowthPlan | None = None) -> list[Stage]:
@@ -121,11 +143,13 @@ def _stage(
         else dataclasses.replace(run.schedule, **_given(settings, "warmup_steps")),
         plan=plan,
         optimizer_policy=settings.optimizer_policy,
-        schedule_start=before.schedule_start + before.steps if continued else 0,
+        schedule_start=_schedule_end(before) if continued else 0,
         rewarmup_steps=settings.rewarmup_steps,
         frozen=_frozen(settings, config, plan or (grown_by if before is None else None)),
         mask=_mask(settings, plan, steps),
         teaching=_teaching(settings, plan, config, steps, before),
+        learning=_learning(plan, steps),
+        reference=None if plan is None or plan.reference is None else Path(settings.options["reference"]),
     )
 
 
@@ -143,15 +167,15 @@ def _plan(settings: StageConfig, src: Config, dst: Config, seed: int) -> GrowthP
             lines = ", ".join(f"{name} {getattr(src, name)} -> {getattr(dst, name)}" for name in changed)
             raise ValueError(f"the model grows ({lines}), and no operator says how; see `grow operators`")
         return None
-    sizes = {name: getattr(dst, name) for name in SIZES} if {*SIZES, "head_size"} & {*changed} else {}
-    if "n_layer" in changed or not sizes:
-        sizes["n_layer"] = dst.n_layer
-    named = [name for name in settings.options if name in ("n_layer", *SIZES, "factor", "layer_map")]
-    if named:
-        raise ValueError(f"options holds {', '.join(named)}; sizes and layer_map stand beside `options`")
+    wider = any(name in changed for name in (*SIZES, "head_size"))
+    taken = operator(settings.operator, in_width=wider).options
+    named = [name for name in SIZES if name in changed or (wider and name in taken)]
+    if "n_layer" in changed or not wider:
+        named.append("n_layer")
+    sizes = {name: getattr(dst, name) for name in named}
     try:
         plan = plan_growth(
-            settings.operator, src, layer_map=settings.layer_map, **{"seed": seed, **settings.options, **sizes}
+            settings.operator, src, layer_map=settings.layer_map, **{"seed": seed, **_options(settings), **sizes}
         )
     except ValueError as error:
         raise ValueError(f"it cannot grow from {src.n_layer} layers of width {src.n_embd}: {error}") from error
@@ -160,6 +184,31 @@ def _plan(settings: StageConfig, src: Config, dst: Config, seed: int) -> GrowthP
         lines = ", ".join(f"{name} {getattr(plan.dst, name)}, not {getattr(dst, name)}" for name in other)
         raise ValueError(f"{plan.operator} leads to another model ({lines}); adapt the sizes of the stage")
     return plan
+
+
+def _options(settings: StageConfig) -> dict[str, Any]:
+    """What plan_growth takes beyond sizes."""
+    named = [name for name in settings.options if name in ("n_layer", *SIZES, "factor", "layer_map")]
+    if named:
+        raise ValueError(f"options holds {', '.join(named)}; sizes and layer_map stand beside `options`")
+    if {"batch_size", "data"} & {*settings.options}:
+        raise ValueError("options holds batch_size or data; a stage grows from the batches of its own run")
+    options = dict(settings.options)
+    if "reference" in options:
+        options["reference"] = read_reference(options["reference"])
+    return options
+
+
+def _learning(plan: GrowthPlan | None, steps: int) -> Learning | None:
+    if plan is None or not is_learned(plan):
+        return None
+    learn_steps = plan.options.get("learn_steps", LEARN_STEPS)
+    if learn_steps >= steps:
+        raise ValueError(
+            f"{plan.operator} learns for {learn_steps} steps and the stage has {steps}; "
+            f"give options: {{learn_steps: {max(1, steps // 4)}}}, or more steps"
+        )
+    return Learning(learn_steps, plan.options.get("learn_rate", default_rate(plan)))
 
 
 def _stage_steps(settings: StageConfig, config: Config, global_batch_size: int) -> int:
@@ -236,9 +285,13 @@ def _with_schedule_lengths(stages: list[Stage]) -> list[Stage]:
     ends, end = [], 0
     for stage, following in reversed(list(zip(stages, [*stages[1:], None], strict=True))):
         if following is None or following.schedule_start == 0:
-            end = stage.schedule_start + stage.steps
+            end = _schedule_end(stage)
         ends.append(end)
     return [dataclasses.replace(stage, schedule_steps=n) for stage, n in zip(stages, reversed(ends), strict=True)]
+
+
+def _schedule_end(stage: Stage) -> int:
+    return stage.schedule_start + stage.steps - stage.first_step
 
 
 def _given(stage: StageConfig, *fields: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from grow.learned import LearnedGrowth
 from lit_gpt.flops import Flops, computed_share, flops_per_token
 from lit_gpt.model import GPT
 from pretrain.checkpointing import RunCheckpoints
@@ -54,6 +55,13 @@ class Trained:
     """AdamW behind Fabric's step."""
     taught: nn.Module | None = None
     """The model beside its teacher: called instead of `module` in training steps as long as the teacher stays."""
+    growth: LearnedGrowth | None = None
+    """A growth that is being learned: its mixing matrices are what trains, and `model` is what it grows."""
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What trains."""
+        return [p for p in (self.growth or self.model).parameters() if p.requires_grad]
 
 
 def tokens_per_step(config: RunConfig, stage: Stage) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ from grow.apply import grow_checkpoint
 from grow.masks import MaskSchedule, mask_scales
 from grow.operators import plan_growth
 from lit_gpt.axes import FINAL_NORM, HEAD, layer_of, parameter_shapes
-from lit_gpt.checkpoint import latest, read_config, read_training
+from lit_gpt.checkpoint import latest, manifest_sha256, read_config, read_training
 from lit_gpt.config import Config
 from lit_gpt.errors import DataError
 from lit_gpt.flops import computed_share, count_parameters
@@ -43,6 +44,11 @@ RUNS = {
         {"name": "all", "max_steps": 3, "continue_schedule": True, "rewarmup_steps": 2},
     ],
     "taught": [BASE, {"name": "grown", "operator": "distill", "distill_steps": 3, "max_steps": 5}],
+    "learned": [BASE, {"name": "grown", "operator": "ligo", "options": {"learn_steps": 3}, "max_steps": 6}],
+    "gradmax": [
+        {"name": "base", "intermediate_size": 16, "max_steps": 3},
+        {"name": "grown", "operator": "gradmax", "max_steps": 4},
+    ],
     "wider": [
         {"name": "base", "n_embd": 8, "max_steps": 3},
         {"name": "grown", "operator": "split-width", "options": {"seed": 1}, "optimizer_policy": "map", "max_steps": 4},
@@ -144,7 +150,7 @@ def test_flops_of_frozen_stages_are_charged_in_full_and_what_was_computed_stands
     config = read_config(checkpoints(finished("frozen"))[-1])
     per_step = 6 * count_parameters(config) * 4 * 16
     charged, computed = (
-        [after[key] - before[key] for before, after in zip(lines, lines[1:], strict=False)]
+        [after[key] - before[key] for before, after in itertools.pairwise(lines)]
         for key in ("flops_total", "flops_computed")
     )
     frozen = frozenset(parameter_shapes(config)) - {
@@ -162,15 +168,50 @@ def test_a_teacher_is_charged_a_forward_pass_as_long_as_it_stays(finished):
     student, teacher = (
         count_parameters(read_config(path)) for path in (checkpoints(finished("taught"))[i] for i in (-1, 0))
     )
-    charged = [
-        after["flops_total"] - before["flops_total"] for before, after in zip(lines[2:], lines[3:], strict=False)
-    ]
+    charged = [after["flops_total"] - before["flops_total"] for before, after in itertools.pairwise(lines[2:])]
     assert charged == pytest.approx([4 * 16 * (6 * student + 2 * teacher)] * 3 + [4 * 16 * 6 * student] * 2)
 
 
 def test_a_student_copies_nothing_of_its_teacher(finished):
     first = read_training(checkpoints(finished("taught"))[3])
     assert first.state["history"][-1]["plan"]["fresh"] is True
+
+
+def test_a_learned_growth_trains_its_matrices_in_the_first_steps_of_the_stage_and_then_the_model(finished):
+    folder = finished("learned")
+    states = [read_training(path) for path in checkpoints(folder)]
+    assert [each.state["model_config"]["n_layer"] for each in states] == [1] * 5 + [3] * 3
+    assert [each.state["grown_into_stage"] for each in states] == [1] * 5 + [2] * 3
+    assert all(torch.equal(states[4].model[name], weight) for name, weight in states[2].model.items())
+    matrices = [each.rng["learning"]["matrices"]["depth.q"] for each in states[3:5]]
+    assert not torch.equal(*matrices)
+    assert "learning" not in states[5].rng and "learning" not in states[2].rng
+    when = [r["when"] for r in records(folder, "evals.jsonl") if r["metric"] == "loss" and r["when"] != "every"]
+    assert when == ["start", "before_growth", "after_growth", "end"]
+    charged = [b["flops_total"] - a["flops_total"] for a, b in itertools.pairwise(records(folder)[2:])]
+    assert charged == pytest.approx([6 * count_parameters(read_config(checkpoints(folder)[-1])) * 4 * 16] * 6)
+    assert states[-1].state["history"][0]["plan"]["data"] == {"steps": 3, "rate": 0.03, "first_step": 6}
+
+
+def test_a_gradient_behind_new_neurons_is_charged_and_keeps_the_loss(finished):
+    folder = finished("gradmax")
+    losses = {r["when"]: r["value"] for r in records(folder, "evals.jsonl") if r["metric"] == "loss"}
+    assert losses["after_growth"] == pytest.approx(losses["before_growth"], rel=1e-5)
+    charged = [b["flops_total"] - a["flops_total"] for a, b in itertools.pairwise(records(folder))]
+    assert charged[2] > charged[3] * 1.1 and charged[3] == charged[4]
+
+
+def test_a_prefix_takes_the_next_layers_of_its_reference_between_two_stages(finish, tmp_path):
+    large = latest(finish([{"name": "large", "max_steps": 2}]) / "checkpoints")
+    stages = [
+        {"name": "small", "n_layer": 1, "max_steps": 2},
+        {"name": "grown", "operator": "inheritune", "options": {"reference": str(large)}, "max_steps": 1},
+    ]
+    folder = finish(stages, optimizer={"learning_rate": 0.0, "min_learning_rate": 0.0})
+    grown, reference = read_training(latest(folder / "checkpoints")), read_training(large)
+    above = [name for name in grown.model if layer_of(name) in (1, 2)]
+    assert all(torch.equal(grown.model[name], reference.model[name]) for name in above)
+    assert grown.state["history"][0]["reference"] == manifest_sha256(large)
 
 
 def test_width_grows_between_stages_with_its_moments(finished):

@@ -59,10 +59,13 @@ def test_a_layer_map_that_does_not_fit_is_refused_before_training(layer_map, mes
 
 
 @pytest.mark.parametrize("name", ["learn-depth", "ligo"])
-def test_an_operator_that_reads_data_is_refused_before_training(name):
+def test_a_growth_that_is_learned_needs_steps_to_learn_in_and_takes_the_batches_of_the_run(name):
     base = StageConfig("base", max_steps=1, n_layer=2)
-    with pytest.raises(ValueError, match="stage 'grown'.*learn-depth reads data to grow; let `grow apply --data`"):
-        plan_stages(run_config(base, StageConfig("grown", max_steps=1, operator=name)), MODEL)
+    with pytest.raises(ValueError, match="stage 'grown'.*learns for 100 steps and the stage has 8.*learn_steps: 2"):
+        plan_stages(run_config(base, StageConfig("grown", max_steps=8, operator=name)), MODEL)
+    options = {"learn_steps": 2, "batch_size": 4}
+    with pytest.raises(ValueError, match="stage 'grown'.*the batches of its own run"):
+        plan_stages(run_config(base, StageConfig("grown", max_steps=8, operator=name, options=options)), MODEL)
 
 
 def test_a_stage_shorter_than_a_step_is_refused():
