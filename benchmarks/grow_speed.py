@@ -29,7 +29,7 @@ LIMIT_OVER_CP = 1.1
 LIMIT_DEPTH_RSS_BYTES = 400_000_000
 LIMIT_METADATA_SECS = 1.0
 FACTOR = 4
-WIDTH_REPEATS = 2  # it takes minutes of arithmetic, and its memory, which is what has a goal, does not vary
+WIDTH_REPEATS = 1  # it takes minutes of arithmetic, and its memory, which is what has a goal, does not vary
 CP = ("cp", "--reflink=never", "--sparse=never")
 
 

@@ -7,11 +7,8 @@ Training form is a directory of torch.distributed.checkpoint files with flat nam
 from __future__ import annotations
 
 import errno
-import io
-import json
 import logging
 import math
-import pickle
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +16,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from lit_gpt.atomic import (
@@ -50,6 +46,7 @@ from lit_gpt.exchange import (
 from lit_gpt.exchange_files import LEGACY_SUFFIXES, legacy_refusal
 from lit_gpt.lazy_tensors import Renamed, all_finite
 from lit_gpt.problems import bounded_shapes, raise_problems, read_json, shape_problems
+from lit_gpt.stored_state import EARLIER, encode_rng, encode_state, read_rng
 
 if TYPE_CHECKING:
     from lit_gpt.sharded import StoredTensors
@@ -83,7 +80,6 @@ RNG = "rng-00000.pt"
 FINITE = "finite"  # in the manifest: all weights were finite numbers when they were written
 PARTS = (".distcp", ".safetensors", ".pt")  # of another checkpoint, if the manifest does not list them
 OVERHEAD_BYTES = 4096  # per tensor, for its header and its share of the metadata
-EARLIER = "use an earlier checkpoint"
 
 GIVE = "give a directory in training form or a Hugging Face folder with safetensors"
 _STAGE_AND_STEP = re.compile(r"stage-(\d+)/step-(\d+)")
@@ -158,7 +154,7 @@ def write_training(
     from lit_gpt.sharded_writer import write_tensors
 
     path = Path(path)
-    stored_state, stored_rng = _encode_state(state), _encode_rng(rng)
+    stored_state, stored_rng = encode_state(state), encode_rng(rng)
     tensors = _under_stored_names(model, optimizer)
     specs = {name: tensors.spec(name) for name in tensors}
     shapes = {name: spec.shape for name, spec in specs.items()}
@@ -219,7 +215,7 @@ def read_training(path: str | Path, *, verify: bool = True, verify_up_to_bytes: 
     tensors = _stored_tensors(directory, manifest)
     shapes = {name: tensors.spec(name).shape for name in tensors}
     raise_problems(_tensor_problems(config, shapes, str(directory)), EARLIER)
-    rng = _read_rng(directory / RNG) if RNG in manifest["files"] else None
+    rng = read_rng(directory / RNG) if RNG in manifest["files"] else None
     model = Renamed({name: (tensors, stored_name(name)) for name in parameter_shapes(config)})
     return TrainingCheckpoint(model, _optimizer_of(tensors), state, rng, tensors, manifest)
 
@@ -245,32 +241,6 @@ def _tensor_problems(config: Config, shapes: Mapping[str, tuple[int, ...]], wher
         if full_name.startswith("optimizer.") and name in parameters:
             wanted[full_name] = parameters[name] if found else ()
     return shape_problems(wanted, shapes, where)
-
-
-def _encode_state(state: dict[str, Any]) -> bytes:
-    try:
-        return (json.dumps(state, indent=1) + "\n").encode()
-    except TypeError as error:
-        raise ValueError(f"state holds what JSON cannot: {error}; convert it before saving") from error
-
-
-def _encode_rng(rng: dict[str, Any] | None) -> bytes | None:
-    if rng is None:
-        return None
-    buffer = io.BytesIO()
-    torch.save(rng, buffer)
-    try:
-        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"rng holds more than tensors and plain values, it could not be read back: {error}") from error
-    return buffer.getvalue()
-
-
-def _read_rng(path: Path) -> dict[str, Any]:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle may raise anything
-        raise DataError(f"{path} cannot be read: {error}; {EARLIER}") from error
 
 
 def _config_in(state: dict[str, Any]) -> Config:

@@ -114,9 +114,8 @@ class SafetensorsWriter:
         ordered = sorted(specs, key=lambda each: -each[1].dtype.itemsize)
         header, self._entries = _layout(ordered)
         self._crc32: dict[str, int] = {}
-        self._header = (zlib.crc32(header), len(header))
+        self._header = header
         self._file = path.open("xb", buffering=0)
-        write_at(self._file.fileno(), header, 0)
 
     def __enter__(self) -> SafetensorsWriter:
         return self
@@ -147,14 +146,15 @@ class SafetensorsWriter:
         self._crc32[name] = crc32
 
     def finish(self) -> int:
-        """Close the file; returns its crc32."""
+        """Write the header, without which the file means nothing, and close it; returns its crc32."""
         missing = self._entries.keys() - self._crc32.keys()
         assert not missing, f"never written: {sorted(missing)}"
+        write_at(self._file.fileno(), self._header, 0)
         self._flusher.wait()
         os.fsync(self._file.fileno())
         self._file.close()
         parts = [(self._crc32[name], entry.n_bytes) for name, entry in self._entries.items()]
-        return combined_crc32([self._header, *parts])
+        return combined_crc32([(zlib.crc32(self._header), len(self._header)), *parts])
 
 
 def _layout(specs: Sequence[tuple[str, TensorSpec]]) -> tuple[bytes, dict[str, Entry]]:

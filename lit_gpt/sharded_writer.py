@@ -6,7 +6,7 @@ import dataclasses
 import queue
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -168,7 +168,11 @@ class _FileSystem(FileSystem):
                 yield stream
                 return
             counting = _CountingStream(stream, self._flusher)
-            yield counting
+            try:
+                yield counting
+            finally:
+                with suppress(OSError):  # `close` has reported it, or another error is on its way
+                    self._flusher.wait()
         self._crc32[path.name] = crc32_text(counting.crc32)
 
 

@@ -1,0 +1,44 @@
+"""What a training form holds beside tensors: state.json and random states, as bytes."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lit_gpt.errors import DataError
+
+EARLIER = "use an earlier checkpoint"
+
+
+def encode_state(state: dict[str, Any]) -> bytes:
+    """The content of state.json; raises ValueError for what JSON cannot hold."""
+    try:
+        return (json.dumps(state, indent=1) + "\n").encode()
+    except TypeError as error:
+        raise ValueError(f"state holds what JSON cannot: {error}; convert it before saving") from error
+
+
+def encode_rng(rng: dict[str, Any] | None) -> bytes | None:
+    """The content of a file of random states; raises ValueError for what could not be read back safely."""
+    if rng is None:
+        return None
+    buffer = io.BytesIO()
+    torch.save(rng, buffer)
+    try:
+        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"rng holds more than tensors and plain values, it could not be read back: {error}") from error
+    return buffer.getvalue()
+
+
+def read_rng(path: Path) -> dict[str, Any]:
+    """The random states in a file; raises DataError if it is damaged."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle may raise anything
+        raise DataError(f"{path} cannot be read: {error}; {EARLIER}") from error
