@@ -227,6 +227,40 @@ def test_identity_over_zero_is_zero_padding_and_keeps_the_function_once_norms_fo
     assert (after - before).abs().max() <= 1e-10 * before.abs().max()
 
 
+@pytest.mark.parametrize("n_query_groups", [2, 4])
+def test_every_weight_is_the_product_that_the_paper_writes_with_whole_heads_mixed(n_query_groups):
+    """W' = sum_j D[l, j] B_out W_j B_in^T with dense matrices: B (x) I for heads, B_v per query head for the output."""
+    src = toy_config(n_query_groups=n_query_groups)
+    plan = plan_growth("learn-width", src, n_layer=3, n_embd=24)
+    growth = LearnedGrowth(plan, toy_weights(src, dtype=torch.float64))
+    generator = torch.Generator().manual_seed(1)
+    B, D = (
+        {name: torch.randn(matrix.shape, generator=generator, dtype=torch.float64) for name, matrix in kind.items()}
+        for kind in (growth.width, growth.depth)
+    )
+    growth.load_state_dict(
+        {f"width.{name}": b for name, b in B.items()} | {f"depth.{name}": d for name, d in D.items()}
+    )
+    eye = torch.eye(src.head_size, dtype=torch.float64)
+    queries, keys, values = (torch.kron(B[name], eye) for name in "qkv")
+    outputs = torch.kron(B["v"], torch.eye(src.q_per_kv * src.head_size, dtype=torch.float64))
+    sides = {
+        **{"q": (queries, B["embd"]), "k": (keys, B["embd"]), "v": (values, B["embd"]), "o": (B["embd"], outputs)},
+        **{"w1": (B["mlp"], B["embd"]), "w2": (B["mlp"], B["embd"]), "w3": (B["embd"], B["mlp"])},
+    }
+    old = dict(growth.named_buffers())
+
+    found = parts_of(growth.materialise(), plan.dst)
+
+    for part, (rows, columns) in sides.items():
+        expected = torch.einsum("lj,jrc->lrc", D[part], rows @ old[part] @ columns.T)
+        assert torch.allclose(found[part], expected, rtol=1e-10), part
+    for part in ("norm_1", "norm_2"):
+        assert torch.allclose(found[part], D[part] @ old[part] @ B["embd"].T, rtol=1e-10), part
+    for part in ("wte", "ln_f", "lm_head"):
+        assert torch.allclose(found[part], old[part] @ B["embd"].T, rtol=1e-10), part
+
+
 @pytest.mark.parametrize("n_query_groups", [1, 2, 4])
 def test_old_heads_keep_their_queries_and_keys_exactly(n_query_groups):
     """On inputs in the old channels: whole heads are mixed, so the first n_head rows of heads are the old ones."""
