@@ -16,6 +16,7 @@ from grow.learned import BETAS, LearnedGrowth
 from grow.masks import mask_scales
 from grow.operators import needs_data
 from grow.registry import BATCH_SIZE
+from grow.tensors import WithNoise
 from lit_gpt.checkpoint import manifest_sha256, read_weights
 from lit_gpt.errors import DataError
 from lit_gpt.model import GPT, Embedding, Linear
@@ -134,12 +135,12 @@ def _make(run: Run, stage: Stage, trained: Trained, state: TrainState) -> Made:
     plan, source = stage.plan, trained.model.state_dict()
     if trained.growth is not None:
         learned = {"steps": stage.learning.steps, "rate": stage.learning.rate, "first_step": state.step_count}
-        return Made(dataclasses.replace(plan, data=learned), trained.growth.materialise())
+        return Made(dataclasses.replace(plan, data=learned), WithNoise(plan, trained.growth.materialise()))
     if needs_data(plan):
         rows = run.train.packed.samples(state.position, min(BATCH_SIZE, run.config.batch.global_batch_size))
         found = gradmax_columns(plan, source, torch.from_numpy(rows).to(run.fabric.device))
         read = {"position": state.position, "batch_size": len(rows), "neurons_not_converged": found.n_open}
-        made = GradMaxWeights(plan, source, found.columns)
+        made = WithNoise(plan, GradMaxWeights(plan, source, found.columns))
         return Made(dataclasses.replace(plan, data=read), made, found.flops)
     return Made(plan, grow_weights(plan, source, reference_weights(plan, stage.reference)))
 
