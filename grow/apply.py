@@ -285,7 +285,7 @@ def _grow_training(src_path: Path, dst_path: Path, plan: GrowthPlan, policy: str
     source = read_training(src_path, verify_up_to_bytes=SMALL_FILE_BYTES)
     _check_open(source, src_path)
     optimizer, copies = GrownOptimizer(plan, source.optimizer, policy), making.copies(plan)
-    finite = _check_weights_as_needed(source, src_path, plan, making.allow_non_finite, linked=bool(copies))
+    finite = _check_weights_as_needed(source, src_path, plan, making.allow_non_finite, linked=bool(copies) and not plan.fused_layers)
     made = making.weights(plan, source.model)
     record = growth_record(
         made.plan,
@@ -321,7 +321,7 @@ def _check_weights_as_needed(
 ) -> bool:
     """Check the source as far as its growth needs it; returns whether its weights are known to be finite numbers.
 
-    Files that will be linked are not read: their sizes and the manifest's digest are right, and the manifest says
+    Files that are only `linked` are not read: their sizes and the manifest's digest are right, and the manifest says
     whether the weights were finite when they were written. Older checkpoints do not say, and are read.
     """
     trusted = source.is_finite or allow_non_finite
