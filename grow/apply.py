@@ -24,6 +24,7 @@ from lit_gpt.checkpoint import (
     EARLIER,
     TRAINING,
     TrainingCheckpoint,
+    check_open,
     detect_form,
     manifest_sha256,
     prune_temporaries,
@@ -283,7 +284,7 @@ def _check_source(found: Config, plan: GrowthPlan, src_path: Path) -> None:
 
 def _grow_training(src_path: Path, dst_path: Path, plan: GrowthPlan, policy: str, making: Making) -> dict[str, Any]:
     source = read_training(src_path, verify_up_to_bytes=SMALL_FILE_BYTES)
-    _check_open(source, src_path)
+    check_open(source.state, src_path)
     optimizer, copies = GrownOptimizer(plan, source.optimizer, policy), making.copies(plan)
     finite = _check_weights_as_needed(source, src_path, plan, making.allow_non_finite, linked=bool(copies) and not plan.fused_layers)
     made = making.weights(plan, source.model)
@@ -305,15 +306,6 @@ def _grow_training(src_path: Path, dst_path: Path, plan: GrowthPlan, policy: str
         references=source.references(_stored_copies(copies, optimizer), finite=finite) if copies else None,
     )
     return record
-
-
-def _check_open(source: TrainingCheckpoint, src_path: Path) -> None:
-    """Refuse a model whose weights compute something else than they did in training."""
-    if source.state.get("mask") is not None:
-        raise DataError(
-            f"{src_path} was saved while the mask of its growth was still opening, and without it the model is another "
-            f"one; grow a checkpoint from after the mask has opened"
-        )
 
 
 def _check_weights_as_needed(
