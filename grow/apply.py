@@ -286,7 +286,8 @@ def _grow_training(src_path: Path, dst_path: Path, plan: GrowthPlan, policy: str
     source = read_training(src_path, verify_up_to_bytes=SMALL_FILE_BYTES)
     check_open(source.state, src_path)
     optimizer, copies = GrownOptimizer(plan, source.optimizer, policy), making.copies(plan)
-    finite = _check_weights_as_needed(source, src_path, plan, making.allow_non_finite, linked=bool(copies) and not plan.fused_layers)
+    only_linked = bool(copies) and not plan.fused_layers
+    finite = _check_weights_as_needed(source, src_path, plan, making.allow_non_finite, linked=only_linked)
     made = making.weights(plan, source.model)
     record = growth_record(
         made.plan,
