@@ -39,8 +39,8 @@ def set_up(run: Run, stage: Stage, model: GPT, state: TrainState) -> Trained:
 
 
 def _with_teacher(run: Run, stage: Stage, model: GPT, state: TrainState) -> Distillation | None:
-    if not stage.is_taught(state.stage_step):
-        return None
+    if state.stage != stage.index or not stage.is_taught(state.stage_step):
+        return None  # of another stage: what the next one still learns to grow
     path = stage.teaching.path or _parent(run, stage, state)
     teacher = GPT(stage.teaching.config)
     teacher.load_state_dict(dict(read_weights(path)))
@@ -63,8 +63,8 @@ def _parent(run: Run, stage: Stage, state: TrainState) -> Path:
         found = [path for path in found if path.name == record["parent_path_name"]]
     if not found or (record is not None and manifest_sha256(found[-1]) != record["parent"]):
         raise DataError(
-            f"the teacher of stage {stage.name!r}, the model of the stage before, is not in {folder}; "
-            f"restore it, or give `teacher`"
+            f"the model of the stage before, from which stage {stage.name!r} grows or learns, is not in {folder}; "
+            f"restore it, or start over with --fresh"
         )
     return found[-1]
 
@@ -101,8 +101,8 @@ def enter_stage(run: Run, stage: Stage, trained: Trained, state: TrainState) -> 
 
 
 def _grown(run: Run, stage: Stage, trained: Trained, state: TrainState) -> Trained:
-    plan, parent = stage.plan, run.checkpoints.last
-    assert plan is not None and parent is not None, "a stage ends with a checkpoint"
+    plan, parent = stage.plan, _parent(run, stage, state)
+    assert plan is not None
     made = _make(run, stage, trained, state)
     model = GPT(stage.config)
     model.load_state_dict(dict(made.weights))

@@ -47,6 +47,10 @@ RUNS = {
         {"name": "all", "max_steps": 3, "continue_schedule": True, "rewarmup_steps": 2},
     ],
     "taught": [BASE, {"name": "grown", "operator": "distill", "distill_steps": 3, "max_steps": 5}],
+    "learned and taught": [
+        {**BASE, "max_steps": 2},
+        {"name": "grown", "operator": "ligo", "options": {"learn_steps": 2}, "distill_weight": 0.5, "max_steps": 5},
+    ],
     "learned": [BASE, {"name": "grown", "operator": "ligo", "options": {"learn_steps": 3}, "max_steps": 6}],
     "gradmax": [
         {"name": "base", "intermediate_size": 16, "max_steps": 3},
@@ -196,6 +200,13 @@ def test_a_learned_growth_trains_its_matrices_in_the_first_steps_of_the_stage_an
     assert states[-1].state["history"][0]["plan"]["data"] == {"steps": 3, "rate": 0.03, "first_step": 6}
 
 
+def test_the_parent_of_a_learned_growth_is_the_model_before_and_stays_on_the_disk(finish):
+    folder = finish(RUNS["learned"], checkpoints={"every_steps": 1, "keep_last": 1, "keep_every_steps": 0})
+    before, last = checkpoints(folder)
+    (record,) = read_training(last).state["history"]
+    assert record["parent"] == manifest_sha256(before) and record["parent_path_name"] == before.name
+
+
 def test_a_gradient_behind_new_neurons_is_charged_and_keeps_the_loss(finished):
     folder = finished("gradmax")
     losses = {r["when"]: r["value"] for r in records(folder, "evals.jsonl") if r["metric"] == "loss"}
@@ -304,7 +315,7 @@ def test_a_teacher_that_went_is_named(finished, finish, tmp_path):
     folder = Path(shutil.copytree(finished("taught"), tmp_path / "run"))
     for path in [*checkpoints(folder)[:3], *checkpoints(folder)[4:]]:
         shutil.rmtree(path)
-    with pytest.raises(DataError, match="teacher of stage 'grown'.*give `teacher`"):
+    with pytest.raises(DataError, match="from which stage 'grown' grows or learns, is not in .*--fresh"):
         finish(RUNS["taught"], folder)
 
 
