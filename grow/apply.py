@@ -24,6 +24,7 @@ from lit_gpt.checkpoint import (
     EARLIER,
     TRAINING,
     TrainingCheckpoint,
+    check_open,
     detect_form,
     manifest_sha256,
     prune_temporaries,
@@ -283,9 +284,10 @@ def _check_source(found: Config, plan: GrowthPlan, src_path: Path) -> None:
 
 def _grow_training(src_path: Path, dst_path: Path, plan: GrowthPlan, policy: str, making: Making) -> dict[str, Any]:
     source = read_training(src_path, verify_up_to_bytes=SMALL_FILE_BYTES)
-    _check_open(source, src_path)
+    check_open(source.state, src_path)
     optimizer, copies = GrownOptimizer(plan, source.optimizer, policy), making.copies(plan)
-    finite = _check_weights_as_needed(source, src_path, plan, making.allow_non_finite, linked=bool(copies))
+    only_linked = bool(copies) and not plan.fused_layers
+    finite = _check_weights_as_needed(source, src_path, plan, making.allow_non_finite, linked=only_linked)
     made = making.weights(plan, source.model)
     record = growth_record(
         made.plan,
@@ -307,21 +309,12 @@ def _grow_training(src_path: Path, dst_path: Path, plan: GrowthPlan, policy: str
     return record
 
 
-def _check_open(source: TrainingCheckpoint, src_path: Path) -> None:
-    """Refuse a model whose weights compute something else than they did in training."""
-    if source.state.get("mask") is not None:
-        raise DataError(
-            f"{src_path} was saved while the mask of its growth was still opening, and without it the model is another "
-            f"one; grow a checkpoint from after the mask has opened"
-        )
-
-
 def _check_weights_as_needed(
     source: TrainingCheckpoint, src_path: Path, plan: GrowthPlan, allow_non_finite: bool, *, linked: bool
 ) -> bool:
     """Check the source as far as its growth needs it; returns whether its weights are known to be finite numbers.
 
-    Files that will be linked are not read: their sizes and the manifest's digest are right, and the manifest says
+    Files that are only `linked` are not read: their sizes and the manifest's digest are right, and the manifest says
     whether the weights were finite when they were written. Older checkpoints do not say, and are read.
     """
     trusted = source.is_finite or allow_non_finite

@@ -15,8 +15,7 @@ from grow.operators import is_learned
 from grow.plan import GrowthPlan
 from grow.registry import BATCH_SIZE, LEARN_STEPS
 from grow.samples import Samples
-from grow.tensors import with_noise
-from lit_gpt.axes import parameter_shapes
+from grow.tensors import WithNoise
 from lit_gpt.errors import NonFiniteError
 from lit_gpt.flops import Flops, flops_per_token
 
@@ -46,13 +45,7 @@ def make_from_data(plan: GrowthPlan, weights: Mapping[str, Tensor], samples: Sam
         NonFiniteError: a loss or a gradient is not a number.
     """
     made = _learned(plan, weights, samples) if is_learned(plan) else _gradmax(plan, weights, samples)
-    if not plan.noise:
-        return made
-    noisy = {
-        name: with_noise(made.weights[name], plan, name) if len(shape) == 2 else made.weights[name]
-        for name, shape in parameter_shapes(plan.dst).items()
-    }
-    return dataclasses.replace(made, weights=noisy)
+    return dataclasses.replace(made, weights=WithNoise(plan, made.weights))
 
 
 def _learned(plan: GrowthPlan, weights: Mapping[str, Tensor], samples: Samples) -> Made:

@@ -76,6 +76,7 @@ def gradmax_columns(plan: GrowthPlan, weights: Mapping[str, Tensor], rows: Tenso
     Raises:
         NonFiniteError: the loss on the batch or its gradient is not a number.
     """
+    plan = without_noise(plan)
     dtype, device = compute_dtype(weights[EMBEDDING].dtype), weights[EMBEDDING].device
     model = GPT(plan.src).to(device, dtype)
     model.load_state_dict({name: weights[name].to(dtype) for name in parameter_shapes(plan.src)})
@@ -200,11 +201,16 @@ def _iterate(
     return Directions(vectors, values * size, multiplied, len(left))
 
 
+def without_noise(plan: GrowthPlan) -> GrowthPlan:
+    """The plan without its noise, which goes on top of all that is made here: see `grow.tensors.WithNoise`."""
+    return dataclasses.replace(plan, noise=0.0)
+
+
 class GradMaxWeights(LazyTensors):
-    """Name -> tensor of the grown model, made from the source and the new columns on every access."""
+    """Name -> tensor of the grown model without noise, made from the source and the new columns on every access."""
 
     def __init__(self, plan: GrowthPlan, weights: Mapping[str, Tensor], columns: list[Tensor]) -> None:
-        self._plan = plan
+        self._plan = without_noise(plan)
         self._weights = weights
         self._columns = columns
         self._names = parameter_shapes(plan.dst)

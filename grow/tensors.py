@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from grow.fused import FusedLayers
 from grow.plan import GrowthPlan
 from grow.width_tensors import compute_dtype, generator, widened_moment, widened_weight, widening
 from lit_gpt.axes import EMBEDDING, layer_of, parameter_shapes, with_layer
-from lit_gpt.lazy_tensors import spec_of
+from lit_gpt.lazy_tensors import LazyTensors, TensorSpec, spec_of
 from lit_gpt.model import init_std, init_tensor
 
 
@@ -76,6 +76,27 @@ def with_noise(weight: Tensor, plan: GrowthPlan, name: str) -> Tensor:
     fresh.normal_(0.0, init_std(name, plan.dst), generator=generator(plan.seed, "noise", name))
     wide = weight.to(compute_dtype(weight.dtype))
     return wide.mul(1 - plan.noise).add(fresh.to(wide), alpha=plan.noise).to(weight.dtype)
+
+
+class WithNoise(LazyTensors):
+    """Weights of a grown model that were made without the plan's noise, with it, on every access."""
+
+    def __init__(self, plan: GrowthPlan, weights: Mapping[str, Tensor]) -> None:
+        self._plan = plan
+        self._weights = weights
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight = self._weights[name]
+        return with_noise(weight, self._plan, name) if self._plan.noise and weight.dim() == 2 else weight
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+    def spec(self, name: str) -> TensorSpec:
+        return spec_of(self._weights, name)
 
 
 def _following(plan: GrowthPlan, source: str) -> str | None:

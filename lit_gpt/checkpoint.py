@@ -46,7 +46,7 @@ from lit_gpt.exchange import (
 from lit_gpt.exchange_files import LEGACY_SUFFIXES, legacy_refusal
 from lit_gpt.lazy_tensors import Renamed, all_finite
 from lit_gpt.problems import bounded_shapes, raise_problems, read_json, shape_problems
-from lit_gpt.stored_state import EARLIER, encode_rng, encode_state, read_rng
+from lit_gpt.stored_state import EARLIER, check_open, encode_rng, encode_state, read_rng
 
 if TYPE_CHECKING:
     from lit_gpt.sharded import StoredTensors
@@ -59,6 +59,7 @@ __all__ = [
     "ExchangeCheckpoint",
     "TrainingCheckpoint",
     "atomic_directory",
+    "check_open",
     "checkpoint_path",
     "detect_form",
     "latest",
@@ -316,7 +317,9 @@ def read_weights(path: str | Path, *, verify: bool = True) -> Mapping[str, Tenso
     """Parameter name -> tensor on the CPU, read on every access, from a checkpoint of either form."""
     if detect_form(path) == EXCHANGE:
         return read_exchange(path, verify=verify).weights
-    return read_training(path, verify=verify).model
+    checkpoint = read_training(path, verify=verify)
+    check_open(checkpoint.state, path)
+    return checkpoint.model
 
 
 def verify(path: str | Path, *, deep: bool = True) -> list[str]:

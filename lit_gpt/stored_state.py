@@ -23,6 +23,19 @@ def encode_state(state: dict[str, Any]) -> bytes:
         raise ValueError(f"state holds what JSON cannot: {error}; convert it before saving") from error
 
 
+def check_open(state: dict[str, Any], path: str | Path) -> None:
+    """Refuse weights that compute something else than they did in training.
+
+    Raises:
+        DataError: a growth mask was still opening when the checkpoint was saved, and weights know nothing of it.
+    """
+    if state.get("mask") is not None:
+        raise DataError(
+            f"{path} was saved while the mask of its growth was still opening, and without it the model is another "
+            f"one; take a checkpoint from after the mask has opened"
+        )
+
+
 def encode_rng(rng: dict[str, Any] | None) -> bytes | None:
     """The content of a file of random states; raises ValueError for what could not be read back safely."""
     if rng is None:

@@ -19,6 +19,7 @@ from grow.learned import BETAS, LearnedGrowth
 from grow.masks import mask_scales
 from grow.operators import needs_data
 from grow.registry import BATCH_SIZE
+from grow.tensors import WithNoise
 from lit_gpt.axes import parameter_shapes
 from lit_gpt.checkpoint import TrainingCheckpoint, manifest_sha256, read_training, read_weights
 from lit_gpt.config import Config
@@ -55,8 +56,8 @@ def _build(run: Run, config: Config, weights: Mapping[str, Tensor], frozen: Coll
 
 
 def _with_teacher(run: Run, stage: Stage, model: GPT, state: TrainState) -> Distillation | None:
-    if not stage.is_taught(state.stage_step):
-        return None
+    if state.stage != stage.index or not stage.is_taught(state.stage_step):
+        return None  # of another stage: what the next one still learns to grow
     path = stage.teaching.path or _parent(run, stage, state)
     config = stage.teaching.config
     teacher = _build(run, config, read_weights(path), frozen=parameter_shapes(config))
@@ -77,15 +78,15 @@ def _parent(run: Run, stage: Stage, state: TrainState) -> Path:
         found = [path for path in found if path.name == record["parent_path_name"]]
     if not found or (record is not None and manifest_sha256(found[-1]) != record["parent"]):
         raise DataError(
-            f"the teacher of stage {stage.name!r}, the model of the stage before, is not in {folder}; "
-            f"restore it, or give `teacher`"
+            f"the model of the stage before, from which stage {stage.name!r} grows or learns, is not in {folder}; "
+            f"restore it, or start over with --fresh"
         )
     return found[-1]
 
 
 def learn_to_grow(run: Run, stage: Stage, trained: Trained, state: TrainState) -> Trained:
     """The mixing matrices of a stage's growth as what trains, from where a checkpoint of it stands."""
-    growth = LearnedGrowth(stage.plan, _parent_checkpoint(run).model)
+    growth = LearnedGrowth(stage.plan, _parent_checkpoint(run, stage, state).model)
     growth.model.compute_dtype = run.compute.compute_dtype
     module = run.fabric.setup_module(growth)
     optimizer = torch.optim.AdamW(growth.parameters(), lr=stage.learning.rate, betas=BETAS, weight_decay=0.0)
@@ -116,10 +117,9 @@ def enter_stage(run: Run, stage: Stage, trained: Trained, state: TrainState) -> 
 
 def _grown(run: Run, stage: Stage, trained: Trained, state: TrainState) -> Trained:
     """From the checkpoint that the stage before ended with: weights and moments need not be whole on any process."""
-    parent = run.checkpoints.last
-    assert stage.plan is not None and parent is not None, "a stage ends with a checkpoint"
+    parent = _parent(run, stage, state)
     made = _make(run, stage, trained, state)
-    moments = GrownOptimizer(stage.plan, _parent_checkpoint(run).optimizer, stage.optimizer_policy)
+    moments = GrownOptimizer(stage.plan, _parent_checkpoint(run, stage, state).optimizer, stage.optimizer_policy)
     state.flops += made.flops
     state.flops_computed += made.flops.paper
     state.history.append(
@@ -142,30 +142,29 @@ def _grown(run: Run, stage: Stage, trained: Trained, state: TrainState) -> Train
     return grown
 
 
-def _parent_checkpoint(run: Run) -> TrainingCheckpoint:
-    """The last checkpoint of the run, which was verified when it was written or resumed from."""
-    assert run.checkpoints.last is not None, "a stage ends with a checkpoint"
-    return read_training(run.checkpoints.last, verify=False)
+def _parent_checkpoint(run: Run, stage: Stage, state: TrainState) -> TrainingCheckpoint:
+    """What the stage before ended with; it was verified when it was written or resumed from."""
+    return read_training(_parent(run, stage, state), verify=False)
 
 
 def _make(run: Run, stage: Stage, trained: Trained, state: TrainState) -> Made:
     """The weights of a stage's model. What was learned is charged already; a gradient on a batch is not."""
-    plan, source = stage.plan, _parent_checkpoint(run).model
+    plan, source = stage.plan, _parent_checkpoint(run, stage, state).model
     if trained.growth is not None:
         learned = {"steps": stage.learning.steps, "rate": stage.learning.rate, "first_step": state.step_count}
-        return Made(dataclasses.replace(plan, data=learned), trained.growth.materialise())
+        return Made(dataclasses.replace(plan, data=learned), WithNoise(plan, trained.growth.materialise()))
     if needs_data(plan):
         rows = run.train.packed.samples(state.position, min(BATCH_SIZE, run.config.batch.global_batch_size))
         found = gradmax_columns(plan, source, torch.from_numpy(rows))
         read = {"position": state.position, "batch_size": len(rows), "neurons_not_converged": found.n_open}
-        made = GradMaxWeights(plan, source, found.columns)
+        made = WithNoise(plan, GradMaxWeights(plan, source, found.columns))
         return Made(dataclasses.replace(plan, data=read), made, found.flops)
     return Made(plan, GrownWeights(plan, source, reference=reference_weights(plan, stage.reference)))
 
 
 def _taken_over(run: Run, stage: Stage, state: TrainState) -> Trained:
     """The same model under other settings: what goes on training keeps its moments."""
-    checkpoint = _parent_checkpoint(run)
+    checkpoint = _parent_checkpoint(run, stage, state)
     entered = set_up(run, stage, checkpoint.model, state)
     load_trainable_state(entered, checkpoint.optimizer)
     return entered

@@ -24,6 +24,7 @@ from lit_gpt.checkpoint import (
     read_config,
     read_exchange,
     read_training,
+    read_weights,
     write_exchange,
     write_training,
 )
@@ -537,6 +538,17 @@ def test_a_source_that_does_not_fit_the_plan_is_diagnosed_in_one_line(exchanged,
     assert str(failure.value).endswith(
         "is not the model this growth was planned for: n_layer is 2, not 3; intermediate_size is 24, not 32"
     )
+    assert not (tmp_path / "grown").exists()
+
+
+@pytest.mark.parametrize("use", [read_weights, load_model, None], ids=["weights", "check", "apply"])
+def test_weights_behind_a_mask_that_still_opens_are_not_taken_for_the_model(tmp_path, use):
+    config = toy_config(vocab_size=20)
+    state = {**training_state(config), "mask": {"layers": 0.25}}
+    masked = write_training(tmp_path / "masked", toy_weights(config), toy_moments(config), state)
+    grow = use or (lambda path: grow_checkpoint(path, tmp_path / "grown", plan_growth("stack", config, factor=2)))
+    with pytest.raises(DataError, match="while the mask of its growth was still opening"):
+        grow(masked)
     assert not (tmp_path / "grown").exists()
 
 

@@ -15,6 +15,7 @@ from grow.check import compare, load_model
 from grow.operators import function_of, needs_data, plan_growth
 from grow.plan import GrowthPlan
 from grow.samples import check_tokenizer, open_samples
+from grow.tensors import with_noise
 from lit_gpt.checkpoint import read_exchange, read_training, read_weights, write_exchange, write_training
 from lit_gpt.config import Config
 from lit_gpt.errors import DataError
@@ -207,12 +208,14 @@ def test_an_exchange_form_carries_the_cost_of_growth_from_one_growth_to_the_next
     assert [record["flops_total"] for record in provenance["history"]] == [7.0 + spent, 7.0 + spent]
 
 
-def test_noise_goes_on_top_of_what_was_learned(tokens):
-    samples = open_samples(tokens, CONFIG)
-    plans = [plan_growth("gradmax", CONFIG, factor=2, noise=noise) for noise in (0.0, 0.1)]
+@pytest.mark.parametrize("request_", [("gradmax", {"factor": 2}), ("learn-depth", {"n_layer": 3, "learn_steps": 2})])
+def test_noise_goes_once_on_top_of_what_was_made_from_data(tokens, request_):
+    (name, options), samples = request_, open_samples(tokens, CONFIG)
+    plans = [plan_growth(name, CONFIG, noise=noise, batch_size=2, **options) for noise in (0.0, 0.1)]
     clean, noisy = (make_weights(plan, toy_weights(CONFIG), samples=samples).weights for plan in plans)
-    for name, weight in clean.items():
-        assert torch.equal(weight, noisy[name]) is (weight.dim() == 1), name
+    for parameter, weight in clean.items():
+        expected = weight if weight.dim() == 1 else with_noise(weight, plans[1], parameter)
+        assert torch.equal(noisy[parameter], expected), parameter
 
 
 def test_the_command_learns_and_says_what_it_cost(capsys, model_folder, tokens, tmp_path):

@@ -311,6 +311,20 @@ def test_a_changed_byte_in_any_file_of_weights_is_found_while_it_is_copied(excha
     assert sorted(path.name for path in tmp_path.iterdir()) == ["src"]
 
 
+@pytest.mark.parametrize("name", ["opt-deus", "lesa"])
+def test_no_layer_is_made_from_a_damaged_file_though_its_copies_are_linked(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("grow.apply.SMALL_FILE_BYTES", 0)
+    src = toy_config(vocab_size=20, n_layer=4)
+    source = write_source(tmp_path / "source", src)
+    file = source / "__0_0.distcp"  # of the weights
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(DataError, match="does not have the crc32"):
+        grow_checkpoint(source, tmp_path / "grown", plan_growth(name, src, n_layer=5))
+    assert not (tmp_path / "grown").exists()
+
+
 @pytest.mark.parametrize("change", [lambda tensors: tensors.popitem(), lambda tensors: tensors.update(x=torch.ones(2))])
 def test_missing_and_unexpected_tensors_are_refused_and_nothing_is_written(exchanged, tmp_path, change):
     from safetensors.torch import load_file, save_file

@@ -14,6 +14,8 @@ import torch
 from grow.apply import grow_checkpoint
 from grow.masks import MaskSchedule, mask_scales
 from grow.operators import plan_growth
+from grow.plan import GrowthPlan
+from grow.tensors import with_noise
 from lit_gpt.axes import FINAL_NORM, HEAD, layer_of, parameter_shapes
 from lit_gpt.checkpoint import latest, manifest_sha256, read_config, read_training
 from lit_gpt.config import Config
@@ -31,6 +33,7 @@ from tests.pretrain.test_stages import MODEL, run_config
 from tests.toys import toy_config, toy_model, toy_tokens, toy_weights
 
 EVERY_STEP = {"checkpoints": {"every_steps": 1, "keep_every_steps": 1}}
+AT_REST = {"learning_rate": 0.0, "min_learning_rate": 0.0}
 BASE = {"name": "base", "n_layer": 1, "max_steps": 3}
 RUNS = {
     "masks": [BASE, {"name": "grown", "operator": "random-depth", "mask_steps": 4, "max_steps": 6}],
@@ -44,6 +47,10 @@ RUNS = {
         {"name": "all", "max_steps": 3, "continue_schedule": True, "rewarmup_steps": 2},
     ],
     "taught": [BASE, {"name": "grown", "operator": "distill", "distill_steps": 3, "max_steps": 5}],
+    "learned and taught": [
+        {**BASE, "max_steps": 2},
+        {"name": "grown", "operator": "ligo", "options": {"learn_steps": 2}, "distill_weight": 0.5, "max_steps": 5},
+    ],
     "learned": [BASE, {"name": "grown", "operator": "ligo", "options": {"learn_steps": 3}, "max_steps": 6}],
     "gradmax": [
         {"name": "base", "intermediate_size": 16, "max_steps": 3},
@@ -193,6 +200,13 @@ def test_a_learned_growth_trains_its_matrices_in_the_first_steps_of_the_stage_an
     assert states[-1].state["history"][0]["plan"]["data"] == {"steps": 3, "rate": 0.03, "first_step": 6}
 
 
+def test_the_parent_of_a_learned_growth_is_the_model_before_and_stays_on_the_disk(finish):
+    folder = finish(RUNS["learned"], checkpoints={"every_steps": 1, "keep_last": 1, "keep_every_steps": 0})
+    before, last = checkpoints(folder)
+    (record,) = read_training(last).state["history"]
+    assert record["parent"] == manifest_sha256(before) and record["parent_path_name"] == before.name
+
+
 def test_a_gradient_behind_new_neurons_is_charged_and_keeps_the_loss(finished):
     folder = finished("gradmax")
     losses = {r["when"]: r["value"] for r in records(folder, "evals.jsonl") if r["metric"] == "loss"}
@@ -201,13 +215,30 @@ def test_a_gradient_behind_new_neurons_is_charged_and_keeps_the_loss(finished):
     assert charged[2] > charged[3] * 1.1 and charged[3] == charged[4]
 
 
+@pytest.mark.parametrize("operator", ["learn-depth", "gradmax"])
+def test_noise_of_a_stage_reaches_weights_that_are_made_from_data(operator, finish):
+    sizes = {"n_layer": 1} if operator == "learn-depth" else {"intermediate_size": 16}
+    learning = {"learn_steps": 2} if operator == "learn-depth" else {}
+
+    def grown(noise):
+        grown = {"name": "grown", "operator": operator, "options": {"noise": noise, **learning}, "max_steps": 3}
+        folder = finish([{"name": "base", "max_steps": 1, **sizes}, grown], optimizer=AT_REST)
+        return read_training(latest(folder / "checkpoints"))
+
+    clean, noisy = grown(0.0), grown(0.5)
+    plan = GrowthPlan.from_dict(noisy.state["history"][0]["plan"])
+    for name, weight in clean.model.items():
+        expected = with_noise(weight, plan, name) if weight.dim() == 2 else weight
+        assert torch.equal(noisy.model[name], expected), name
+
+
 def test_a_prefix_takes_the_next_layers_of_its_reference_between_two_stages(finish, tmp_path):
     large = latest(finish([{"name": "large", "max_steps": 2}]) / "checkpoints")
     stages = [
         {"name": "small", "n_layer": 1, "max_steps": 2},
         {"name": "grown", "operator": "inheritune", "options": {"reference": str(large)}, "max_steps": 1},
     ]
-    folder = finish(stages, optimizer={"learning_rate": 0.0, "min_learning_rate": 0.0})
+    folder = finish(stages, optimizer=AT_REST)
     grown, reference = read_training(latest(folder / "checkpoints")), read_training(large)
     above = [name for name in grown.model if layer_of(name) in (1, 2)]
     assert all(torch.equal(grown.model[name], reference.model[name]) for name in above)
@@ -284,7 +315,7 @@ def test_a_teacher_that_went_is_named(finished, finish, tmp_path):
     folder = Path(shutil.copytree(finished("taught"), tmp_path / "run"))
     for path in [*checkpoints(folder)[:3], *checkpoints(folder)[4:]]:
         shutil.rmtree(path)
-    with pytest.raises(DataError, match="teacher of stage 'grown'.*give `teacher`"):
+    with pytest.raises(DataError, match="from which stage 'grown' grows or learns, is not in .*--fresh"):
         finish(RUNS["taught"], folder)
 
 
