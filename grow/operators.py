@@ -118,7 +118,7 @@ def _plan_depth(
     return GrowthPlan(
         op.name,
         src,
-        with_depth(src, len(layers)),
+        with_depth(src, len(layers), layers),
         layers,
         seed,
         identity_layers=identity_layers,
@@ -161,8 +161,9 @@ def _plan_width(
     dst = op.grown_sizes(src, **sizes)
     if n_layer is not None:
         _check_not_smaller(op, src.n_layer, n_layer)
-        dst = with_depth(dst, n_layer)
-    layers = {} if op.layers is None else {"layer_map": op.layers(src.n_layer, dst.n_layer)}
+    layers = {} if op.layers is None else {"layer_map": op.layers(src.n_layer, n_layer or src.n_layer)}
+    if n_layer is not None:
+        dst = with_depth(dst, n_layer, layers.get("layer_map"))
     plan = op.width(src, dst, seed=seed, **layers, **options)
     if plan.width is not None and plan.width.is_identity and plan.dst.norm_eps == src.norm_eps:
         return dataclasses.replace(plan, width=None)

@@ -24,7 +24,7 @@ from lit_gpt.exchange_files import (
     tensor_problems,
 )
 from lit_gpt.exchange_writer import Copies, plan_shards, write_json, write_shards
-from lit_gpt.hf import LLAMA, config_from_hf, config_to_hf
+from lit_gpt.hf import config_from_hf, config_to_hf
 from lit_gpt.problems import check_names, raise_problems, read_json
 
 EXCHANGE = "exchange"
@@ -79,7 +79,7 @@ def write_exchange(
         copies: another exchange form that is checked while this one is written, and the weights that are copies of its.
 
     Raises:
-        ValueError: the model cannot be expressed by Hugging Face's Llama, or the tokenizer is not the model's.
+        ValueError: the model cannot be expressed by its family of Hugging Face's, or the tokenizer is not the model's.
         DataError: `weights` are not those of `config`, or what is copied from is damaged.
         OSError: `path` exists already, cannot be written, or the disk is full.
     """
@@ -102,7 +102,7 @@ def write_exchange(
 
 
 def read_exchange(path: str | Path, *, verify: bool = True, verify_weights: bool = True) -> ExchangeCheckpoint:
-    """Open an exchange form of ours, or any Hugging Face folder of a Llama with safetensors.
+    """Open an exchange form of ours, or any Hugging Face folder with safetensors of a family in lit_gpt/hf_families.py.
 
     Args:
         path: the directory.
@@ -140,7 +140,7 @@ def read_exchange_config(path: str | Path, *, verify: bool = True) -> Config:
     if not (directory / LIT_CONFIG).is_file():
         return config
     ours = _our_config(directory / LIT_CONFIG)
-    for field in (*LLAMA.fields, "rope_base", "rotary_percentage"):
+    for field in (each for each in config.to_dict() if each not in ("name", "vocab_size")):
         if getattr(ours, field) != getattr(config, field):
             raise DataError(
                 f"{directory}: {field} is {getattr(ours, field)} in {LIT_CONFIG} and {getattr(config, field)} in "
