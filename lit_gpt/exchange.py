@@ -25,6 +25,8 @@ from lit_gpt.exchange_files import (
 )
 from lit_gpt.exchange_writer import Copies, plan_shards, write_json, write_shards
 from lit_gpt.hf import config_from_hf, config_to_hf
+from lit_gpt.lazy_tensors import LazyTensors
+from lit_gpt.legacy import LegacyCheckpoint, is_legacy, read_legacy
 from lit_gpt.problems import check_names, raise_problems, read_json
 
 EXCHANGE = "exchange"
@@ -47,8 +49,8 @@ class ExchangeCheckpoint:
     """An opened exchange form."""
 
     config: Config
-    weights: LitWeights
-    """Our names -> tensors on the CPU, read from the files on every access."""
+    weights: LazyTensors
+    """Our names -> tensors on the CPU, read from the files on every access; `LitWeights` over safetensors files."""
     provenance: dict[str, Any] | None
     """The content of growth.json."""
 
@@ -102,10 +104,10 @@ def write_exchange(
 
 
 def read_exchange(path: str | Path, *, verify: bool = True, verify_weights: bool = True) -> ExchangeCheckpoint:
-    """Open an exchange form of ours, or any Hugging Face folder with safetensors of a family in lit_gpt/hf_families.py.
+    """Open an exchange form of ours, any Hugging Face folder of a family in lit_gpt/hf_families.py, or a legacy file.
 
     Args:
-        path: the directory.
+        path: the directory, or the file.
         verify: whether each file is checked against MANIFEST.json, where there is one, before it is read.
         verify_weights: False leaves the content of the weights' files to the `scan` of the weights.
 
@@ -113,6 +115,8 @@ def read_exchange(path: str | Path, *, verify: bool = True, verify_weights: bool
         FileNotFoundError: there is no such directory.
         DataError: a file is damaged or missing, or the tensors are not those of config.json.
     """
+    if is_legacy(path):
+        return _exchange_of_legacy(read_legacy(path))
     directory = Path(path)
     config = read_exchange_config(directory, verify=verify)
     files = TensorFiles(directory, manifest_if_ours(directory) if verify else None, check_on_open=verify_weights)
@@ -122,6 +126,17 @@ def read_exchange(path: str | Path, *, verify: bool = True, verify_weights: bool
     return ExchangeCheckpoint(config, LitWeights(files, config), provenance)
 
 
+def _exchange_of_legacy(checkpoint: LegacyCheckpoint) -> ExchangeCheckpoint:
+    state = checkpoint.state
+    known = {
+        "step_count": state["step_count"] or None,
+        "tokens": state["tokens"] or None,
+        "flops_total": state["flops"]["paper"] or None,
+        "converted_from": state["converted_from"],
+    }
+    return ExchangeCheckpoint(checkpoint.config, checkpoint.model, known)
+
+
 def read_exchange_config(path: str | Path, *, verify: bool = True) -> Config:
     """The Config of an exchange form: config.json, with what only lit_config.json knows.
 
@@ -129,6 +144,8 @@ def read_exchange_config(path: str | Path, *, verify: bool = True) -> Config:
         FileNotFoundError: there is no such directory.
         DataError: a file is damaged, describes what this model cannot express, or the two contradict each other.
     """
+    if is_legacy(path):
+        return read_legacy(path).config
     directory = Path(path)
     if not directory.is_dir():
         raise FileNotFoundError(errno.ENOENT, "no such directory", str(directory))

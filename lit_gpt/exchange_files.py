@@ -24,7 +24,6 @@ from lit_gpt.safetensors_file import DTYPES, Entry, read_entries, read_tensor
 
 MODEL = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-LEGACY_SUFFIXES = (".bin", ".pth", ".pt", ".ckpt")
 ACCEPT_CHANGES = f"restore the file, or remove {MANIFEST} to accept the folder as it is"
 
 
@@ -61,9 +60,6 @@ class TensorFiles(LazyTensors):
             return dict.fromkeys(self._entries(MODEL), MODEL)
         if (self.directory / INDEX).is_file():
             return self._indexed()
-        legacy = sorted(path.name for path in self.directory.iterdir() if path.suffix in LEGACY_SUFFIXES)
-        if legacy:
-            raise DataError(legacy_refusal(self.directory / legacy[0]))
         raise DataError(f"{self.directory} has neither {MODEL} nor {INDEX}; it is not a complete Hugging Face folder")
 
     def _indexed(self) -> dict[str, str]:
@@ -225,13 +221,6 @@ def tensor_problems(files: TensorFiles, config: Config) -> list[str]:
         for name in wanted
         if name in found and files.entry(name).dtype not in DTYPES
     ]
-
-
-def legacy_refusal(path: Path) -> str:
-    return (
-        f"{path} is a pickle of the older tools; it is not read yet. Load it where it was made and save it with "
-        f"save_pretrained(..., safe_serialization=True)"
-    )
 
 
 def manifest_if_ours(directory: Path) -> dict[str, Any] | None:
