@@ -53,6 +53,8 @@ class ExchangeCheckpoint:
     """Our names -> tensors on the CPU, read from the files on every access; `LitWeights` over safetensors files."""
     provenance: dict[str, Any] | None
     """The content of growth.json."""
+    stored: tuple[str, ...] = ()
+    """Names of the tensors in the files."""
 
 
 def write_exchange(
@@ -123,7 +125,7 @@ def read_exchange(path: str | Path, *, verify: bool = True, verify_weights: bool
     problems = tensor_problems(files, config)
     raise_problems(problems, "convert the folder again, or take its weights from where they came")
     provenance = read_json(directory / PROVENANCE) if (directory / PROVENANCE).is_file() else None
-    return ExchangeCheckpoint(config, LitWeights(files, config), provenance)
+    return ExchangeCheckpoint(config, LitWeights(files, config), provenance, tuple(files))
 
 
 def _exchange_of_legacy(checkpoint: LegacyCheckpoint) -> ExchangeCheckpoint:
@@ -134,7 +136,7 @@ def _exchange_of_legacy(checkpoint: LegacyCheckpoint) -> ExchangeCheckpoint:
         "flops_total": state["flops"]["paper"] or None,
         "converted_from": state["converted_from"],
     }
-    return ExchangeCheckpoint(checkpoint.config, checkpoint.model, known)
+    return ExchangeCheckpoint(checkpoint.config, checkpoint.model, known, checkpoint.stored)
 
 
 def read_exchange_config(path: str | Path, *, verify: bool = True) -> Config:

@@ -63,8 +63,8 @@ class LegacyCheckpoint:
     """Parameter name -> slot (exp_avg, exp_avg_sq, step) -> tensor; empty where there is none."""
     state: dict[str, Any]
     """What state.json of a training form says: counters, position, where it is from."""
-    files: tuple[Path, ...]
-    rng: None = None
+    stored: tuple[str, ...]
+    """Names of the tensors among the weights, as the file has them."""
 
 
 class Tensors(LazyTensors):
@@ -158,7 +158,7 @@ def read_legacy(path: str | Path, sizes: Sizes | None = None) -> LegacyCheckpoin
     file = legacy_file(path)
     sizes = sizes or Sizes()
     content = read_pickle(file)
-    stored, order = _weights(file, content)
+    stored, given = _weights(file, content)
     hparams = _plain_values(content.get("hparams"))
     foreign = EMBEDDING not in stored
     config = _config(file, stored, hparams, sizes)
@@ -175,8 +175,9 @@ def read_legacy(path: str | Path, sizes: Sizes | None = None) -> LegacyCheckpoin
     raise_problems(shape_problems(wanted, found, str(file)), WAY_OUT)
     if not foreign:
         model = Tensors({name: stored[name] for name in wanted})
-    optimizer = {} if foreign else _optimizer(content.get("optimizer"), order, wanted)
-    return LegacyCheckpoint(config, model, optimizer, _state(file, config, content, hparams), (file,))
+    optimizer = {} if foreign else _optimizer(content.get("optimizer"), list(stored), wanted)
+    state = _state(file, config, content, hparams)
+    return LegacyCheckpoint(config, model, optimizer, state, tuple(given))
 
 
 def plain_name(name: str) -> str:
@@ -188,7 +189,7 @@ def plain_name(name: str) -> str:
 
 
 def _weights(file: Path, content: Any) -> tuple[dict[str, PickledTensor], list[str]]:
-    """The tensors under plain names, and those names in the file's order."""
+    """The tensors under plain names, in the file's order; and all names as the file has them."""
     if not isinstance(content, dict):
         raise DataError(f"{file} holds a {type(content).__name__}, not a checkpoint; give another file")
     weights = content
@@ -207,7 +208,7 @@ def _weights(file: Path, content: Any) -> tuple[dict[str, PickledTensor], list[s
     if EMBEDDING not in stored and hf_names(EMBEDDING)[0] not in stored:
         shown = ", ".join(list(stored)[:3]) or "nothing"
         raise DataError(f"{file} has neither {EMBEDDING} nor {hf_names(EMBEDDING)[0]}, but {shown}; give another file")
-    return stored, list(stored)
+    return stored, [str(name) for name in weights]
 
 
 # Sizes
