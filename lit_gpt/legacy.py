@@ -269,7 +269,8 @@ def _config_by_shapes(
     if len(fitting) != 1:
         raise ValueError(
             f"{file}: {shape} are {'not those' if not fitting else 'those of several'} of prts's and TinyLlama's "
-            f"models, so the number of heads is not known; give it with --n-head"
+            f"models, so the number of heads is not known; give it with --n-head "
+            f"(scripts/convert_hf_checkpoint.py, which writes a folder that says it)"
         )
     ((heads, like),) = fitting.items()
     return shape.config(heads[0], like)

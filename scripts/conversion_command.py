@@ -94,8 +94,8 @@ def lines(receipt: dict[str, Any]) -> list[str]:
         f"converted  {receipt['source']} ({receipt['source_kind']}) -> {receipt['destination']} "
         f"({receipt['destination_kind']}), {receipt['family']}, {receipt['parameters']:,} parameters, "
         f"{receipt['dtype']}, {receipt['secs']:.1f} s",
-        f"tensors    {receipt['tensors']['mapped']} mapped, {receipt['tensors']['unmapped']} unmapped, {len(skipped)} left out"
-        + "".join(f"\n             {each}" for each in skipped[:5]),
+        f"tensors    {receipt['tensors']['mapped']} mapped, {receipt['tensors']['unmapped']} unmapped, "
+        f"{len(skipped)} left out" + "".join(f"\n             {each}" for each in skipped[:5]),
     ]
     found += [
         f"parity     {name}: max |logit gap| {batch['max_abs_logit_gap']:.3g} of {batch['max_abs_logit']:.3g}, top-1 "
