@@ -95,6 +95,17 @@ def read_pickle(path: str | Path) -> Any:
         raise DataError(f"{path} is damaged ({type(error).__name__}: {error}); {WAY_OUT}") from error
 
 
+def check_sizes(content: bytes) -> None:
+    """Refuse a pickle that makes Python's own unpickler allocate what the file does not back.
+
+    Raises:
+        ValueError: text or bytes longer than what is left, or a place in the memo beyond what could be stored.
+    """
+    for opcode, argument, position in pickletools.genops(content):
+        if opcode.name in _MEMO and argument is not None and argument > len(content):
+            raise ValueError(f"at position {position} it stores under number {argument}, more than it has bytes")
+
+
 class _Records:
     """The parts of the archive: the pickle, and the bytes of each storage."""
 
@@ -205,6 +216,7 @@ def _set_item(target: Any, key: Any, value: Any) -> None:
 
 
 _MARK = object()
+_MEMO = ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE")
 
 
 class _Machine:
@@ -342,7 +354,7 @@ _STEPS: dict[str, Callable[[_Machine, Any], None]] = {
     "APPENDS": _Machine.appends,
     "SETITEM": _Machine.set_item,
     "SETITEMS": _Machine.set_items,
-    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), _Machine.put),
+    **dict.fromkeys(_MEMO, _Machine.put),
     **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _Machine.get),
     "GLOBAL": _Machine.named,
     "STACK_GLOBAL": _Machine.named_on_stack,
