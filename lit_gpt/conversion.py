@@ -21,7 +21,8 @@ from lit_gpt.config import Config
 from lit_gpt.flops import count_parameters
 from lit_gpt.hf import hf_names, hf_shapes
 from lit_gpt.lazy_tensors import CastWeights
-from lit_gpt.legacy import Sizes, is_legacy, legacy_file, plain_name, read_legacy
+from lit_gpt.legacy import is_legacy, legacy_file, plain_name, read_legacy
+from lit_gpt.legacy_sizes import Sizes
 from lit_gpt.legacy_writer import write_legacy
 from lit_gpt.llama2c import checkpoint_file, is_llama2c, read_llama2c, rewrite_tokenizer
 from lit_gpt.parity import agreement, batches, fits_in_memory, has_transformers, our_model, their_model
@@ -108,7 +109,8 @@ def _legacy_source(path: Path, sizes: Sizes, tokenizer_dir: Path | None) -> Sour
     counters = {key: state[key] for key in ("iter_num", "step_count")}
     known = {key: state[key] for key in ("step_count", "tokens") if state[key]}
     known |= {"converted_from": state["converted_from"]}
-    return Source("torch.save", legacy.config, legacy.model, legacy.stored, (file,), tokenizer_dir, known, counters)
+    files = (file,) if file.suffix != ".json" else (file, *sorted(file.parent.glob("*.bin")))
+    return Source("torch.save", legacy.config, legacy.model, legacy.stored, files, tokenizer_dir, known, counters)
 
 
 def _training_source(path: Path) -> Source:

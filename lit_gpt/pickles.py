@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pickletools
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -363,43 +363,3 @@ _STEPS: dict[str, Callable[[_Machine, Any], None]] = {
     "BUILD": _Machine.build,
     "BINPERSID": _Machine.persistent,
 }
-
-
-class PickledFile(Mapping[str, Tensor]):
-    """Name -> tensor over a flat state dict of torch.save; with the methods of an opened safetensors file."""
-
-    def __init__(self, path: Path) -> None:
-        content = read_pickle(path)
-        if not isinstance(content, dict) or not all(isinstance(each, PickledTensor) for each in content.values()):
-            raise DataError(f"{path} is not a plain dict of tensors; give a folder that holds nothing but weights")
-        self._tensors: dict[str, PickledTensor] = content
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name].read()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-    def get_tensor(self, name: str) -> Tensor:
-        return self[name]
-
-    def get_slice(self, name: str) -> PickledSlice:
-        return PickledSlice(self._tensors[name])
-
-
-@dataclass(frozen=True)
-class PickledSlice:
-    """Shape and dtype of a tensor, as a slice of a safetensors file tells them."""
-
-    tensor: PickledTensor
-
-    def get_shape(self) -> list[int]:
-        return list(self.tensor.shape)
-
-    def get_dtype(self) -> str:
-        return {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}.get(
-            self.tensor.dtype, str(self.tensor.dtype)
-        )

@@ -50,7 +50,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
 def run(args: argparse.Namespace, to: str) -> int:
     """Convert as `args` say, print the receipt; 3 if the logits before and after differ."""
     from lit_gpt.conversion import DTYPES, convert, receipt_path
-    from lit_gpt.legacy import Sizes
+    from lit_gpt.legacy_sizes import Sizes
 
     if args.source is None or args.destination is None:
         raise ValueError("give SRC and DST: the checkpoint to convert, and what to make")

@@ -26,7 +26,8 @@ from lit_gpt.checkpoint import (
 from lit_gpt.config import NAMED_SIZES, Config
 from lit_gpt.errors import DataError
 from lit_gpt.hf import config_to_hf, hf_shapes, to_hf
-from lit_gpt.legacy import Sizes, plain_name, read_legacy
+from lit_gpt.legacy import plain_name, read_legacy
+from lit_gpt.legacy_sizes import Sizes
 from lit_gpt.model import GPT
 from lit_gpt.pickles import PickledTensor
 from tests.toys import toy_config, toy_weights
@@ -248,8 +249,8 @@ def test_lit_gpts_own_config_file_says_the_sizes(tmp_path):
 
 
 def test_a_file_with_moments_is_read_as_training_form_and_one_without_as_exchange_form(monkeypatch, tmp_path):
-    monkeypatch.setattr("lit_gpt.legacy.NAMED_SIZES", {"toy": None})
-    monkeypatch.setattr("lit_gpt.legacy._named", lambda name: CONFIG)
+    monkeypatch.setattr("lit_gpt.legacy_sizes.NAMED_SIZES", {"toy": None})
+    monkeypatch.setattr("lit_gpt.legacy_sizes._named", lambda name: CONFIG)
     monkeypatch.setattr(Config, "from_name", classmethod(lambda cls, name: CONFIG))
     run = write(tmp_path / "iter-000040-ckpt.pth", run_state(lineage_order(), by_number(lineage_order())))
     weights = write(tmp_path / "model.pth", {"model": lineage_order()})

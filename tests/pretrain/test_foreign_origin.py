@@ -69,7 +69,7 @@ def test_a_hugging_face_folder_is_trained_on_with_its_own_sizes(pretrain, prepar
 def test_a_file_of_the_lineage_starts_with_a_new_optimizer_and_counts_what_it_has_seen(
     pretrain, prepared, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("lit_gpt.legacy._named", lambda name: CONFIG)
+    monkeypatch.setattr("lit_gpt.legacy_sizes._named", lambda name: CONFIG)
     origin = as_lineage_file(tmp_path / "iter-000040-ckpt.pth")
 
     result = pretrain(settings_from(origin, prepared, tmp_path / "run"), "--data.start_position", "7")

@@ -16,7 +16,8 @@ from lit_gpt.checkpoint import TRAINING, detect_form, read_config, read_exchange
 from lit_gpt.config import Config
 from lit_gpt.errors import run_command
 from lit_gpt.exchange import write_exchange
-from lit_gpt.legacy import Sizes, read_legacy
+from lit_gpt.legacy import read_legacy
+from lit_gpt.legacy_sizes import Sizes
 from lit_gpt.tokenizer import Tokenizer
 from tests.toys import toy_config, toy_weights
 
