@@ -403,5 +403,6 @@ def _grow_exchange(src_path: Path, dst_path: Path, plan: GrowthPlan, policy: str
         tokenizer_dir=src_path if any((src_path / name).is_file() for name in FILE_NAMES) else None,
         provenance={**before, **behind, "history": [*before.get("history", []), record]},
         copies=Copies(source.weights, making.copies(plan), making.allow_non_finite) if in_files else None,
+        special_ids=source.special_ids,
     )
     return record

@@ -50,6 +50,8 @@ class Source:
     provenance: dict[str, Any]
     counters: dict[str, int]
     """iter_num and step_count, where they are known."""
+    special_ids: Mapping[str, Any] | None = None
+    """As in `write_exchange`."""
 
 
 def open_source(path: Path, sizes: Sizes) -> Source:
@@ -80,9 +82,10 @@ def _other_source(path: Path, tokenizer_dir: Path | None) -> Source:
         return _training_source(path)
     folder = read_exchange(path)
     files = [each for each in sorted(path.iterdir()) if each.suffix in (".safetensors", ".bin", ".json")]
+    origin = folder.provenance or {"converted_from": {"format": "Hugging Face folder", "folder": path.name}}
     return Source(
-        *("Hugging Face folder", folder.config, folder.weights, folder.stored, tuple(files), tokenizer_dir),
-        *(folder.provenance or {"converted_from": {"format": "Hugging Face folder", "folder": path.name}}, {}),
+        *("Hugging Face folder", folder.config, folder.weights, folder.stored, tuple(files), tokenizer_dir, origin),
+        *({}, folder.special_ids),
     )
 
 
@@ -183,7 +186,12 @@ def convert(
             if source.kind == "llama2.c" and tokenizer_dir is None:
                 tokenizer_dir = rewrite_tokenizer(source.files[0], source.config.vocab_size, Path(folder))
             write_exchange(
-                destination, source.config, weights, tokenizer_dir=tokenizer_dir, provenance=source.provenance
+                destination,
+                source.config,
+                weights,
+                tokenizer_dir=tokenizer_dir,
+                provenance=source.provenance,
+                special_ids=source.special_ids,
             )
             tokenizer_dir = tokenizer_dir and destination
         inputs = hashes.result()

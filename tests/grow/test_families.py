@@ -108,6 +108,12 @@ def test_a_family_whose_width_cannot_grow_is_refused_by_name(family):
         plan_growth("hypercloning", src, factor=2)
 
 
+@pytest.mark.parametrize("operator", ["learn-depth", "gradmax"])
+def test_operators_that_learn_refuse_parameters_that_they_do_not_know(operator):
+    with pytest.raises(ValueError, match=f"{operator} cannot grow a model of family qwen3 with attn.norm_q.weight"):
+        plan_growth(operator, toy_config(**FAMILIES["qwen3"]), factor=2)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("family", [*FAMILIES, *NOT_IN_WIDTH])
 def test_identity_layers_pass_everything_on_in_every_family(family):

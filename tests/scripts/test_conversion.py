@@ -77,6 +77,23 @@ def test_a_hugging_face_folder_becomes_exchange_form_with_a_receipt(script, tmp_
     assert "unmapped, 0 left out" in out and "top-1 agreement 100.00%" in out
 
 
+def test_special_tokens_that_only_the_config_knows_come_along_through_conversion_and_growth(script, tmp_path):
+    from grow.apply import grow_checkpoint
+    from grow.operators import plan_growth
+
+    source = foreign_folder(tmp_path / "source")
+    (source / "generation_config.json").unlink()
+    values = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**values, "bos_token_id": 3, "eos_token_id": [4, 5]}))
+
+    assert script("convert_hf_checkpoint", source, tmp_path / "out", "--parity", "never")[0] == 0
+    grow_checkpoint(tmp_path / "out", tmp_path / "grown", plan_growth("stack", CONFIG, factor=2))
+
+    for name in ("config.json", "generation_config.json"):
+        found = json.loads((tmp_path / "grown" / name).read_text())
+        assert (found["bos_token_id"], found["eos_token_id"]) == (3, [4, 5])
+
+
 def test_what_is_left_out_is_named(script, tmp_path):
     from safetensors.torch import load_file, save_file
 
