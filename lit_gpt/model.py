@@ -32,6 +32,7 @@ from lit_gpt.config import Config, RopeScaling
 from lit_gpt.kernels.loss import ChunkLoss, chunk_loss, linear_cross_entropy
 from lit_gpt.kernels.norm import rms_norm
 from lit_gpt.kernels.products import causal_attention, cpu_multiplies_bf16, document_mask, linear, product_dtype
+from lit_gpt.kernels.recompute import recomputed
 from lit_gpt.kernels.rope import apply_rope, cos_sin
 
 
@@ -160,7 +161,10 @@ class LLaMAMLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention, then MLP, each normed (before or after) and added to the residual stream."""
+    """One layer: attention, then MLP, each normed (before or after) and added to the residual stream.
+
+    `recompute` says which activations are kept for backward, see lit_gpt/kernels/recompute.py.
+    """
 
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
@@ -170,11 +174,15 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config, layer)
         self.norm_2 = RMSNorm(config.n_embd, config.norm_eps, config.norm_plus_one)
         self.mlp = LLaMAMLP(config)
+        self.recompute = "none"
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, kv_store: KVStore | None = None, mask: Tensor | None = None
     ) -> Tensor:
         """x (B, T, C). Returns (B, T, C)."""
+        return recomputed(self._layer, self.recompute, x, cos, sin, kv_store, mask)
+
+    def _layer(self, x: Tensor, cos: Tensor, sin: Tensor, kv_store: KVStore | None, mask: Tensor | None) -> Tensor:
         if self.norms_after:
             x = x + self.norm_1(self.attn(x, cos, sin, kv_store, mask))
             return x + self.norm_2(self.mlp(x))

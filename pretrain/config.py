@@ -230,6 +230,8 @@ class RunConfig:
     """bf16: fp32 weights and optimizer, bf16 computation. auto: bf16 where the hardware multiplies it, else fp32."""
     compile: Literal["auto", "none", "block", "model"] = "auto"
     """torch.compile. auto: block on CUDA, and on a bf16 CPU with a C++ compiler when the run repays it."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """Make activations of a block again in backward: all of them (full), or all but products and attention."""
     device: str = "auto"
     """auto, cpu or cuda."""
     init_from: str | None = None
