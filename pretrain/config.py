@@ -197,6 +197,20 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """Steps that are not made, and when a run gives up."""
+
+    max_skipped_steps: int = 10
+    """Steps in a row whose loss or gradient is no number (or a spike) before the run stops with exit code 4."""
+    spike_sigmas: float | None = None
+    """Skip a step whose loss or gradient norm is that many standard deviations above the mean of the window."""
+    window_steps: int = 128
+    """Accepted steps that a spike is measured against."""
+    rollbacks: int = 0
+    """Before stopping, go back to the last checkpoint and leave out the samples of the skipped steps, so many times."""
+
+
+@dataclass(frozen=True)
 class ParallelConfig:
     """How several processes share a model; started by torchrun or srun, one per device."""
 
@@ -224,6 +238,7 @@ class RunConfig:
     checkpoints: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     parallel: ParallelConfig = ParallelConfig()
+    guards: GuardConfig = GuardConfig()
     seed: int = 3407
     """Of the initial weights, the data order and growth."""
     precision: Literal["auto", "fp32", "bf16", "bf16-true"] = "auto"
@@ -268,6 +283,10 @@ def _number_problems(config: RunConfig) -> list[str]:
         "optimizer.min_learning_rate": (config.optimizer.min_learning_rate, 0),
         "optimizer.weight_decay": (config.optimizer.weight_decay, 0),
         "optimizer.grad_clip": (config.optimizer.grad_clip, 0),
+        "guards.max_skipped_steps": (config.guards.max_skipped_steps, 1),
+        "guards.window_steps": (config.guards.window_steps, 2),
+        "guards.rollbacks": (config.guards.rollbacks, 0),
+        "guards.spike_sigmas": (config.guards.spike_sigmas or 0, 0),
         "data.start_position": (config.data.start_position or 0, 0),
     }
     for stage in config.stages:
@@ -343,6 +362,7 @@ def known_keys(section: type) -> dict[str, type | None]:
         "checkpoints": CheckpointConfig,
         "logging": LoggingConfig,
         "parallel": ParallelConfig,
+        "guards": GuardConfig,
     }
     return {f.name: sections.get(f.name) if section is RunConfig else None for f in dataclasses.fields(section)}
 

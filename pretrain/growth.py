@@ -25,6 +25,7 @@ from lit_gpt.checkpoint import TrainingCheckpoint, manifest_sha256, read_trainin
 from lit_gpt.config import Config
 from lit_gpt.errors import DataError
 from lit_gpt.model import GPT, Embedding, Linear
+from pretrain.guards import Guard
 from pretrain.loggers import say
 from pretrain.optim import build_optimizer, load_named_state, named_state
 from pretrain.parallel import build_model, replicate
@@ -40,7 +41,8 @@ def set_up(run: Run, stage: Stage, weights: Mapping[str, Tensor], state: TrainSt
         replicate(model, run.config.parallel, run.world, run.fabric.device), move_to_device=False
     )
     optimizer = run.fabric.setup_optimizers(build_optimizer(model, stage.optimizer))
-    return Trained(model, module, optimizer, _with_teacher(run, stage, model, state))
+    guard = Guard(run.config.guards, run.fabric.device, state.guard)
+    return Trained(model, module, optimizer, guard, _with_teacher(run, stage, model, state))
 
 
 def _build(run: Run, config: Config, weights: Mapping[str, Tensor], frozen: Collection[str] = ()) -> GPT:
@@ -89,8 +91,10 @@ def learn_to_grow(run: Run, stage: Stage, trained: Trained, state: TrainState) -
     growth = LearnedGrowth(stage.plan, _parent_checkpoint(run, stage, state).model)
     growth.model.compute_dtype = run.compute.compute_dtype
     module = run.fabric.setup_module(growth)
-    optimizer = torch.optim.AdamW(growth.parameters(), lr=stage.learning.rate, betas=BETAS, weight_decay=0.0)
-    learning = Trained(trained.model, module, run.fabric.setup_optimizers(optimizer), growth=growth)
+    optimizer = torch.optim.AdamW(
+        growth.parameters(), lr=stage.learning.rate, betas=BETAS, weight_decay=0.0, fused=True
+    )
+    learning = Trained(trained.model, module, run.fabric.setup_optimizers(optimizer), trained.guard, growth=growth)
     saved = run.checkpoints.learning
     if state.stage_step and saved is not None:
         with torch.no_grad():
@@ -110,6 +114,7 @@ def learned_so_far(trained: Trained) -> dict[str, Any] | None:
 
 def enter_stage(run: Run, stage: Stage, trained: Trained, state: TrainState) -> Trained:
     """The model of a stage, from the one trained so far, which must not be used afterwards."""
+    state.guard = {**trained.guard.to_dict(), "window": []}  # another model has another loss
     entered = _grown(run, stage, trained, state) if stage.is_grown else _taken_over(run, stage, state)
     state.grown_into_stage = stage.index
     return entered

@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lit_gpt.errors import NonFiniteError
 from lit_gpt.flops import flops_per_token
 from pretrain.config import RunConfig, parse_token_count
 from pretrain.evaluate import evaluate
 from pretrain.growth import closed_parts, enter_stage, learn_to_grow, learned_so_far, set_masks
+from pretrain.guards import Diverged
 from pretrain.loggers import Progress, say
 from pretrain.optim import set_learning_rate
 from pretrain.parallel import gradients_shared, whole
@@ -28,7 +28,7 @@ def train_in_stages(run: Run, trained: Trained, state: TrainState) -> Trained:
     """Train what is left of the run. Growth happens between two calls of `fit`.
 
     Raises:
-        StopRequested: a signal came; a checkpoint was saved. NonFiniteError: the loss or a gradient is not a number.
+        StopRequested: a signal came; a checkpoint was saved. Diverged: too many steps in a row were skipped.
     """
     for stage in run.stages[state.stage - 1 :]:
         if stage.index > state.stage:
@@ -56,23 +56,20 @@ def fit(run: Run, stage: Stage, trained: Trained, state: TrainState, *, until: i
     ):
         while state.stage_step < until:
             started = time.perf_counter()
-            loss, grad_norm, rate = train_step(run, stage, trained, state, batches)
-            advance(run, stage, state, loss, time.perf_counter() - started)
+            grad_norm, rate = train_step(run, stage, trained, state, batches)
+            finished = state.stage_step + 1 == until
+            logged = finished or (state.step_count + 1) % config.logging.every_steps == 0
+            loss = trained.guard.take_mean_loss() if logged else None  # waits for the device: within the measured time
+            advance(run, stage, state, time.perf_counter() - started)
             progress.step(state.stage_step, step_flops(config, stage, state.stage_step - 1).paper)
-            finished = state.stage_step == until
-            if finished or state.step_count % config.logging.every_steps == 0:
-                log_step(run, stage, state, progress, last_log, grad_norm, rate)
+            if logged:
+                log_step(run, stage, trained, state, progress, last_log, loss, float(grad_norm), rate)
                 last_log = (state.seconds, state.tokens)
+            if logged or state.step_count % config.guards.max_skipped_steps == 0:
+                trained.guard.check(state.step_count)
             if finished:
                 break
-            every = config.validation.every_steps
-            if every and state.step_count % every == 0:
-                validate(run, stage, trained, state, "every")
-            stopping = run.world.any(run.stop.received is not None)  # any process may have got the signal
-            if stopping or state.step_count % config.checkpoints.every_steps == 0:
-                save(run, stage, trained, state)
-            if stopping:
-                raise StopRequested(f"stopped by {run.stop.received or 'another process'}; repeat the command to go on")
+            after_step(run, stage, trained, state)
     if until < stage.steps:
         return
     following = run.stages[stage.index : stage.index + 1]
@@ -80,15 +77,31 @@ def fit(run: Run, stage: Stage, trained: Trained, state: TrainState, *, until: i
     save(run, stage, trained, state)
 
 
+def after_step(run: Run, stage: Stage, trained: Trained, state: TrainState) -> None:
+    """What is due between two steps: a measurement, a checkpoint, the end of the run.
+
+    Raises:
+        StopRequested: a signal came to any process.
+    """
+    every = run.config.validation.every_steps
+    if every and state.step_count % every == 0:
+        validate(run, stage, trained, state, "every")
+    stopping = run.world.any(run.stop.received is not None)
+    if stopping or state.step_count % run.config.checkpoints.every_steps == 0:
+        save(run, stage, trained, state)
+    if stopping:
+        raise StopRequested(f"stopped by {run.stop.received or 'another process'}; repeat the command to go on")
+
+
 def train_step(
     run: Run, stage: Stage, trained: Trained, state: TrainState, batches: Iterator[np.ndarray]
-) -> tuple[float, float, float]:
-    """One optimizer update from the samples at the state's position; returns loss, gradient norm, learning rate.
+) -> tuple[Tensor, float]:
+    """One optimizer update from the samples at the state's position, or none if the guard is against it.
 
     `batches` stands at the same position: it yields (micro_batch_size, block_size + 1) int64.
 
-    Raises:
-        NonFiniteError: before the update, so the weights are those of the step before.
+    Returns:
+        The gradient norm, a scalar on the device that is not waited for, and the learning rate.
     """
     optimizer = trained.optimizer
     rate = stage.learning_rate(state.stage_step)
@@ -107,33 +120,33 @@ def train_step(
         loss += iter_loss.detach()
     loss = run.world.mean_(loss)
     max_norm = stage.optimizer.grad_clip or math.inf
-    grad_norm = float(whole(nn.utils.clip_grad_norm_(trained.parameters, max_norm)))
-    check_finite(run, state, float(loss), grad_norm)
+    grad_norm = whole(nn.utils.clip_grad_norm_(trained.parameters, max_norm))
+    optimizer.optimizer.found_inf = trained.guard.judge(loss, grad_norm, state.step_count + 1)
     optimizer.step()
     optimizer.zero_grad()
-    return float(loss), grad_norm, rate
+    return grad_norm, rate
 
 
-def check_finite(run: Run, state: TrainState, loss: float, grad_norm: float) -> None:
-    """Stop before numbers that are none reach the weights.
-
-    Raises:
-        NonFiniteError: with the samples to look at and the checkpoint to go back to.
-    """
-    if math.isfinite(loss) and math.isfinite(grad_norm):
-        return
-    step, stop = state.step_count + 1, state.position + run.config.batch.global_batch_size
-    skip = run.train.stretch(state.position, stop)
+def describe_divergence(run: Run, state: TrainState, found: Diverged) -> str:
+    """What to do about a run that was given up: the samples to look at and the checkpoint to go back to."""
+    start, stop = skipped_positions(run.config, state, found)
+    skip = run.train.stretch(start, stop)
     skip_text = "" if skip is None else f", or leave them out: add {list(skip)} to data.skips and repeat the command"
-    raise NonFiniteError(
-        f"step {step}: loss {loss}, gradient norm {grad_norm}; the update was not made. "
-        f"Samples {state.position} to {stop - 1} of the data order. Last checkpoint: "
-        f"{run.checkpoints.last or 'none'}. Lower optimizer.learning_rate, or look at these samples: "
-        f"pretrain data show {run.config.out_dir} --step {step}{skip_text}"
+    return (
+        f"steps {found.first_step} to {found.last_step} were not made: their loss or gradient is no number, or a "
+        f"spike. Samples {start} to {stop - 1} of the data order. Last checkpoint: {run.checkpoints.last or 'none'}. "
+        f"Lower optimizer.learning_rate, or look at these samples: "
+        f"pretrain data show {run.config.out_dir} --step {found.first_step}{skip_text}"
     )
 
 
-def advance(run: Run, stage: Stage, state: TrainState, loss: float, seconds: float) -> None:
+def skipped_positions(config: RunConfig, state: TrainState, found: Diverged) -> tuple[int, int]:
+    """First position of the skipped steps, and that behind their last."""
+    batch = config.batch.global_batch_size
+    return state.position - (state.step_count + 1 - found.first_step) * batch, state.position
+
+
+def advance(run: Run, stage: Stage, state: TrainState, seconds: float) -> None:
     """Count one finished step."""
     batch = run.config.batch
     state.flops += step_flops(run.config, stage, state.stage_step)
@@ -144,22 +157,20 @@ def advance(run: Run, stage: Stage, state: TrainState, loss: float, seconds: flo
     state.position += batch.global_batch_size
     state.tokens += tokens_per_step(run.config, stage)
     state.seconds += seconds
-    state.loss_sum += loss
-    state.loss_count += 1
 
 
 def log_step(
     run: Run,
     stage: Stage,
+    trained: Trained,
     state: TrainState,
     progress: Progress,
     last_log: tuple[float, int],
+    loss: float | None,
     grad_norm: float,
     rate: float,
 ) -> None:
-    """Write the mean loss since the last line and what goes with it."""
-    loss = state.loss_sum / state.loss_count
-    state.loss_sum, state.loss_count = 0.0, 0
+    """Write the mean loss since the last line, None if every step was skipped, and what goes with it."""
     seconds, tokens = state.seconds - last_log[0], state.tokens - last_log[1]
     tokens_per_sec = tokens / seconds if seconds else 0.0
     bytes_per_token, total = run.train.bytes_per_token(state.position), state.total_flops
@@ -175,9 +186,10 @@ def log_step(
             "flops_palm": total.palm,
             "flops_computed": state.flops_computed + state.parent_flops.paper,
             "loss": loss,
-            "bpb": loss / math.log(2) / bytes_per_token if bytes_per_token else None,
+            "bpb": loss / math.log(2) / bytes_per_token if bytes_per_token and loss is not None else None,
             "lr": rate,
-            "grad_norm": grad_norm,
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+            "skipped_steps": trained.guard.total,
             "tokens_per_sec": tokens_per_sec,
             "mfu": None,  # no peak rate is known for a CPU, and GPUs are not trained on yet
             "position": state.position,
@@ -226,6 +238,7 @@ def validate(run: Run, stage: Stage, trained: Trained, state: TrainState, when: 
 
 def save(run: Run, stage: Stage, trained: Trained, state: TrainState) -> None:
     """Write a checkpoint of this moment."""
+    state.guard = trained.guard.to_dict()
     run.checkpoints.save(
         trained.model,
         trained.optimizer.optimizer,

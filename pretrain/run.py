@@ -8,7 +8,7 @@ import fcntl
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,9 +41,10 @@ from pretrain.config import RunConfig, StageConfig, to_plain
 from pretrain.corpus import Corpus, model_config_for, read_corpus
 from pretrain.data import TrainData, check_epochs, open_train_data, open_validation_sets
 from pretrain.growth import load_trainable_state, set_up
+from pretrain.guards import Diverged, GivenUp
 from pretrain.held_out import ValidationSet
 from pretrain.loggers import EVALS_FILE, METRICS_FILE, TENSORBOARD_FOLDER, NoLog, RunLog, say
-from pretrain.loop import describe_stages, train_in_stages
+from pretrain.loop import describe_divergence, describe_stages, skipped_positions, train_in_stages
 from pretrain.origin import (
     check_separator,
     check_tokenizer,
@@ -86,6 +87,8 @@ class Plan:
     """What was found, for the log."""
     own: dict[str, Any] | None
     """state.json of the run's own last checkpoint; None for a run that has none."""
+    auto_skips: tuple[tuple[int, int], ...] = ()
+    """Samples that the run leaves out because it diverged on them; they are among data.skips."""
 
 
 def run(invocation: Invocation, command: list[str]) -> None:
@@ -111,7 +114,16 @@ def run(invocation: Invocation, command: list[str]) -> None:
             in_turn(world, lambda: held.enter_context(run_folder(out_dir, invocation.fresh)))
         else:
             in_turn(world, lambda: None)
-        train(plan, world, command)
+        while True:
+            try:
+                return train(plan, world, command)
+            except GivenUp as end:
+                if end.skip is None or len(plan.auto_skips) >= plan.config.guards.rollbacks:
+                    raise
+                say(f"warning: {end}\nback to the last checkpoint, without these samples")
+                again = dataclasses.replace(invocation, fresh=False)
+                skips = (*plan.auto_skips, end.skip)
+                plan = in_turn(world, lambda again=again, skips=skips: preflight(again, world, skips))
 
 
 def train(plan: Plan, world: World, command: list[str]) -> None:
@@ -126,6 +138,7 @@ def train(plan: Plan, world: World, command: list[str]) -> None:
         "command": command,
         "tokenizer": plan.corpus.tokenizer_entry,
         "separator_id": plan.train.separator_id,
+        "auto_skips": [list(skip) for skip in plan.auto_skips],
         "compute": {"precision": compute.precision, "compile": compute.compile, "reason": compute.reason},
     }
     checkpoints = RunCheckpoints(out_dir, config.checkpoints, metadata, world)
@@ -153,18 +166,27 @@ def train(plan: Plan, world: World, command: list[str]) -> None:
         trained = start(this_run, stage, state) if checkpoint is None else resume(this_run, stage, checkpoint, state)
         try:
             train_in_stages(this_run, trained, state)
+        except Diverged as found:
+            positions = skipped_positions(config, state, found)
+            raise GivenUp(describe_divergence(this_run, state, found), plan.train.stretch(*positions)) from found
         finally:
             log.close()
     say(f"done: {state.step_count:,} steps, {state.tokens:,} tokens; last checkpoint {checkpoints.last}")
 
 
-def preflight(invocation: Invocation, world: World = ALONE) -> Plan:
-    """Resolve and check all that can be checked before anything is computed; what raises, raises here."""
+def preflight(invocation: Invocation, world: World = ALONE, auto_skips: tuple[tuple[int, int], ...] = ()) -> Plan:
+    """Resolve and check all that can be checked before anything is computed; what raises, raises here.
+
+    auto_skips: samples to leave out beside those of the settings and of the run's own checkpoint.
+    """
     config = invocation.config
     check_world(config, world)
     corpus = read_corpus(config.data, look_beside=config.model.vocab_size is None)
     own = None if invocation.fresh else own_state(Path(config.out_dir))
     model_config = model_config_for(corpus, config.model, origin_model(config, own))
+    known = tuple((start, stop) for start, stop in ({} if own is None else own).get("auto_skips", []))
+    auto_skips = (*known, *(skip for skip in auto_skips if skip not in known))
+    config = with_skips(config, auto_skips)
     stages = plan_stages(config, model_config, growth_behind(config, own))
     if invocation.scratch:
         if config.init_from is not None:
@@ -182,7 +204,14 @@ def preflight(invocation: Invocation, world: World = ALONE) -> Plan:
     samples = config.batch.global_batch_size * sum(stage.steps for stage in stages)
     epoch_lines = check_epochs(train, position, position + samples)
     lines = [*train.notes, *epoch_lines, *validation_lines, *corpus.notes]
-    return Plan(config, stages, corpus, train, position, samples, validation, lines, own)
+    return Plan(config, stages, corpus, train, position, samples, validation, lines, own, auto_skips)
+
+
+def with_skips(config: RunConfig, skips: Sequence[tuple[int, int]]) -> RunConfig:
+    """The settings with more samples left out."""
+    given = config.data.skips or []
+    more = [list(skip) for skip in skips if list(skip) not in [list(each) for each in given]]
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, skips=[*given, *more])) if more else config
 
 
 def scratch_config(config: RunConfig, stages: list[Stage]) -> RunConfig:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lit_gpt.flops import Flops
+from pretrain.guards import NOTHING_SKIPPED
 
 
 @dataclass
@@ -31,9 +32,8 @@ class TrainState:
     """Of the runs this one grew from."""
     seconds: float = 0.0
     """Wall time spent in training steps, without validation and checkpoints."""
-    loss_sum: float = 0.0
-    loss_count: int = 0
-    """Losses since the last log line."""
+    guard: dict[str, Any] = field(default_factory=lambda: dict(NOTHING_SKIPPED))
+    """Skipped steps, what spikes are measured against, losses since the last log line: see pretrain/guards.py."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """One record per growth, oldest first."""
 
@@ -44,6 +44,10 @@ class TrainState:
     def from_dict(cls, values: dict[str, Any]) -> TrainState:
         """The inverse of `to_dict`; keys of the checkpoint that are not counters are left out."""
         known = {key: value for key, value in values.items() if key in cls.__dataclass_fields__}
+        losses = {
+            key: values[key] for key in ("loss_sum", "loss_count") if key in values
+        }  # of before there was a guard
+        known.setdefault("guard", {**NOTHING_SKIPPED, **losses})
         known.setdefault("flops_computed", known["flops"]["paper"])  # written before anything could be frozen
         known["flops"], known["parent_flops"] = Flops(**known["flops"]), Flops(**known["parent_flops"])
         return cls(**known)

@@ -13,6 +13,7 @@ from lit_gpt.model import GPT
 from pretrain.checkpointing import RunCheckpoints
 from pretrain.config import RunConfig
 from pretrain.data import TrainData
+from pretrain.guards import Guard
 from pretrain.held_out import ValidationSet
 from pretrain.loggers import Log
 from pretrain.parallel import Compute
@@ -55,6 +56,8 @@ class Trained:
     """The model as Fabric calls it."""
     optimizer: Any
     """AdamW behind Fabric's step."""
+    guard: Guard
+    """Judges its steps."""
     taught: nn.Module | None = None
     """The model beside its teacher: called instead of `module` in training steps as long as the teacher stays."""
     growth: LearnedGrowth | None = None

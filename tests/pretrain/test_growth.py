@@ -22,8 +22,9 @@ from lit_gpt.config import Config
 from lit_gpt.errors import DataError
 from lit_gpt.flops import computed_share, count_parameters
 from pretrain.command_line import merge, parse
-from pretrain.config import OptimizerConfig, ScheduleConfig, StageConfig
+from pretrain.config import GuardConfig, OptimizerConfig, ScheduleConfig, StageConfig
 from pretrain.growth import set_masks
+from pretrain.guards import Guard
 from pretrain.run import run
 from pretrain.stages import plan_stages
 from pretrain.training import Trained
@@ -126,7 +127,7 @@ def test_a_masked_model_computes_with_scaled_weights_and_an_open_one_with_none()
     scales = mask_scales(plan, stage.mask.openness(1))
     scaled.load_state_dict({name: weight * scales.get(name, 1) for name, weight in plain.items()})
     tokens = toy_tokens(config)[:, :-1]
-    trained = Trained(model, model, None)
+    trained = Trained(model, model, None, Guard(GuardConfig(), torch.device("cpu")))
 
     unmasked = model(tokens)
     set_masks(stage, trained, 1)
