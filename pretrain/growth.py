@@ -77,7 +77,9 @@ def learn_to_grow(run: Run, stage: Stage, trained: Trained, state: TrainState) -
     optimizer = torch.optim.AdamW(growth.parameters(), lr=stage.learning.rate, betas=BETAS, weight_decay=0.0)
     learning = Trained(trained.model, module, run.fabric.setup_optimizers(optimizer), growth=growth)
     saved = run.checkpoints.learning
-    if state.stage_step and saved is not None:
+    if state.stage_step:
+        if saved is None:
+            raise DataError(f"{run.checkpoints.last} holds no mixing matrices of the growth that it was learning")
         with torch.no_grad():
             for name, parameter in growth.named_parameters():
                 parameter.copy_(saved["matrices"][name])
@@ -108,8 +110,6 @@ def _grown(run: Run, stage: Stage, trained: Trained, state: TrainState) -> Train
     model.load_state_dict(dict(made.weights))
     source_moments = {} if trained.growth else named_state(trained.model, trained.optimizer.optimizer)
     moments = grow_optimizer(plan, source_moments, stage.optimizer_policy)
-    state.flops += made.flops
-    state.flops_computed += made.flops.paper
     state.history.append(
         growth_record(
             made.plan,
@@ -119,8 +119,11 @@ def _grown(run: Run, stage: Stage, trained: Trained, state: TrainState) -> Train
             step_count=state.step_count,
             tokens=state.parent_tokens + state.tokens,
             flops_total=state.total_flops.paper,
+            growth_flops=made.flops.paper,
         )
     )
+    state.flops += made.flops
+    state.flops_computed += made.flops.paper
     grown = set_up(run, stage, model, state)
     load_trainable_state(grown, moments)
     say(
@@ -134,7 +137,7 @@ def _make(run: Run, stage: Stage, trained: Trained, state: TrainState) -> Made:
     """The weights of a stage's model. What was learned is charged already; a gradient on a batch is not."""
     plan, source = stage.plan, trained.model.state_dict()
     if trained.growth is not None:
-        learned = {"steps": stage.learning.steps, "rate": stage.learning.rate, "first_step": state.step_count}
+        learned = {"steps": stage.learning.steps, "rate": stage.learning.rate, "last_step": state.step_count}
         return Made(dataclasses.replace(plan, data=learned), WithNoise(plan, trained.growth.materialise()))
     if needs_data(plan):
         rows = run.train.packed.samples(state.position, min(BATCH_SIZE, run.config.batch.global_batch_size))

@@ -26,7 +26,7 @@ from pretrain.config import OptimizerConfig, ScheduleConfig, StageConfig
 from pretrain.growth import set_masks
 from pretrain.run import run
 from pretrain.stages import plan_stages
-from pretrain.training import Trained
+from pretrain.training import Trained, stage_flops, step_flops
 from tests.pretrain.conftest import two_stages
 from tests.pretrain.runs import assert_same_end, records
 from tests.pretrain.test_stages import MODEL, run_config
@@ -197,7 +197,7 @@ def test_a_learned_growth_trains_its_matrices_in_the_first_steps_of_the_stage_an
     assert when == ["start", "before_growth", "after_growth", "end"]
     charged = [b["flops_total"] - a["flops_total"] for a, b in itertools.pairwise(records(folder)[2:])]
     assert charged == pytest.approx([6 * count_parameters(read_config(checkpoints(folder)[-1])) * 4 * 16] * 6)
-    assert states[-1].state["history"][0]["plan"]["data"] == {"steps": 3, "rate": 0.03, "first_step": 6}
+    assert states[-1].state["history"][0]["plan"]["data"] == {"steps": 3, "rate": 0.03, "last_step": 6}
 
 
 def test_the_parent_of_a_learned_growth_is_the_model_before_and_stays_on_the_disk(finish):
@@ -213,6 +213,9 @@ def test_a_gradient_behind_new_neurons_is_charged_and_keeps_the_loss(finished):
     assert losses["after_growth"] == pytest.approx(losses["before_growth"], rel=1e-5)
     charged = [b["flops_total"] - a["flops_total"] for a, b in itertools.pairwise(records(folder))]
     assert charged[2] > charged[3] * 1.1 and charged[3] == charged[4]
+    (record,) = read_training(latest(folder / "checkpoints")).state["history"]
+    assert record["growth_flops"] == pytest.approx(charged[2] - charged[3])
+    assert record["flops_total"] == pytest.approx(records(folder)[2]["flops_total"] + record["growth_flops"])
 
 
 @pytest.mark.parametrize("operator", ["learn-depth", "gradmax"])
@@ -293,6 +296,11 @@ def test_block_expansion_between_runs_trains_the_new_layers_alone(finish, tmp_pa
         ({"operator": "stack", "mask_steps": 3}, "mask_steps belongs to"),
         ({"operator": "random-depth", "max_steps": 10}, "opens over 5,000 steps and the stage has 10"),
         ({"operator": "stack", "trainable": "new", "n_layer": 2}, "added none"),
+        (
+            {"operator": "learn-depth", "optimizer_policy": "map", "max_steps": 200},
+            "'map' does not go with learn-depth",
+        ),
+        ({"operator": "ligo", "distill_weight": 1, "distill_steps": 100, "max_steps": 200}, "distill_steps=100 has no"),
         ({"operator": "stack", "teacher": "x"}, "no effect without distill_weight"),
         ({"operator": "split-width"}, "split-width takes .*, and not n_layer"),
     ],
@@ -302,6 +310,15 @@ def test_a_stage_that_does_not_fit_is_refused_before_training(stage, message):
     stages = [StageConfig("base", max_steps=1, n_layer=2), StageConfig("grown", **{"max_steps": 4, **stage})]
     with pytest.raises(ValueError, match=f"stage 'grown'.*{message}"):
         plan_stages(run_config(*stages), MODEL)
+
+
+@pytest.mark.parametrize("first_step", [0, 5, 20])
+def test_what_a_stage_will_cost_is_the_sum_over_its_steps(first_step):
+    learnt = StageConfig("grown", max_steps=30, operator="ligo", options={"learn_steps": 10}, distill_weight=0.5)
+    config = run_config(StageConfig("base", max_steps=1, n_layer=2), dataclasses.replace(learnt, distill_steps=25))
+    stage = plan_stages(config, MODEL)[1]
+    expected = sum(step_flops(config, stage, step).paper for step in range(first_step, 30))
+    assert stage_flops(config, stage, first_step).paper == pytest.approx(expected)
 
 
 def test_a_first_stage_has_nothing_new_to_train_and_no_teacher_of_its_own():
