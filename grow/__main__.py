@@ -23,7 +23,7 @@ from grow.layer_map import (
 )
 from grow.operator_list import operator_list, operator_tables
 from grow.operators import function_of, needs_data, operator, plan_growth
-from grow.plan import FUSIONS, OPTIMIZER_POLICIES, GrowthPlan
+from grow.plan import FUSIONS, OPTIMIZER_POLICIES, SYMMETRY, GrowthPlan
 from grow.registry import FUNCTION, LEARNING, OPERATORS
 from grow.width_plan import RULES, SHARES
 from lit_gpt.errors import EXIT_USAGE, DataError, run_command
@@ -183,9 +183,9 @@ def print_plan(plan: GrowthPlan, policy: str) -> None:
     print(f"  sizes       {describe_sizes(plan.dst)}")
     print(f"  parameters  {count_parameters(plan.src):,} -> {count_parameters(plan.dst):,}")
     print(f"  preserves   {describe_function(plan)}")
-    if plan.width is not None and plan.width.stays_symmetric:
-        print("  symmetry    copies with even shares stay equal in training: the model never gets more than its source")
-        print("              had. Part them by --shares random, --twin-noise or --noise, or use another operator")
+    if plan.stays_symmetric:
+        print(f"  symmetry    {SYMMETRY}.")
+        print("              Part them by --shares random, --twin-noise or --noise, or use another operator")
     if needs_data(plan):
         print(f"  data        {describe_learning(plan)}")
     print(f"  trained     {op.trained}")

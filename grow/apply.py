@@ -181,7 +181,8 @@ def grow_checkpoint(
 
     Returns:
         The receipt: source, destination, form, operator, layer_map, connection_rate, optimizer_policy, reference,
-        preserves, function, parameters_before, parameters_after, parent and manifest (sha256), tokens, flops_total.
+        preserves, function, stays_symmetric, parameters_before, parameters_after, parent and manifest (sha256), tokens,
+        flops_total, growth_flops, data.
 
     Raises:
         ValueError: a destination that cannot be, or a policy that the source cannot serve.
@@ -262,6 +263,7 @@ def summary(plan: GrowthPlan, policy: str) -> dict[str, Any]:
         "reference": None if plan.reference is None else plan.reference.manifest,
         "preserves": function_of(plan) != "no",
         "function": function_of(plan),
+        "stays_symmetric": plan.stays_symmetric,
         "parameters_before": count_parameters(plan.src),
         "parameters_after": count_parameters(plan.dst),
     }

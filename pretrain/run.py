@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from grow.layer_map import layer_texts
-from grow.plan import differing_sizes
+from grow.plan import SYMMETRY, differing_sizes
 from grow.registry import SIZES
 from lit_gpt.atomic import write_atomically
 from lit_gpt.checkpoint import (
@@ -217,6 +217,8 @@ def describe(plan: Plan) -> None:
         if stage.plan is not None:
             layers = " ".join(layer_texts(stage.plan.layer_map, **stage.plan.marks))
             say(f"  grown by {stage.plan.operator}, layer map {layers}, R_c {stage.plan.connection_rate}")
+            if stage.plan.stays_symmetric:
+                sys.stderr.write(f"warning: stage {stage.name!r}: {SYMMETRY}; use other shares, or noise\n")
 
 
 @contextmanager

@@ -158,7 +158,7 @@ def _stage(
         mask=_mask(settings, plan, steps),
         teaching=_teaching(settings, plan, config, steps, before),
         learning=_learning(plan, steps),
-        reference=None if plan is None or plan.reference is None else Path(settings.options["reference"]),
+        reference=None if plan is None or plan.reference is None else Path(str(settings.options["reference"])),
     )
     if stage.teaching is not None and not stage.taught_steps():
         raise ValueError(
@@ -210,7 +210,7 @@ def _options(settings: StageConfig) -> dict[str, Any]:
         raise ValueError("options holds batch_size or data; a stage grows from the batches of its own run")
     options = dict(settings.options)
     if "reference" in options:
-        options["reference"] = read_reference(options["reference"])
+        options["reference"] = read_reference(str(options["reference"]))
     return options
 
 

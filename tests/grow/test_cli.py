@@ -241,7 +241,9 @@ def test_apply_grows_in_width_and_says_what_it_did(capsys, model_folder, tmp_pat
 def test_apply_says_when_copies_can_never_part(capsys, model_folder, tmp_path):
     arguments = ("apply", model_folder, tmp_path / "grown", "--operator=hypercloning", "--factor=2", "--dry-run")
     assert "copies with even shares stay equal" in grow(capsys, *arguments)[1]
-    assert "copies with even shares stay equal" not in grow(capsys, *arguments, "--twin-noise", 0.3)[1]
+    for parted in (("--twin-noise", 0.3), ("--noise", 0.1)):
+        assert "copies with even shares stay equal" not in grow(capsys, *arguments, *parted)[1]
+    assert grow_json(capsys, *arguments)["stays_symmetric"] is True
 
 
 def test_weights_that_are_no_numbers_are_grown_only_when_allowed(capsys, tmp_path):

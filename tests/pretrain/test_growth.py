@@ -328,6 +328,15 @@ def test_a_first_stage_has_nothing_new_to_train_and_no_teacher_of_its_own():
         plan_stages(run_config(StageConfig("base", max_steps=1, distill_weight=0.5)), MODEL)
 
 
+def test_copies_that_can_never_part_are_a_warning(finish, capsys):
+    cloned = {"name": "grown", "operator": "hypercloning", "max_steps": 1}
+    base = {"name": "base", "n_embd": 8, "max_steps": 1}
+    finish([base, cloned])
+    assert "warning: stage 'grown': copies with even shares stay equal" in capsys.readouterr().err
+    finish([base, {**cloned, "options": {"twin_noise": 0.3}}])
+    assert "stay equal" not in capsys.readouterr().err
+
+
 def test_a_teacher_that_went_is_named(finished, finish, tmp_path):
     folder = Path(shutil.copytree(finished("taught"), tmp_path / "run"))
     for path in [*checkpoints(folder)[:3], *checkpoints(folder)[4:]]:
