@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from grow.apply import grow_optimizer, grow_weights, growth_record, reference_weights
+from grow.apply import grow_optimizer, grow_weights, reference_weights
 from grow.distill import Distillation
 from grow.from_data import Made
 from grow.gradmax import GradMaxWeights, gradmax_columns
 from grow.learned import BETAS, LearnedGrowth
 from grow.masks import mask_scales
 from grow.operators import needs_data
+from grow.record import growth_record
 from grow.registry import BATCH_SIZE
 from grow.tensors import WithNoise
 from lit_gpt.checkpoint import manifest_sha256, read_weights
