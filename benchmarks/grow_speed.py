@@ -3,7 +3,8 @@
 Run `python -m benchmarks.grow_speed`; it writes results/grow_speed.json. At its default sizes it needs some 30 GB of
 disk and half an hour; `--n-layer 4 --n-embd 1024` is a small run. Every measurement is a process of its own, in turns
 over the repeats; medians are compared. The source is read once before each measurement, so that it is in the page cache
-for all of them, and everything that is still to be written is written out first.
+for all of them, what it wrote the last time is removed, so that each finds as much memory free as it will write, and
+everything that is still to be written is written out. The first copy and the first growth do not count.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def _memory(key: str) -> int:
 
 
 def measure(name: str, src: Path, dst: Path) -> dict[str, float]:
-    """One measurement, by another process; the destination stays."""
+    """One measurement, by another process; the destination stays until the next one."""
     _remove(dst)
     for file in [src] if src.is_file() else sorted(src.rglob("*")):
         if file.is_file():
@@ -193,7 +194,8 @@ class RandomWeights(Mapping[str, Any]):
 def run_all(folder: Path, n_layer: int, n_embd: int, repeats: int) -> dict[str, Any]:
     sources = make_sources(folder, n_layer, n_embd)
     grown = folder / "stack"
-    measure("stack", sources["shallow"], grown)  # so that cp has what to copy
+    measure("stack", sources["shallow"], grown)
+    measure("cp and fsync", grown, folder / "copied")
     places = {
         "cp and fsync": (grown, folder / "copied"),
         "stack": (sources["shallow"], grown),
@@ -209,8 +211,6 @@ def run_all(folder: Path, n_layer: int, n_embd: int, repeats: int) -> dict[str, 
                 continue
             samples[name].append(measure(name, src, dst))
             sys.stderr.write(f"{repeat + 1}/{repeats} {name}: {samples[name][-1]['secs']:.2f} s\n")
-            if dst != grown:
-                _remove(dst)
     return {
         "written_bytes": sum(file.stat().st_size for file in grown.glob("*.safetensors")),
         "read_bytes": {name: _size(path) for name, path in sources.items()},

@@ -23,7 +23,10 @@ class NonFiniteError(RuntimeError):
     """Training met a loss or a gradient that is not a number."""
 
 
-def _exit_code(error: BaseException) -> int:
+def exit_code(error: BaseException) -> int:
+    """What a command that fails with this error exits with."""
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED
     if isinstance(error, NonFiniteError):
         return EXIT_NON_FINITE
     if isinstance(error, DataError | OSError):
@@ -61,4 +64,4 @@ def run_command(main: Callable[[], int | None]) -> int:
         return EXIT_INTERRUPTED
     except (ValueError, DataError, NonFiniteError, OSError) as error:
         sys.stderr.write(f"error: {explain(error)}\n")
-        return _exit_code(error)
+        return exit_code(error)

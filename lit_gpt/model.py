@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -289,11 +290,30 @@ def init_tensor(name: str, config: Config, seed: int) -> Tensor:
     return torch.normal(0.0, init_std(name, config), shape, generator=generator)
 
 
+class InitialWeights(Mapping[str, Tensor]):
+    """Parameter name -> its initial value, made on every access."""
+
+    def __init__(self, config: Config, seed: int) -> None:
+        self._config = config
+        self._seed = seed
+        self._names = parameter_shapes(config)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return init_tensor(name, self._config, self._seed)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 def init_weights(model: GPT, seed: int) -> None:
     """Fill every parameter in place with its initial value."""
+    initial = InitialWeights(model.config, seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(init_tensor(name, model.config, seed))
+            parameter.copy_(initial[name])
 
 
 def _tie_in_state_dict(state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:

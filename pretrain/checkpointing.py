@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lit_gpt.atomic import remove_directory
 from lit_gpt.checkpoint import (
@@ -23,13 +24,17 @@ from lit_gpt.model import GPT
 from lit_gpt.versions import versions
 from pretrain.config import LISTS, CheckpointConfig, RunConfig, known_keys, to_plain
 from pretrain.optim import named_state
+from pretrain.parallel import whole
 from pretrain.state import TrainState
+from pretrain.world import ALONE, World, in_turn
 
 # Settings that may change between two sittings of a run: they do not touch what is trained on what
 # (what the data holds is checked by its fingerprint, wherever it lies, and its order up to here by the data object)
 FREE_TO_CHANGE = (
     "logging",
     "checkpoints",
+    "parallel",
+    "batch.micro_batch_size",
     "validation",
     "out_dir",
     "data.train",
@@ -50,8 +55,11 @@ LEARNING = "learning"
 class RunCheckpoints:
     """Writes the checkpoints of one run and removes those that need not stay."""
 
-    def __init__(self, out_dir: Path, settings: CheckpointConfig, metadata: dict[str, Any]) -> None:
+    def __init__(
+        self, out_dir: Path, settings: CheckpointConfig, metadata: dict[str, Any], world: World = ALONE
+    ) -> None:
         self.folder = out_dir / "checkpoints"
+        self.world = world
         self.settings = settings
         self.metadata = metadata
         """Parts of state.json that do not change during the run."""
@@ -74,26 +82,50 @@ class RunCheckpoints:
         `learning` is what a growth that is being learned has learned so far; `changing` goes into state.json.
         """
         path = checkpoint_path(self.folder, state.stage, state.step_count)
+        weights = {name: whole(tensor) for name, tensor in model.state_dict().items()}
+        moments = {
+            name: {slot: whole(tensor) for slot, tensor in slots.items()}
+            for name, slots in named_state(model, optimizer).items()
+        }
+        in_turn(self.world, lambda: self._write(path, weights, moments, state, learning, changing))
+        self.last = path
+        return manifest_sha256(path)
+
+    def _write(
+        self,
+        path: Path,
+        weights: dict[str, Tensor],
+        moments: dict[str, dict[str, Tensor]],
+        state: TrainState,
+        learning: dict[str, Any] | None,
+        changing: dict[str, Any],
+    ) -> None:
+        if not self.world.is_first:
+            return
         write_training(
             path,
-            model=model.state_dict(),
-            optimizer=named_state(model, optimizer),
+            model=weights,
+            optimizer=moments,
             state={"format": 1, **self.metadata, **changing, **state.to_dict(), "versions": versions()},
             rng={"torch": torch.get_rng_state(), **({} if learning is None else {LEARNING: learning})},
             replace=True,  # what is there already was found damaged on resume
         )
-        self.last = path
         self._remove_superseded(path)
-        return manifest_sha256(path)
 
     def resume(self) -> TrainingCheckpoint | None:
         """The newest valid checkpoint, None when there is none; those passed over go with the next save."""
-        prune_temporaries(self.folder)
-        self.last = latest(self.folder, deep=True, on_skip=self._pass_over)
+        self.last = self.world.broadcast(in_turn(self.world, self._find))
         checkpoint = None if self.last is None else read_training(self.last, verify=False)
         if checkpoint is not None and checkpoint.rng is not None:
             self.learning = checkpoint.rng.get(LEARNING)
         return checkpoint
+
+    def _find(self) -> Path | None:
+        """Looked for, and read through, by the first process alone."""
+        if not self.world.is_first:
+            return None
+        prune_temporaries(self.folder)
+        return latest(self.folder, deep=True, on_skip=self._pass_over)
 
     def _pass_over(self, path: Path, reason: str) -> None:
         sys.stderr.write(f"warning: {path} is passed over: {reason}\n")

@@ -193,6 +193,18 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """How several processes share a model; started by torchrun or srun, one per device."""
+
+    strategy: Literal["auto", "fsdp", "ddp"] = "auto"
+    """fsdp: each holds a part of weights, gradients and moments (FSDP2). ddp: each holds all. auto: fsdp on several."""
+    replicas: int | None = None
+    """fsdp: whole copies of the model, each sharded over as many processes (HSDP), e.g. one per node. Default: 1."""
+    reshard_after_forward: bool = True
+    """fsdp: free a block's gathered weights after its forward pass; false is faster and needs memory for the model."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One run of one or more stages. The same command starts it and, while it is unfinished, resumes it."""
 
@@ -207,6 +219,7 @@ class RunConfig:
     validation: ValidationConfig = ValidationConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    parallel: ParallelConfig = ParallelConfig()
     seed: int = 3407
     """Of the initial weights, the data order and growth."""
     precision: Literal["auto", "fp32", "bf16", "bf16-true"] = "auto"
@@ -323,6 +336,7 @@ def known_keys(section: type) -> dict[str, type | None]:
         "validation": ValidationConfig,
         "checkpoints": CheckpointConfig,
         "logging": LoggingConfig,
+        "parallel": ParallelConfig,
     }
     return {f.name: sections.get(f.name) if section is RunConfig else None for f in dataclasses.fields(section)}
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -23,9 +23,7 @@ from pretrain.config import BatchConfig
 from pretrain.corpus import Corpus
 from pretrain.data_config import DataConfig
 from pretrain.held_out import ValidationSet
-
-if TYPE_CHECKING:
-    from lightning_fabric import Fabric
+from pretrain.world import World
 
 SAMPLED_TOKENS = 2**20  # that many tell the bytes per token of a source to better than one percent
 
@@ -45,7 +43,7 @@ class TrainData:
     """Ends a document, beyond which no token sees; None: all tokens of a sample see one another."""
 
     def batches(
-        self, start: int, steps: int, batch: BatchConfig, fabric: Fabric
+        self, start: int, steps: int, batch: BatchConfig, world: World
     ) -> AbstractContextManager[Iterator[np.ndarray]]:
         """This rank's (micro_batch_size, block_size + 1) int64 batches of `steps` steps from a position on."""
         return batches(
@@ -54,8 +52,8 @@ class TrainData:
             steps=steps,
             global_batch_size=batch.global_batch_size,
             micro_batch_size=batch.micro_batch_size,
-            rank=fabric.global_rank,
-            world_size=fabric.world_size,
+            rank=world.rank,
+            world_size=world.size,
         )
 
     def stretch(self, start: int, stop: int) -> tuple[int, int] | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,9 +11,7 @@ from torch import Tensor, nn
 
 from lit_gpt.kernels.loss import IGNORE_INDEX
 from pretrain.held_out import ValidationSet
-
-if TYPE_CHECKING:
-    from lightning_fabric import Fabric
+from pretrain.world import ALONE, World
 
 TARGETS, NATS, TEXT_NATS, TEXT_BYTES = range(4)
 """Columns of a table of measured rows: targets, their loss, the loss of those that stand for text, and its bytes."""
@@ -43,19 +40,16 @@ def evaluate(
     validation_set: ValidationSet,
     micro_batch_size: int,
     max_tokens: int | None,
-    fabric: Fabric,
+    device: torch.device,
+    world: World = ALONE,
 ) -> Evaluation:
     """Measure a set on all ranks; every rank gets the same result, to the bit for every number of ranks.
 
     It does not depend on micro_batch_size, except for the last bits.
     """
     n_rows = validation_set.rows_within(max_tokens)
-    table = measure(
-        module, validation_set, micro_batch_size, n_rows, fabric.device, fabric.global_rank, fabric.world_size
-    )
-    if fabric.world_size > 1:
-        table = fabric.all_reduce(torch.from_numpy(table).to(fabric.device), reduce_op="sum").cpu().numpy()
-    return summarise(table, limited=n_rows < validation_set.n_rows)
+    table = measure(module, validation_set, micro_batch_size, n_rows, device, world.rank, world.size)
+    return summarise(world.sum(table), limited=n_rows < validation_set.n_rows)
 
 
 @torch.no_grad()

@@ -3,50 +3,65 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from grow.apply import grow_optimizer, grow_weights, reference_weights
+from grow.apply import reference_weights
 from grow.distill import Distillation
 from grow.from_data import Made
 from grow.gradmax import GradMaxWeights, gradmax_columns
+from grow.grown import GrownOptimizer, GrownWeights
 from grow.learned import BETAS, LearnedGrowth
 from grow.masks import mask_scales
 from grow.operators import needs_data
 from grow.record import growth_record
 from grow.registry import BATCH_SIZE
 from grow.tensors import WithNoise
-from lit_gpt.checkpoint import manifest_sha256, read_weights
+from lit_gpt.axes import parameter_shapes
+from lit_gpt.checkpoint import TrainingCheckpoint, manifest_sha256, read_training, read_weights
+from lit_gpt.config import Config
 from lit_gpt.errors import DataError
 from lit_gpt.model import GPT, Embedding, Linear
 from pretrain.loggers import say
 from pretrain.optim import build_optimizer, load_named_state, named_state
-from pretrain.parallel import prepare_model
+from pretrain.parallel import build_model, replicate
 from pretrain.stages import Stage
 from pretrain.state import TrainState
 from pretrain.training import Run, Trained
 
 
-def set_up(run: Run, stage: Stage, model: GPT, state: TrainState) -> Trained:
-    """A model with its weights becomes one that trains under the stage's settings."""
-    prepare_model(model, run.compute, run.fabric.device)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name not in stage.frozen)
-    module = run.fabric.setup_module(model)
+def set_up(run: Run, stage: Stage, weights: Mapping[str, Tensor], state: TrainState) -> Trained:
+    """The model of a stage with its weights, as it trains under the stage's settings."""
+    model = _build(run, stage.config, weights, stage.frozen)
+    module = run.fabric.setup_module(
+        replicate(model, run.config.parallel, run.world, run.fabric.device), move_to_device=False
+    )
     optimizer = run.fabric.setup_optimizers(build_optimizer(model, stage.optimizer))
     return Trained(model, module, optimizer, _with_teacher(run, stage, model, state))
+
+
+def _build(run: Run, config: Config, weights: Mapping[str, Tensor], frozen: Collection[str] = ()) -> GPT:
+    return build_model(
+        config,
+        weights,
+        run.compute,
+        run.config.parallel,
+        run.world,
+        device=run.fabric.device,
+        frozen=frozen,
+    )
 
 
 def _with_teacher(run: Run, stage: Stage, model: GPT, state: TrainState) -> Distillation | None:
     if state.stage != stage.index or not stage.is_taught(state.stage_step):
         return None  # of another stage: what the next one still learns to grow
     path = stage.teaching.path or _parent(run, stage, state)
-    teacher = GPT(stage.teaching.config)
-    teacher.load_state_dict(dict(read_weights(path)))
-    teacher.requires_grad_(False)
-    prepare_model(teacher, run.compute, run.fabric.device)
+    config = stage.teaching.config
+    teacher = _build(run, config, read_weights(path), frozen=parameter_shapes(config))
     say(f"teacher: {path}, {stage.teaching.weight:g} of the loss for {stage.teaching.steps:,} steps")
     return Distillation(model, teacher, stage.teaching.weight)
 
@@ -72,7 +87,7 @@ def _parent(run: Run, stage: Stage, state: TrainState) -> Path:
 
 def learn_to_grow(run: Run, stage: Stage, trained: Trained, state: TrainState) -> Trained:
     """The mixing matrices of a stage's growth as what trains, from where a checkpoint of it stands."""
-    growth = LearnedGrowth(stage.plan, trained.model.state_dict())
+    growth = LearnedGrowth(stage.plan, _parent_checkpoint(run, stage, state).model)
     growth.model.compute_dtype = run.compute.compute_dtype
     module = run.fabric.setup_module(growth)
     optimizer = torch.optim.AdamW(growth.parameters(), lr=stage.learning.rate, betas=BETAS, weight_decay=0.0)
@@ -98,19 +113,16 @@ def learned_so_far(trained: Trained) -> dict[str, Any] | None:
 
 def enter_stage(run: Run, stage: Stage, trained: Trained, state: TrainState) -> Trained:
     """The model of a stage, from the one trained so far, which must not be used afterwards."""
-    entered = _grown(run, stage, trained, state) if stage.is_grown else _taken_over(run, stage, trained, state)
+    entered = _grown(run, stage, trained, state) if stage.is_grown else _taken_over(run, stage, state)
     state.grown_into_stage = stage.index
     return entered
 
 
 def _grown(run: Run, stage: Stage, trained: Trained, state: TrainState) -> Trained:
-    plan, parent = stage.plan, _parent(run, stage, state)
-    assert plan is not None
+    """From the checkpoint that the stage before ended with: weights and moments need not be whole on any process."""
+    parent = _parent(run, stage, state)
     made = _make(run, stage, trained, state)
-    model = GPT(stage.config)
-    model.load_state_dict(dict(made.weights))
-    source_moments = {} if trained.growth else named_state(trained.model, trained.optimizer.optimizer)
-    moments = grow_optimizer(plan, source_moments, stage.optimizer_policy)
+    moments = GrownOptimizer(stage.plan, _parent_checkpoint(run, stage, state).optimizer, stage.optimizer_policy)
     state.history.append(
         growth_record(
             made.plan,
@@ -125,47 +137,50 @@ def _grown(run: Run, stage: Stage, trained: Trained, state: TrainState) -> Train
     )
     state.flops += made.flops
     state.flops_computed += made.flops.paper
-    grown = set_up(run, stage, model, state)
+    grown = set_up(run, stage, made.weights, state)
     load_trainable_state(grown, moments)
     say(
-        f"growth: {plan.operator} {plan.src.n_layer} -> {plan.dst.n_layer} layers, R_c {plan.connection_rate}, "
-        f"optimizer state: {stage.optimizer_policy}"
+        f"growth: {made.plan.operator} {made.plan.src.n_layer} -> {made.plan.dst.n_layer} layers, "
+        f"R_c {made.plan.connection_rate}, optimizer state: {stage.optimizer_policy}"
     )
     return grown
 
 
+def _parent_checkpoint(run: Run, stage: Stage, state: TrainState) -> TrainingCheckpoint:
+    """What the stage before ended with; it was verified when it was written or resumed from."""
+    return read_training(_parent(run, stage, state), verify=False)
+
+
 def _make(run: Run, stage: Stage, trained: Trained, state: TrainState) -> Made:
     """The weights of a stage's model. What was learned is charged already; a gradient on a batch is not."""
-    plan, source = stage.plan, trained.model.state_dict()
+    plan, source = stage.plan, _parent_checkpoint(run, stage, state).model
     if trained.growth is not None:
         learned = {"steps": stage.learning.steps, "rate": stage.learning.rate, "last_step": state.step_count}
         return Made(dataclasses.replace(plan, data=learned), WithNoise(plan, trained.growth.materialise()))
     if needs_data(plan):
         rows = run.train.packed.samples(state.position, min(BATCH_SIZE, run.config.batch.global_batch_size))
-        found = gradmax_columns(plan, source, torch.from_numpy(rows).to(run.fabric.device))
+        found = gradmax_columns(plan, source, torch.from_numpy(rows))
         read = {"position": state.position, "batch_size": len(rows), "neurons_not_converged": found.n_open}
         made = WithNoise(plan, GradMaxWeights(plan, source, found.columns))
         return Made(dataclasses.replace(plan, data=read), made, found.flops)
-    return Made(plan, grow_weights(plan, source, reference_weights(plan, stage.reference)))
+    return Made(plan, GrownWeights(plan, source, reference=reference_weights(plan, stage.reference)))
 
 
-def _taken_over(run: Run, stage: Stage, trained: Trained, state: TrainState) -> Trained:
+def _taken_over(run: Run, stage: Stage, state: TrainState) -> Trained:
     """The same model under other settings: what goes on training keeps its moments."""
-    moments = named_state(trained.model, trained.optimizer.optimizer)
-    model = GPT(stage.config)
-    model.load_state_dict(trained.model.state_dict())
-    entered = set_up(run, stage, model, state)
-    load_trainable_state(entered, moments)
+    checkpoint = _parent_checkpoint(run, stage, state)
+    entered = set_up(run, stage, checkpoint.model, state)
+    load_trainable_state(entered, checkpoint.optimizer)
     return entered
 
 
-def load_trainable_state(trained: Trained, moments: dict) -> None:
+def load_trainable_state(trained: Trained, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Moments of the parameters that train; those of frozen ones are dropped."""
     trains = {name for name, parameter in trained.model.named_parameters() if parameter.requires_grad}
     load_named_state(
         trained.model,
         trained.optimizer.optimizer,
-        {name: slots for name, slots in moments.items() if name in trains},
+        {name: moments[name] for name in moments if name in trains},
     )
 
 

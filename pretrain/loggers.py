@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from grow.curves import EVALS_FILE, METRICS_FILE
 from lit_gpt.atomic import write_atomically
@@ -32,6 +32,32 @@ def cut_back(path: Path, stage: int, step: int) -> None:
         if (record["stage"], record["step"]) <= (stage, step):
             kept.append(line)
     write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
+
+
+class Log(Protocol):
+    """Where the records of a run go."""
+
+    def metrics(self, record: dict[str, Any]) -> None:
+        """One line of metrics.jsonl."""
+
+    def evaluation(self, records: list[dict[str, Any]]) -> None:
+        """Lines of evals.jsonl."""
+
+    def close(self) -> None:
+        """Nothing more will come."""
+
+
+class NoLog:
+    """Of processes beside the first, which logs for all."""
+
+    def metrics(self, record: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def evaluation(self, records: list[dict[str, Any]]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 class RunLog:
@@ -105,13 +131,13 @@ class Progress:
     is charged at its own price.
     """
 
-    def __init__(self, title: str, total_steps: int, done_steps: int, flops_left: float) -> None:
+    def __init__(self, title: str, total_steps: int, done_steps: int, flops_left: float, shown: bool = True) -> None:
         self.title = title
         self.total_steps = total_steps
         self.flops_left = flops_left
         self._flops_per_sec: float | None = None
         self._bar = self._task = None
-        if sys.stderr.isatty():
+        if shown and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn
 

@@ -17,6 +17,7 @@ from pretrain.evaluate import evaluate
 from pretrain.growth import closed_parts, enter_stage, learn_to_grow, learned_so_far, set_masks
 from pretrain.loggers import Progress, say
 from pretrain.optim import set_learning_rate
+from pretrain.parallel import gradients_shared, whole
 from pretrain.signals import StopRequested
 from pretrain.stages import Stage
 from pretrain.state import TrainState
@@ -50,8 +51,8 @@ def fit(run: Run, stage: Stage, trained: Trained, state: TrainState, *, until: i
         validate(run, stage, trained, state, "after_growth" if stage.is_grown else "start")
     config, last_log = run.config, (state.seconds, state.tokens)
     with (
-        run.train.batches(state.position, until - state.stage_step, config.batch, run.fabric) as batches,
-        Progress(stage.name, stage.steps, state.stage_step, run.flops_left(state)) as progress,
+        run.train.batches(state.position, until - state.stage_step, config.batch, run.world) as batches,
+        Progress(stage.name, stage.steps, state.stage_step, run.flops_left(state), run.world.is_first) as progress,
     ):
         while state.stage_step < until:
             started = time.perf_counter()
@@ -67,10 +68,11 @@ def fit(run: Run, stage: Stage, trained: Trained, state: TrainState, *, until: i
             every = config.validation.every_steps
             if every and state.step_count % every == 0:
                 validate(run, stage, trained, state, "every")
-            if run.stop.received or state.step_count % config.checkpoints.every_steps == 0:
+            stopping = run.world.any(run.stop.received is not None)  # any process may have got the signal
+            if stopping or state.step_count % config.checkpoints.every_steps == 0:
                 save(run, stage, trained, state)
-            if run.stop.received:
-                raise StopRequested(f"stopped by {run.stop.received}; repeat the command to go on")
+            if stopping:
+                raise StopRequested(f"stopped by {run.stop.received or 'another process'}; repeat the command to go on")
     if until < stage.steps:
         return
     following = run.stages[stage.index : stage.index + 1]
@@ -95,15 +97,17 @@ def train_step(
     if not stage.is_taught(state.stage_step):
         trained.taught = None
     module = trained.module if trained.taught is None else trained.taught
-    iters = run.config.batch.iters_per_step(run.fabric.world_size)
+    iters = run.config.batch.iters_per_step(run.world.size)
     loss = torch.zeros((), device=run.fabric.device)
-    for _ in range(iters):
+    for i in range(iters):
         rows = torch.from_numpy(next(batches)).to(run.fabric.device)  # (B, block_size + 1)
-        iter_loss = module(rows[:, :-1], rows[:, 1:], separator_id=run.train.separator_id) / iters
-        run.fabric.backward(iter_loss)
+        with gradients_shared(trained, run.world, last=i == iters - 1):
+            iter_loss = module(rows[:, :-1], rows[:, 1:], separator_id=run.train.separator_id) / iters
+            run.fabric.backward(iter_loss)
         loss += iter_loss.detach()
+    loss = run.world.mean_(loss)
     max_norm = stage.optimizer.grad_clip or math.inf
-    grad_norm = float(nn.utils.clip_grad_norm_(trained.parameters, max_norm))
+    grad_norm = float(whole(nn.utils.clip_grad_norm_(trained.parameters, max_norm)))
     check_finite(run, state, float(loss), grad_norm)
     optimizer.step()
     optimizer.zero_grad()
@@ -136,7 +140,7 @@ def advance(run: Run, stage: Stage, state: TrainState, loss: float, seconds: flo
     state.flops_computed += step_flops_computed(run.config, stage, state.stage_step)
     state.stage_step += 1
     state.step_count += 1
-    state.iter_num += batch.iters_per_step(run.fabric.world_size)
+    state.iter_num += batch.iters_per_step(run.world.size)
     state.position += batch.global_batch_size
     state.tokens += tokens_per_step(run.config, stage)
     state.seconds += seconds
@@ -190,7 +194,9 @@ def validate(run: Run, stage: Stage, trained: Trained, state: TrainState, when: 
     limit = run.config.validation.max_tokens
     max_tokens = None if limit is None else parse_token_count(limit)
     for validation_set in run.validation:
-        result = evaluate(trained.module, validation_set, run.config.batch.micro_batch_size, max_tokens, run.fabric)
+        result = evaluate(
+            trained.module, validation_set, run.config.batch.micro_batch_size, max_tokens, run.fabric.device, run.world
+        )
         common = {
             "step": state.step_count,
             "stage": stage.index,

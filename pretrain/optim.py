@@ -10,6 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from pretrain.config import OptimizerConfig, ScheduleConfig
+from pretrain.parallel import fill_
 
 OptimizerState = dict[str, dict[str, Tensor]]
 """Parameter name -> {"exp_avg", "exp_avg_sq", "step"}."""
@@ -70,6 +71,14 @@ def load_named_state(
         raise ValueError(f"optimizer state for unknown parameters: {', '.join(unknown[:5])}")
     for name, moments in state.items():
         # fused AdamW wants its step counter as fp32 beside the parameter
-        optimizer.state[parameters[name]] = {
-            key: tensor.to(device=parameters[name].device, copy=True) for key, tensor in moments.items()
-        }
+        optimizer.state[parameters[name]] = {key: _slot(parameters[name], each) for key, each in moments.items()}
+
+
+@torch.no_grad()
+def _slot(parameter: Tensor, whole: Tensor) -> Tensor:
+    """A part of a parameter's state, shared among processes as the parameter is."""
+    if not whole.dim():
+        return whole.to(device=parameter.device, copy=True)
+    slot = torch.empty_like(parameter, dtype=whole.dtype, requires_grad=False)
+    fill_(slot, whole)
+    return slot

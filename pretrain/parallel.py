@@ -1,20 +1,27 @@
-"""Where a run computes: the Fabric frame, and the precision and compilation that fit the device."""
+"""Where a run computes: the Fabric frame, precision and compilation, and how processes share a model."""
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
 
+from lit_gpt.config import Config
 from lit_gpt.kernels.products import cpu_multiplies_bf16
 from lit_gpt.model import GPT
-from pretrain.config import RunConfig
+from pretrain.config import ParallelConfig, RunConfig
+from pretrain.world import World
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+
+    from pretrain.training import Trained
 
 # Compiling blocks and loss costs 5 to 20 s cold on a CPU and is repaid after about this many tokens of a small model
 REPAID_AFTER_TOKENS = 400_000
@@ -36,27 +43,66 @@ class Compute:
         return torch.bfloat16 if self.precision == "bf16" else None
 
 
-def launch(config: RunConfig) -> Fabric:
-    """One process on one device.
+def launch(config: RunConfig, world: World) -> Fabric:
+    """The Fabric frame of this process, on its device; how processes share the work is `shard`'s business.
 
     Raises:
-        ValueError: the device is not there, or several processes were started.
+        ValueError: the device is not there.
     """
     from lightning_fabric import Fabric
     from lightning_fabric.plugins.environments import LightningEnvironment
 
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size > 1:
-        raise ValueError(f"WORLD_SIZE={world_size}: this version trains in one process; start it without torchrun")
+    accelerator = device_type(config)
+    device = [world.local_rank] if accelerator == "cuda" else 1
+    if accelerator == "cuda" and torch.cuda.device_count() < world.local_size:
+        raise ValueError(
+            f"{world.local_size} processes on this node and {torch.cuda.device_count()} CUDA devices; start one "
+            f"process per device (srun --ntasks-per-node, torchrun --nproc-per-node)"
+        )
+    # each process is one to Fabric, also under SLURM: it would look for srun and start a process group of its own
+    fabric = Fabric(accelerator=accelerator, devices=device, precision="32-true", plugins=[LightningEnvironment()])
+    fabric.launch()
+    return fabric
+
+
+def device_type(config: RunConfig) -> str:
+    """cuda or cpu.
+
+    Raises:
+        ValueError: another one is asked for, or CUDA where there is none.
+    """
     if config.device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device={config.device!r} must be auto, cpu or cuda")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda, but torch sees no CUDA device; use device=auto or cpu")
-    accelerator = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
-    # one process is one process, also where SLURM is installed: Fabric would look for it and warn of a missing srun
-    fabric = Fabric(accelerator=accelerator, devices=1, precision="32-true", plugins=[LightningEnvironment()])
-    fabric.launch()
-    return fabric
+    return "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def check_world(config: RunConfig, world: World) -> None:
+    """Refuse what these processes cannot share evenly.
+
+    Raises:
+        ValueError: with the values that can be.
+    """
+    config.batch.iters_per_step(world.size)
+    replicas = config.parallel.replicas
+    if replicas is not None and (replicas < 1 or world.size % replicas):
+        fits = [n for n in range(1, world.size + 1) if world.size % n == 0]
+        raise ValueError(
+            f"parallel.replicas={replicas} must divide the {world.size} processes; "
+            f"it can be {', '.join(map(str, fits))}"
+        )
+    if replicas not in (None, 1) and config.parallel.strategy == "ddp":
+        raise ValueError("parallel.replicas has no effect with strategy=ddp, where each process is one; remove it")
+
+
+def describe_world(parallel: ParallelConfig, world: World) -> str:
+    """For the log: how many processes share the work, and how."""
+    how = "each with the whole model (DDP)"
+    if is_sharded(parallel, world):
+        replicas = parallel.replicas or 1
+        how = f"the model sharded over {world.size // replicas}" + (f", {replicas} replicas" if replicas > 1 else "")
+    return f"{world.size} on {world.n_nodes} node(s), started by {world.launcher}, {how}"
 
 
 def find_cpp_compiler() -> str | None:
@@ -92,12 +138,124 @@ def choose_compute(config: RunConfig, device: torch.device, total_tokens: int) -
     return Compute(precision, "block", f"{hardware}, compiled with {os.path.basename(compiler)}")
 
 
-def prepare_model(model: GPT, compute: Compute, device: torch.device) -> GPT:
-    """Move, cast and compile in place; the keys of the state dict stay as they are."""
-    model.to(device)
-    model.compute_dtype = compute.compute_dtype
+def build_model(
+    config: Config,
+    weights: Mapping[str, Tensor],
+    compute: Compute,
+    parallel: ParallelConfig,
+    world: World,
+    *,
+    device: torch.device,
+    frozen: Collection[str] = (),
+) -> GPT:
+    """A model that computes as it is to, its parts where they belong, with its weights.
+
+    It is built without memory first; then every process makes room for its own part and fills it, one parameter at a
+    time, so that no process ever holds the whole of a sharded model.
+
+    Args:
+        config: sizes.
+        weights: parameter name -> whole tensor; a lazy mapping is read one tensor after the other.
+        compute: precision and compilation.
+        parallel: how processes share the model.
+        world: the processes.
+        device: of this process.
+        frozen: parameters that do not train.
+    """
+    with torch.device("meta"):
+        model = GPT(config)
     if compute.precision == "bf16-true":
         model.to(torch.bfloat16)
+    model.compute_dtype = compute.compute_dtype
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    _compile(model, compute)
+    if is_sharded(parallel, world):
+        _shard(model, compute, parallel, world, device)
+    model.to_empty(device=device)
+    if config.tie_embeddings:
+        model.lm_head.weight = model.transformer.wte.weight  # each got a memory of its own
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            fill_(parameter, weights[name])
+    return model
+
+
+def is_sharded(parallel: ParallelConfig, world: World) -> bool:
+    """Whether every process holds a part of the model only."""
+    return parallel.strategy == "fsdp" or (parallel.strategy == "auto" and world.size > 1)
+
+
+def fill_(parameter: Tensor, whole: Tensor) -> None:
+    """Copy a whole tensor into a parameter, or into the part of it that this process holds; nothing is communicated."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if isinstance(parameter, DTensor):
+        local = whole.to(device=parameter.device, dtype=parameter.dtype)
+        whole = distribute_tensor(local, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.copy_(whole)
+
+
+def _shard(model: GPT, compute: Compute, parallel: ParallelConfig, world: World, device: torch.device) -> None:
+    """FSDP2: a unit per block, and one of embedding, final norm and head."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    replicas = parallel.replicas or 1
+    if replicas > 1:
+        mesh = init_device_mesh(device.type, (replicas, world.size // replicas), mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh(device.type, (world.size,), mesh_dim_names=("shard",))
+    policy = MixedPrecisionPolicy(param_dtype=compute.compute_dtype, reduce_dtype=torch.float32)
+    for block in model.transformer.h:
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=parallel.reshard_after_forward)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(model, "hidden")  # a student's and a teacher's door
+
+
+def replicate(module: nn.Module, parallel: ParallelConfig, world: World, device: torch.device) -> nn.Module:
+    """The module behind DDP where that is asked for; a sharded or single one as it is."""
+    if parallel.strategy != "ddp" or world.size == 1:
+        return module
+    from torch.nn.parallel import DistributedDataParallel
+
+    return DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+@contextmanager
+def gradients_shared(trained: Trained, world: World, *, last: bool) -> Iterator[None]:
+    """Around one forward and backward: gradients are averaged over the processes in the last one of a step.
+
+    With Fabric's `no_backward_sync` a sharded model is left without gradients (seen in 2.6.6), so it is not used.
+    """
+    from torch.distributed.fsdp import FSDPModule
+    from torch.nn.parallel import DistributedDataParallel
+
+    module = trained.module.module  # what Fabric wraps
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(last)
+        module.set_is_last_backward(last)
+        yield
+    elif isinstance(module, DistributedDataParallel):
+        with nullcontext() if last else module.no_sync():
+            yield
+    else:
+        yield
+        if last:
+            for parameter in trained.parameters:
+                if parameter.grad is not None:
+                    world.mean_(parameter.grad)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of which every process holds a part, gathered; any other one as it is."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _compile(model: GPT, compute: Compute) -> None:
+    """In place: the keys of the state dict stay as they are."""
     if compute.compile == "model":
         model.compile(dynamic=False)
     elif compute.compile == "block":
@@ -105,4 +263,3 @@ def prepare_model(model: GPT, compute: Compute, device: torch.device) -> GPT:
         for block in model.transformer.h:
             block.compile(dynamic=False)
         model.loss_kernel = torch.compile(model.loss_kernel, dynamic=False)
-    return model

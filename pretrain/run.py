@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from lit_gpt.checkpoint import (
 from lit_gpt.config import Config
 from lit_gpt.errors import DataError
 from lit_gpt.flops import Flops, count_parameters, flops_per_token
-from lit_gpt.model import GPT, init_weights
+from lit_gpt.model import InitialWeights
 from pretrain.checkpointing import RunCheckpoints, check_settings
 from pretrain.command_line import Invocation
 from pretrain.config import RunConfig, StageConfig, to_plain
@@ -41,7 +41,7 @@ from pretrain.corpus import Corpus, model_config_for, read_corpus
 from pretrain.data import TrainData, check_epochs, open_train_data, open_validation_sets
 from pretrain.growth import load_trainable_state, set_up
 from pretrain.held_out import ValidationSet
-from pretrain.loggers import EVALS_FILE, METRICS_FILE, TENSORBOARD_FOLDER, RunLog, say
+from pretrain.loggers import EVALS_FILE, METRICS_FILE, TENSORBOARD_FOLDER, NoLog, RunLog, say
 from pretrain.loop import describe_stages, train_in_stages
 from pretrain.origin import (
     check_separator,
@@ -55,11 +55,12 @@ from pretrain.origin import (
     parent_state,
     with_saved_name,
 )
-from pretrain.parallel import choose_compute, launch
+from pretrain.parallel import check_world, choose_compute, describe_world, device_type, launch
 from pretrain.signals import StopSignal
 from pretrain.stages import Stage, plan_stages
 from pretrain.state import TrainState
 from pretrain.training import Run, Trained, stage_flops, tokens_per_step
+from pretrain.world import ALONE, World, connected, find_world, in_turn
 
 CONFIG_FILE = "config.yaml"
 INDEX_FOLDER = "data_index"
@@ -92,55 +93,72 @@ def run(invocation: Invocation, command: list[str]) -> None:
         DataError, OSError: damaged or missing files, a folder that cannot be written.
         NonFiniteError, StopRequested: see pretrain/loop.py.
     """
-    plan = preflight(invocation)
+    world = find_world()
+    if not world.is_first:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the first process speaks for all, to the end)
+    with connected(world, device_type(invocation.config)), ExitStack() as held:
+        plan = in_turn(world, lambda: preflight(invocation, world))
+        if invocation.dry_run:
+            if plan.own is not None:
+                resumed_state(plan.own, plan.config, plan.train)
+            describe(plan)
+            return
+        out_dir = Path(plan.config.out_dir)
+        if world.is_first:
+            in_turn(world, lambda: held.enter_context(run_folder(out_dir, invocation.fresh)))
+        else:
+            in_turn(world, lambda: None)
+        train(plan, world, command)
+
+
+def train(plan: Plan, world: World, command: list[str]) -> None:
+    """Start or resume in a folder that nobody else trains in."""
     config, stages = plan.config, plan.stages
-    if invocation.dry_run:
-        if plan.own is not None:
-            resumed_state(plan.own, config, plan.train)
-        describe(plan)
-        return
-    fabric = launch(config)
+    fabric = launch(config, world)
     compute = choose_compute(config, fabric.device, plan.samples * stages[-1].config.block_size)
     out_dir = Path(config.out_dir)
-    with run_folder(out_dir, invocation.fresh):
-        metadata = {
-            "run_config": to_plain(config),
-            "seed": config.seed,
-            "command": command,
-            "tokenizer": plan.corpus.tokenizer_entry,
-            "separator_id": plan.train.separator_id,
-            "compute": {"precision": compute.precision, "compile": compute.compile, "reason": compute.reason},
-        }
-        checkpoints = RunCheckpoints(out_dir, config.checkpoints, metadata)
-        checkpoint = checkpoints.resume()
-        state = (
-            resumed_state(checkpoint.state, config, plan.train) if checkpoint else TrainState(position=plan.position)
-        )
-        if is_finished(state, stages):
-            say(f"{out_dir} is finished: {state.step_count:,} steps. --fresh starts over")
-            return
+    metadata = {
+        "run_config": to_plain(config),
+        "seed": config.seed,
+        "command": command,
+        "tokenizer": plan.corpus.tokenizer_entry,
+        "separator_id": plan.train.separator_id,
+        "compute": {"precision": compute.precision, "compile": compute.compile, "reason": compute.reason},
+    }
+    checkpoints = RunCheckpoints(out_dir, config.checkpoints, metadata, world)
+    checkpoint = checkpoints.resume()
+    state = resumed_state(checkpoint.state, config, plan.train) if checkpoint else TrainState(position=plan.position)
+    if is_finished(state, stages):
+        say(f"{out_dir} is finished: {state.step_count:,} steps. --fresh starts over")
+        return
+    if world.is_first:
         settings = yaml.safe_dump(to_plain(config), sort_keys=False)
         write_atomically(out_dir / CONFIG_FILE, settings.encode())  # those of this sitting; some may change
-        describe(plan)
-        say(f"compute: {compute.precision}, compile {compute.compile} ({compute.reason})")
-        stage = stages[state.grown_into_stage - 1]  # the one whose model there is: the next may still learn to grow
-        with StopSignal() as stop:
-            kept_stage = 0 if checkpoint is None else state.stage  # nothing stays of a run killed before its first save
-            log = RunLog(out_dir, stage=kept_stage, step=state.step_count, tensorboard=config.logging.tensorboard)
-            this_run = Run(config, stages, fabric, compute, plan.train, plan.validation, checkpoints, log, stop)
-            trained = (
-                start(this_run, stage, state) if checkpoint is None else resume(this_run, stage, checkpoint, state)
-            )
-            try:
-                train_in_stages(this_run, trained, state)
-            finally:
-                log.close()
-        say(f"done: {state.step_count:,} steps, {state.tokens:,} tokens; last checkpoint {checkpoints.last}")
+    describe(plan)
+    say(f"compute: {compute.precision}, compile {compute.compile} ({compute.reason})")
+    if world.size > 1:
+        say(f"processes: {describe_world(config.parallel, world)}")
+    stage = stages[state.grown_into_stage - 1]  # the one whose model there is: the next may still learn to grow
+    with StopSignal() as stop:
+        kept_stage = 0 if checkpoint is None else state.stage  # nothing stays of a run killed before its first save
+        log = (
+            RunLog(out_dir, stage=kept_stage, step=state.step_count, tensorboard=config.logging.tensorboard)
+            if world.is_first
+            else NoLog()
+        )
+        this_run = Run(config, stages, fabric, world, compute, plan.train, plan.validation, checkpoints, log, stop)
+        trained = start(this_run, stage, state) if checkpoint is None else resume(this_run, stage, checkpoint, state)
+        try:
+            train_in_stages(this_run, trained, state)
+        finally:
+            log.close()
+    say(f"done: {state.step_count:,} steps, {state.tokens:,} tokens; last checkpoint {checkpoints.last}")
 
 
-def preflight(invocation: Invocation) -> Plan:
+def preflight(invocation: Invocation, world: World = ALONE) -> Plan:
     """Resolve and check all that can be checked before anything is computed; what raises, raises here."""
     config = invocation.config
+    check_world(config, world)
     corpus = read_corpus(config.data, look_beside=config.model.vocab_size is None)
     model_config = model_config_for(corpus, config.model)
     own = None if invocation.fresh else own_state(Path(config.out_dir))
@@ -259,13 +277,10 @@ def remove_run(out_dir: Path) -> None:
 def start(this_run: Run, stage: Stage, state: TrainState) -> Trained:
     """Step 0: initial weights, or those of `init_from`; `state` takes over what the latter brings along."""
     config = this_run.config
-    model = GPT(stage.config)
     if config.init_from is None:
-        init_weights(model, config.seed)
-        return set_up(this_run, stage, model, state)
+        return set_up(this_run, stage, InitialWeights(stage.config, config.seed), state)
     source = Path(config.init_from)
-    model.load_state_dict(dict(read_weights(source)))
-    trained = set_up(this_run, stage, model, state)
+    trained = set_up(this_run, stage, read_weights(source), state)
     if detect_form(source) == "training":
         inherit(trained, state, read_training(source))
     else:
@@ -335,9 +350,7 @@ def resumed_state(state: dict[str, Any], config: RunConfig, train: TrainData) ->
 
 def resume(this_run: Run, stage: Stage, checkpoint: TrainingCheckpoint, state: TrainState) -> Trained:
     """The model and optimizer of a checkpoint, to the bit."""
-    model = GPT(stage.config)
-    model.load_state_dict(checkpoint.model)
-    trained = set_up(this_run, stage, model, state)
+    trained = set_up(this_run, stage, checkpoint.model, state)
     load_trainable_state(trained, checkpoint.optimizer)
     if checkpoint.rng is not None:
         torch.set_rng_state(checkpoint.rng["torch"])

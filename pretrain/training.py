@@ -14,11 +14,12 @@ from pretrain.checkpointing import RunCheckpoints
 from pretrain.config import RunConfig
 from pretrain.data import TrainData
 from pretrain.held_out import ValidationSet
-from pretrain.loggers import RunLog
+from pretrain.loggers import Log
 from pretrain.parallel import Compute
 from pretrain.signals import StopSignal
 from pretrain.stages import Stage
 from pretrain.state import TrainState
+from pretrain.world import World
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -31,11 +32,12 @@ class Run:
     config: RunConfig
     stages: list[Stage]
     fabric: Fabric
+    world: World
     compute: Compute
     train: TrainData
     validation: list[ValidationSet]
     checkpoints: RunCheckpoints
-    log: RunLog
+    log: Log
     stop: StopSignal
 
     def flops_left(self, state: TrainState) -> float:

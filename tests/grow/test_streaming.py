@@ -11,14 +11,16 @@ import sys
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from grow.apply import grow_checkpoint, grow_optimizer, grow_weights
-from grow.grown import GrownWeights
-from grow.operators import plan_growth
+from grow.apply import grow_checkpoint, grow_optimizer, grow_weights, make_weights
+from grow.grown import GrownWeights, copied_parameters
+from grow.operators import needs_data, plan_growth
 from grow.plan import OPTIMIZER_POLICIES, GrowthPlan
 from grow.registry import OPERATORS
+from grow.samples import open_samples
 from lit_gpt import atomic
 from lit_gpt.axes import parameter_shapes
 from lit_gpt.checkpoint import (
@@ -36,6 +38,7 @@ from lit_gpt.config import Config
 from lit_gpt.errors import DataError
 from lit_gpt.exchange_writer import Copies
 from lit_gpt.lazy_tensors import LazyTensors, TensorSpec
+from lit_gpt.packed_dataset import write_token_file
 from tests.grow.test_apply import digest, toy_moments, training_state, tree_digest
 from tests.toys import toy_config, toy_weights
 
@@ -43,12 +46,18 @@ CONFIG = toy_config(vocab_size=20)
 SIZES = {"solar": {"n_layer": 2}, "one-layer": {"n_layer": 3}, "lidas": {"n_layer": 6}, "inheritune": {"n_layer": 1}}
 SIZES |= {name: {"n_layer": 3} for name in ("llama-pro", "midas", "gradual", "mslt", "random-depth")}
 SIZES |= {name: {"n_layer": 4, "n_embd": 32} for name, op in OPERATORS.items() if op.axis == "both"}
-SIZES |= {"partial": {"layer_map": "1-12*2-2"}}
+SIZES |= {
+    "opt-deus": {"n_layer": 5},
+    "lesa": {"n_layer": 5},
+    "partial": {"layer_map": "1-12*2-2"},
+    "learn-depth": {"n_layer": 4, "learn_steps": 2},
+}
+SIZES["learn-width"] |= {"learn_steps": 2}
 
 
 def plan_of(name: str) -> GrowthPlan:
-    """A growth of a two-layer model by any operator; two of them need another depth."""
-    src = toy_config(vocab_size=20, n_layer={"one-layer": 1, "lidas": 4}.get(name, 2))
+    """A growth of a two-layer model by any operator; some of them need another depth."""
+    src = toy_config(vocab_size=20, n_layer={"one-layer": 1, "lidas": 4, "opt-deus": 3, "lesa": 3}.get(name, 2))
     default = {"factor": 2} if "factor" in OPERATORS[name].options else {"n_layer": 4}
     return plan_growth(name, src, **SIZES.get(name, default))
 
@@ -78,12 +87,15 @@ def inodes(path: Path) -> set[int]:
 @pytest.mark.parametrize("name", OPERATORS)
 def test_every_operator_makes_the_same_weights_from_file_to_file_as_in_memory(tmp_path, name):
     plan = plan_of(name)
-    expected = digest(grow_weights(plan, toy_weights(plan.src)))
+    ids = torch.randint(20, (400,), generator=torch.Generator().manual_seed(0)).numpy()
+    write_token_file(tmp_path / "tokens.bin", ids, np.dtype("uint16"))
+    samples = open_samples(tmp_path / "tokens.bin", plan.src) if needs_data(plan) else None
+    expected = digest(make_weights(plan, toy_weights(plan.src), samples=samples).weights)
     for form in (TRAINING, "exchange"):
         source = write_source(tmp_path / form, plan.src, form=form)
         before = tree_digest(source)
 
-        grow_checkpoint(source, tmp_path / f"{form}-grown", plan)
+        grow_checkpoint(source, tmp_path / f"{form}-grown", plan, samples=samples)
 
         assert digest(read_weights(tmp_path / f"{form}-grown")) == expected, form
         assert verify(tmp_path / f"{form}-grown") == [] and tree_digest(source) == before
@@ -132,7 +144,9 @@ def test_copies_go_from_several_files_into_several_others(exchanged, tmp_path):
     source = read_exchange(exchanged).weights
     grown = GrownWeights(plan, source)
 
-    write_exchange(tmp_path / "dst", plan.dst, grown, max_shard_bytes=7000, copies=Copies(source, grown.copies()))
+    write_exchange(
+        tmp_path / "dst", plan.dst, grown, max_shard_bytes=7000, copies=Copies(source, copied_parameters(plan))
+    )
 
     assert len(list((tmp_path / "dst").glob("*.safetensors"))) > len(list(exchanged.glob("*.safetensors"))) > 2
     assert verify(tmp_path / "dst") == []

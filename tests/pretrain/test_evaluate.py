@@ -170,20 +170,22 @@ def test_a_token_outside_the_vocabulary_is_an_error_in_a_short_row_too(tmp_path)
 TWO_PROCESSES = """
 import json, sys
 from pathlib import Path
-from lightning_fabric import Fabric
+import torch
 from pretrain.evaluate import evaluate
 from tests.pretrain.test_evaluate import held_out, BLOCK_SIZE, VOCAB_SIZE
 from lit_gpt.config import Config
 from lit_gpt.model import GPT, init_weights
 
-fabric = Fabric(accelerator="cpu", devices=int(sys.argv[1]), strategy="ddp" if int(sys.argv[1]) > 1 else "auto")
-fabric.launch()
+from pretrain.world import connected, find_world
+
+world = find_world()
 sizes = {"n_embd": 16, "n_head": 2, "head_size": 8, "intermediate_size": 32}
 model = GPT(Config(n_layer=2, block_size=BLOCK_SIZE, vocab_size=VOCAB_SIZE, **sizes))
 init_weights(model, 1)
-folder = Path(sys.argv[2]) / f"{fabric.world_size}-{fabric.global_rank}"
+folder = Path(sys.argv[2]) / f"{world.size}-{world.rank}"
 folder.mkdir()
-result = evaluate(fabric.setup_module(model), held_out(folder), 4, None, fabric)
+with connected(world, "cpu"):
+    result = evaluate(model, held_out(folder), 4, None, torch.device("cpu"), world)
 (folder / "result").write_text(repr(result))
 """
 
