@@ -103,7 +103,7 @@ def receipt_lines(receipt: dict[str, Any]) -> Iterator[str]:
     if receipt["reference"] is not None:
         yield f"  reference   {receipt['reference']}"
     yield f"  manifest    {receipt['manifest']}"
-    if receipt["tokens"] is not None:
+    if None not in (receipt["tokens"], receipt["flops_total"]):
         yield f"  behind it   {receipt['tokens']:,} tokens, {receipt['flops_total']:.4g} FLOPs"
     if receipt["data"]:
         yield from describe_learned(receipt["data"], receipt["growth_flops"])

@@ -147,8 +147,9 @@ def _grown(run: Run, stage: Stage, trained: Trained, state: TrainState) -> Train
 
 
 def _parent_checkpoint(run: Run, stage: Stage, state: TrainState) -> TrainingCheckpoint:
-    """What the stage before ended with; it was verified when it was written or resumed from."""
-    return read_training(_parent(run, stage, state), verify=False)
+    """What the stage before ended with; unless it was just written or resumed from, its checksums are compared."""
+    parent = _parent(run, stage, state)
+    return read_training(parent, verify=parent != run.checkpoints.last)
 
 
 def _make(run: Run, stage: Stage, trained: Trained, state: TrainState) -> Made:

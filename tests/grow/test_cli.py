@@ -185,6 +185,12 @@ def test_apply_prints_its_receipt_as_json(capsys, model_folder, tmp_path):
     assert receipt["destination"] == str(tmp_path / "grown") and (tmp_path / "grown" / "growth.json").is_file()
 
 
+def test_a_receipt_does_not_ask_for_a_cost_that_nobody_recorded(capsys, tmp_path):
+    folder = write_exchange(tmp_path / "model", toy_config(), toy_weights(toy_config()), provenance={"tokens": 2})
+    code, out, _ = grow(capsys, "apply", folder, tmp_path / "grown", "--operator", "stack", "--factor", 2)
+    assert code == 0 and "manifest" in out and "behind it" not in out
+
+
 def test_a_dry_run_writes_nothing(capsys, model_folder, tmp_path):
     arguments = ("apply", model_folder, tmp_path / "grown", "--operator=stack", "--n-layer=4", "--dry-run")
 

@@ -207,6 +207,18 @@ def test_the_parent_of_a_learned_growth_is_the_model_before_and_stays_on_the_dis
     assert record["parent"] == manifest_sha256(before) and record["parent_path_name"] == before.name
 
 
+def test_a_growth_that_is_still_learned_does_not_go_on_from_a_damaged_parent(finished, finish, tmp_path):
+    folder = Path(shutil.copytree(finished("learned"), tmp_path / "run"))
+    for path in checkpoints(folder)[4:]:  # all but the first step of learning
+        shutil.rmtree(path)
+    file = checkpoints(folder)[2] / "__0_0.distcp"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(DataError, match="does not have the crc32"):
+        finish(RUNS["learned"], folder)
+
+
 def test_a_gradient_behind_new_neurons_is_charged_and_keeps_the_loss(finished):
     folder = finished("gradmax")
     losses = {r["when"]: r["value"] for r in records(folder, "evals.jsonl") if r["metric"] == "loss"}
