@@ -97,6 +97,7 @@ def run_apply(args: argparse.Namespace) -> None:
     import torch
 
     from grow.apply import grow_checkpoint, read_reference
+    from grow.grown import check_policy
     from grow.record import summary
     from lit_gpt.checkpoint import read_config
 
@@ -108,6 +109,7 @@ def run_apply(args: argparse.Namespace) -> None:
         reference=read_reference(reference) if reference else None,
         **{name: getattr(args, name) for name in PLAN_ARGUMENTS},
     )
+    check_policy(plan, args.optimizer_policy)
     samples = open_data(args, plan, src)
     if not args.json:
         print_lines(plan_lines(plan, args.optimizer_policy))

@@ -319,10 +319,10 @@ def check_init_from(config: RunConfig, stage: Stage, fresh: bool) -> None:
 def inherit_history(state: TrainState, provenance: dict[str, Any]) -> None:
     """Take over what growth.json of an exchange form says of the models behind it; a foreign folder says nothing."""
     state.history = list(provenance.get("history", []))
-    if state.history:
-        state.parent_tokens = state.history[-1]["tokens"] or 0
-        total, growth = state.history[-1]["flops_total"], [each.get("growth_flops", 0) for each in state.history]
-        state.parent_flops = Flops(paper=sum(growth) if total is None else total)
+    at_growth = state.history[-1] if state.history else {}  # training may have gone on since
+    tokens, total = (provenance.get(key, at_growth.get(key)) for key in ("tokens", "flops_total"))
+    growths = sum(each.get("growth_flops", 0) for each in state.history)
+    state.parent_tokens, state.parent_flops = tokens or 0, Flops(paper=growths if total is None else total)
 
 
 def inherit(trained: Trained, state: TrainState, parent: TrainingCheckpoint) -> None:

@@ -191,6 +191,13 @@ def test_a_receipt_does_not_ask_for_a_cost_that_nobody_recorded(capsys, tmp_path
     assert code == 0 and "manifest" in out and "behind it" not in out
 
 
+def test_a_dry_run_refuses_a_policy_that_the_growth_would_refuse(capsys, model_folder, tmp_path):
+    arguments = ("apply", model_folder, tmp_path / "grown", "--operator", "learn-depth", "--n-layer", 4, "--dry-run")
+    assert grow(capsys, *arguments)[0] == 0
+    code, out, err = grow(capsys, *arguments, "--optimizer-policy", "map")
+    assert code == 2 and not out and "'map' does not go with learn-depth" in err
+
+
 def test_a_dry_run_writes_nothing(capsys, model_folder, tmp_path):
     arguments = ("apply", model_folder, tmp_path / "grown", "--operator=stack", "--n-layer=4", "--dry-run")
 
