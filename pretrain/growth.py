@@ -160,7 +160,7 @@ def _make(run: Run, stage: Stage, trained: Trained, state: TrainState) -> Made:
         return Made(dataclasses.replace(plan, data=learned), WithNoise(plan, trained.growth.materialise()))
     if needs_data(plan):
         rows = run.train.packed.samples(state.position, min(BATCH_SIZE, run.config.batch.global_batch_size))
-        found = gradmax_columns(plan, source, torch.from_numpy(rows))
+        found = gradmax_columns(plan, source, torch.from_numpy(rows), run.train.separator_id)
         read = {"position": state.position, "batch_size": len(rows), "neurons_not_converged": found.n_open}
         made = WithNoise(plan, GradMaxWeights(plan, source, found.columns))
         return Made(dataclasses.replace(plan, data=read), made, found.flops)
