@@ -187,7 +187,7 @@ def load_hf_names(model: nn.Module, config: Config) -> None:
     """The weights of seed 0 under transformers' names."""
     weights: dict[str, Tensor] = {}
     for name in parameter_shapes(config):
-        weights |= to_hf(name, init_tensor(name, config, seed=0), config)
+        weights |= to_hf(name, lambda each: init_tensor(each, config, seed=0), config)
     model.load_state_dict(weights)
 
 

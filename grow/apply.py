@@ -37,6 +37,7 @@ from lit_gpt.checkpoint import (
 )
 from lit_gpt.config import Config
 from lit_gpt.errors import DataError
+from lit_gpt.exchange_files import LitWeights
 from lit_gpt.exchange_writer import Copies
 from lit_gpt.lazy_tensors import CastWeights
 from lit_gpt.problems import raise_problems
@@ -229,7 +230,8 @@ def _check_source(found: Config, plan: GrowthPlan, src_path: Path) -> None:
 def _grow_training(src_path: Path, dst_path: Path, plan: GrowthPlan, policy: str, making: Making) -> dict[str, Any]:
     source = read_training(src_path, verify_up_to_bytes=SMALL_FILE_BYTES)
     check_open(source.state, src_path)
-    optimizer, copies = GrownOptimizer(plan, source.optimizer, policy), making.copies(plan)
+    optimizer = GrownOptimizer(plan, source.optimizer, policy)
+    copies = making.copies(plan) if source.manifest["files"] else {}  # of a legacy file nothing can be linked
     only_linked = bool(copies) and not plan.fused_layers
     finite = _check_weights_as_needed(source, src_path, plan, making.allow_non_finite, linked=only_linked)
     made = making.weights(plan, source.model)
@@ -280,7 +282,8 @@ def _stored_copies(copies: Mapping[str, str], optimizer: GrownOptimizer) -> dict
 def _grow_exchange(src_path: Path, dst_path: Path, plan: GrowthPlan, policy: str, making: Making) -> dict[str, Any]:
     source = read_exchange(src_path, verify_weights=False)  # they are checked while they are copied
     check_optimizer(plan, {}, policy)  # refuses what needs moments
-    if needs_data(plan):
+    in_files = isinstance(source.weights, LitWeights)
+    if needs_data(plan) or not in_files:
         check_weights(plan.src, source.weights, str(src_path), allow_non_finite=making.allow_non_finite)
     before = source.provenance or {}
     made = making.weights(plan, source.weights)
@@ -299,6 +302,7 @@ def _grow_exchange(src_path: Path, dst_path: Path, plan: GrowthPlan, policy: str
         made.weights,
         tokenizer_dir=src_path if any((src_path / name).is_file() for name in FILE_NAMES) else None,
         provenance={**before, **behind, "history": [*before.get("history", []), record]},
-        copies=Copies(source.weights, making.copies(plan), making.allow_non_finite),
+        copies=Copies(source.weights, making.copies(plan), making.allow_non_finite) if in_files else None,
+        special_ids=source.special_ids,
     )
     return record

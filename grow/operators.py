@@ -14,6 +14,7 @@ from grow.layer_map import LayerMap, format_layer_map, further_copies
 from grow.plan import NEEDS_SCIPY, GrowthPlan, Reference, differing_sizes
 from grow.registry import BY_NAME, IN_WIDTH, LEARNING, OPERATORS, RETIRED, SIZES, UNAVAILABLE, Operator
 from grow.sizes import scaled_depth, with_depth
+from lit_gpt.axes import OPTIONAL_IN_BLOCK, names_in_block
 from lit_gpt.config import Config
 
 
@@ -87,6 +88,8 @@ def plan_growth(
     )
     _check_kinds({**options, "seed": seed, "noise": noise})
     _check_learning(options)
+    if op.needs_data:
+        _check_plain(op, src)
     making = {name: value for name, value in options.items() if name not in LEARNING}
     if reference is not None:
         plan = _plan_appended(op, src, scaled_depth(src.n_layer, n_layer, factor), reference, seed)
@@ -96,6 +99,16 @@ def plan_growth(
         plan = _plan_width(op, src, n_layer, _given(**sizes, factor=factor), seed, making)
     written = {**_given(layer_map=layer_map if isinstance(layer_map, str) else None), **options}
     return dataclasses.replace(plan, options=written, noise=noise)
+
+
+def _check_plain(op: Operator, src: Config) -> None:
+    """What is learned or drawn from gradients knows the matrices and norms of a plain Llama."""
+    more = [name for name in names_in_block(src) if name in OPTIONAL_IN_BLOCK]
+    if more:
+        raise ValueError(
+            f"{op.name} cannot grow a model of family {src.family} with {', '.join(more)}; use one that copies, "
+            f"e.g. stack or hypercloning"
+        )
 
 
 def _given(**values: Any) -> dict[str, Any]:
@@ -119,7 +132,7 @@ def _plan_depth(
     return GrowthPlan(
         op.name,
         src,
-        with_depth(src, len(layers)),
+        with_depth(src, len(layers), layers),
         layers,
         seed,
         identity_layers=identity_layers,
@@ -162,8 +175,9 @@ def _plan_width(
     dst = op.grown_sizes(src, **sizes)
     if n_layer is not None:
         _check_not_smaller(op, src.n_layer, n_layer)
-        dst = with_depth(dst, n_layer)
-    layers = {} if op.layers is None else {"layer_map": op.layers(src.n_layer, dst.n_layer)}
+    layers = {} if op.layers is None else {"layer_map": op.layers(src.n_layer, n_layer or src.n_layer)}
+    if n_layer is not None:
+        dst = with_depth(dst, n_layer, layers.get("layer_map"))
     plan = op.width(src, dst, seed=seed, **layers, **options)
     if plan.width is not None and plan.width.is_identity and plan.dst.norm_eps == src.norm_eps:
         return dataclasses.replace(plan, width=None)

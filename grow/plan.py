@@ -8,17 +8,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from grow.layer_map import check_layer_map, connection_rate_text
+from grow.sizes import with_depth
 from grow.width_plan import SIZES, WidthPlan
 from lit_gpt.axes import layer_of, name_in_block, parameter_shapes, with_layer
-from lit_gpt.config import Config, unknown_key
+from lit_gpt.config import PER_LAYER, WITHOUT_EFFECT, Config, unknown_key
 
 OPTIMIZER_POLICIES = {
     "reset": "the optimizer starts anew",
     "map": "every copy takes the step of what it was copied from, and its moments as far as gradients are shared",
     "map-old-zero-new": "the first copy of each layer, channel and head keeps moments and step, the rest is zero",
 }
-SILENCED = ("attn.proj.weight", "mlp.swiglu.w3.weight")
-"""What a block writes with; where both are zero it passes its input on unchanged, whatever else it holds."""
+SILENCED = ("attn.proj.weight", "attn.proj.bias", "mlp.swiglu.w3.weight", "mlp.swiglu.w3.bias")
+"""What a block writes with; where all are zero it passes its input on unchanged, whatever else it holds."""
 FUSIONS = {
     "aligned": "the mean of two neighbours, heads and neurons of the upper one matched to those of the lower one",
     "predicted": "what a network, fitted to the layers of the source, predicts between two neighbours",
@@ -105,7 +106,9 @@ class GrowthPlan:
         object.__setattr__(self, "layer_map", tuple(self.layer_map))  # the dataclass is frozen
         for mark in MARKS:
             object.__setattr__(self, mark, tuple(sorted(set(getattr(self, mark)))))
-        explained = {"n_layer", "head_size", *SIZES} if self.fresh or self.width is not None else {"n_layer"}
+        explained = {"n_layer", *PER_LAYER}
+        if self.fresh or self.width is not None:
+            explained |= {"head_size", *SIZES}
         changed = [name for name in differing_sizes(self.src, self.dst) if name not in explained]
         problems = [_change(name, self.src, self.dst) for name in changed]
         if self.width is not None:
@@ -118,8 +121,15 @@ class GrowthPlan:
         foreign = [i for i, layer in enumerate(self.layer_map) if layer is None or i in self.reference_layers]
         copied = [0 if i in foreign else layer for i, layer in enumerate(self.layer_map)]
         check_layer_map(copied, self.src.n_layer, self.dst.n_layer)
-        if problems := [*self._fusion_problems(), *self._reference_problems()]:
+        if problems := [*self._fusion_problems(), *self._reference_problems(), *self._flag_problems()]:
             raise ValueError("\n".join(problems))
+
+    def _flag_problems(self) -> list[str]:
+        """What each layer is has to follow the layer map; layers of a reference are what they are there."""
+        flags_of = self.src if self.reference is None else self.reference.config
+        mapped = with_depth(flags_of, self.dst.n_layer, self.layer_map)
+        changed = [name for name in PER_LAYER if getattr(self.dst, name) != getattr(mapped, name)]
+        return [_change(name, mapped, self.dst) for name in changed]
 
     def _mark_problems(self) -> list[str]:
         found = []
@@ -236,11 +246,11 @@ class GrowthPlan:
 
 
 def differing_sizes(a: Config, b: Config) -> list[str]:
-    """Fields in which two configurations describe different models; their names are no difference."""
+    """Fields in which two configurations describe different models; names are no difference."""
     return [
         part.name
         for part in dataclasses.fields(Config)
-        if part.name != "name" and getattr(a, part.name) != getattr(b, part.name)
+        if part.name not in WITHOUT_EFFECT and getattr(a, part.name) != getattr(b, part.name)
     ]
 
 

@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
-from grow.layer_map import MAX_LAYERS
-from lit_gpt.config import FAMILY_BY_WIDTH, Config
+from grow.layer_map import MAX_LAYERS, LayerMap
+from lit_gpt.config import FAMILY_BY_WIDTH, PER_LAYER, Config
 
 MAX_FACTOR = MAX_LAYERS  # of the width; a slip like 1e9 stops here
 
 
-def with_depth(config: Config, n_layer: int) -> Config:
-    """The same model with another number of layers; its name follows if that names the sizes too."""
-    return _replaced(config, n_layer=n_layer)
+def with_depth(config: Config, n_layer: int, layer_map: LayerMap | None = None) -> Config:
+    """The same model with another number of layers; its name follows if that names the sizes too.
+
+    Fields with an entry for every layer follow the layer map; a new layer has what a plain model has in every layer.
+
+    Raises:
+        ValueError: the model has such fields, and there is no map.
+    """
+    lists = {field: getattr(config, field) for field in PER_LAYER if getattr(config, field) is not None}
+    if lists and layer_map is None and n_layer != config.n_layer:
+        raise ValueError(
+            f"{', '.join(lists)} say something of each of {config.n_layer} layers, and nobody says which of them "
+            f"{n_layer} layers are; grow a checkpoint of such a model by grow apply"
+        )
+    mapped = {
+        field: tuple(True if layer is None else flags[layer] for layer in layer_map or range(n_layer))
+        for field, flags in lists.items()
+    }
+    return _replaced(config, n_layer=n_layer, **mapped)
 
 
 def scaled_depth(n_layer_src: int, n_layer: int | None, factor: float | None) -> int | None:
@@ -172,7 +189,7 @@ def _neurons(src: Config, n_embd: int) -> int:
     return grown
 
 
-def _replaced(config: Config, **sizes: int) -> Config:
+def _replaced(config: Config, **sizes: Any) -> Config:
     """Other sizes under the name they have in the family of named sizes, if the name speaks of sizes at all."""
     grown = dataclasses.replace(config, **sizes)
     if grown == config:

@@ -81,6 +81,7 @@ class WidthPlan:
         problems = [
             problem for name, pair in sizes.items() for problem in _map_problems(name, getattr(self, name), *pair)
         ]
+        problems += _family_problems(src)
         if src.head_size != dst.head_size:
             problems.append(
                 f"head_size changes from {src.head_size} to {dst.head_size}, and rotary positions depend on it; "
@@ -232,6 +233,20 @@ def to_runs(index_map: IndexMap) -> list[list[int | None]]:
 def from_runs(runs: Iterable[Sequence[int | None]]) -> IndexMap:
     """The inverse of `to_runs`."""
     return tuple(None if first is None else first + i for first, length in runs for i in range(length or 0))
+
+
+def _family_problems(src: Config) -> list[str]:
+    """Lines about what in a model does not let its width grow: a widened norm has to see the stream as before."""
+    reasons = {
+        "norms after attention and MLP, whose size they set": src.norm_placement == "after",
+        "one norm over all queries and keys": src.qk_norm == "full",
+        "norms that multiply by 1 + weight": src.norm_plus_one,
+        "scaled embeddings": src.embedding_scale != 1.0,
+    }
+    found = [reason for reason, applies in reasons.items() if applies]
+    if not found:
+        return []
+    return [f"{src.family} cannot grow in width: it has {' and '.join(found)}; grow it in depth, e.g. by stack"]
 
 
 def _map_problems(name: str, index_map: IndexMap, before: int, after: int) -> list[str]:

@@ -156,8 +156,10 @@ def widened_weight(wide: Widening, name: str, seed: int, source: Tensor, followi
         following: the same one of the layer after, for plans with `rows_from_next_layer`.
     """
     dtype = compute_dtype(source.dtype)
-    if source.dim() == 1:
+    if axes_of(name) == (EMBD,) and not name.endswith("bias"):
         return _norm(wide, name, source.to(dtype)).to(source.dtype)
+    if source.dim() == 1:
+        return _vector(wide, name, source, following, _vector_scale(wide, name)).to(source.dtype)
     shape = parameter_shapes(wide.dst)[name]
     out = torch.empty(shape, dtype=source.dtype, device=source.device)
     for rows in _row_blocks(shape):
@@ -175,6 +177,24 @@ def _norm(wide: Widening, name: str, source: Tensor) -> Tensor:
         factor = wide.norm_scale / wide.scale
     grown = source[channels.source.to(source.device)] * factor.to(source)
     return torch.where(channels.new.to(source.device), 1.0, grown)
+
+
+def _vector_scale(wide: Widening, name: str) -> Tensor:
+    """float64: what the entries of a bias are multiplied by, alike to the rows of its matrix; 1 for norms of heads."""
+    return wide.scale if axes_of(name) == (EMBD,) else torch.ones(1, dtype=torch.float64)
+
+
+def _vector(wide: Widening, name: str, source: Tensor, following: Tensor | None, factor: Tensor) -> Tensor:
+    """A bias, or the norm of heads, in the dtype to compute in; new entries are zero."""
+    axis = wide.axes.get(axes_of(name)[0])
+    wider = source.to(compute_dtype(source.dtype))
+    if axis is None:  # within a head, and heads stay as they are
+        return wider * factor.to(wider)
+    index = axis.source.to(source.device)
+    grown = wider[index]
+    if following is not None:
+        grown = torch.where((axis.copy > 0).to(source.device), following.to(wider)[index], grown)
+    return (grown * factor.to(grown)).masked_fill(axis.new.to(source.device), 0.0)
 
 
 def _row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
@@ -282,12 +302,15 @@ def widened_moment(
     What is done to the gradient of a parameter when the function is kept and copies share evenly is done to exp_avg
     (power 1), and its square to exp_avg_sq (power 2). New entries are zero; so are further copies with `first_copies`.
     """
-    dtype, device = compute_dtype(source.dtype), source.device
+    device = source.device
+    if axes_of(name)[0] not in wide.axes:  # of a norm of heads; copies of heads add up to the gradient of one
+        return source.clone()
     row_factor, column_factor = _gradient_factors(wide, name)
     axes = [wide.axes[axis] for axis in axes_of(name)]
     zero = [axis.new | (axis.copy > 0) if first_copies else axis.new for axis in axes]
     if source.dim() == 1:
-        grown = source.to(dtype)[axes[0].source.to(device)] * row_factor.pow(power).to(device, dtype)
+        following = following if name.endswith("bias") else None  # norms stay with their layer
+        grown = _vector(wide, name, source, following, row_factor.pow(power))
         return grown.masked_fill(zero[0].to(device), 0.0).to(source.dtype)
     shape = parameter_shapes(wide.dst)[name]
     out = torch.empty(shape, dtype=source.dtype, device=device)
@@ -303,6 +326,8 @@ def _gradient_factors(wide: Widening, name: str) -> tuple[Tensor, Tensor]:
     """float64 (rows), (columns): what the gradient of each is multiplied by when the model grows."""
     axes = [wide.axes[axis] for axis in axes_of(name)]
     written = 1 / (wide.scale * wide.axes[EMBD].copies)
+    if name.endswith("bias"):
+        return written if axes_of(name) == (EMBD,) else 1 / axes[0].copies, torch.ones(1, dtype=torch.float64)
     if len(axes) == 1:
         tied = name == FINAL_NORM and wide.dst.tie_embeddings
         read = wide.scale if tied else 1 / wide.axes[EMBD].copies

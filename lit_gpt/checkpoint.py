@@ -43,10 +43,11 @@ from lit_gpt.exchange import (
     read_exchange_config,
     write_exchange,
 )
-from lit_gpt.exchange_files import LEGACY_SUFFIXES, legacy_refusal
-from lit_gpt.lazy_tensors import Renamed, all_finite
+from lit_gpt.lazy_tensors import LazyTensors, Renamed, all_finite
+from lit_gpt.legacy import is_legacy, legacy_file, read_legacy
 from lit_gpt.problems import bounded_shapes, raise_problems, read_json, shape_problems
 from lit_gpt.stored_state import EARLIER, check_open, encode_rng, encode_state, read_rng
+from lit_gpt.tokenizer import file_sha256
 
 if TYPE_CHECKING:
     from lit_gpt.sharded import StoredTensors
@@ -82,7 +83,7 @@ FINITE = "finite"  # in the manifest: all weights were finite numbers when they 
 PARTS = (".distcp", ".safetensors", ".pt")  # of another checkpoint, if the manifest does not list them
 OVERHEAD_BYTES = 4096  # per tensor, for its header and its share of the metadata
 
-GIVE = "give a directory in training form or a Hugging Face folder with safetensors"
+GIVE = "give a directory in training form, a Hugging Face folder, or a .pth or .bin file of torch.save"
 _STAGE_AND_STEP = re.compile(r"stage-(\d+)/step-(\d+)")
 
 logger = logging.getLogger(__name__)
@@ -97,9 +98,10 @@ class TrainingCheckpoint:
     """Parameter name -> slot (exp_avg, exp_avg_sq, step) -> tensor."""
     state: dict[str, Any]
     rng: dict[str, Any] | None
-    tensors: StoredTensors
+    tensors: LazyTensors
     """All of them under the names they are stored by, see `stored_name`."""
     manifest: dict[str, Any]
+    """Of a legacy file one without files: nothing can be linked to it."""
 
     @property
     def is_finite(self) -> bool:
@@ -196,10 +198,10 @@ def _under_stored_names(model: Mapping[str, Tensor], optimizer: Mapping[str, Map
 
 
 def read_training(path: str | Path, *, verify: bool = True, verify_up_to_bytes: float = math.inf) -> TrainingCheckpoint:
-    """Open a training form.
+    """Open a training form, or a legacy file as one.
 
     Args:
-        path: the directory.
+        path: the directory, or the file.
         verify: whether the crc32 of every file is checked first; sizes are checked in any case.
         verify_up_to_bytes: the crc32 of larger files is not.
 
@@ -207,6 +209,10 @@ def read_training(path: str | Path, *, verify: bool = True, verify_up_to_bytes: 
         FileNotFoundError: there is no such directory.
         DataError: a file is damaged or missing, or the tensors are not those of the configuration.
     """
+    if is_legacy(path):
+        legacy = read_legacy(path)
+        stored = _under_stored_names(legacy.model, legacy.optimizer)
+        return TrainingCheckpoint(legacy.model, legacy.optimizer, legacy.state, None, stored, {"files": {}})
     directory = Path(path)
     manifest = _training_manifest(directory)
     problems = directory_problems(directory, manifest, deep=verify, deep_up_to_bytes=verify_up_to_bytes)
@@ -273,7 +279,7 @@ def _training_manifest(directory: Path) -> dict[str, Any]:
 
 
 def detect_form(path: str | Path) -> str:
-    """TRAINING or EXCHANGE.
+    """TRAINING or EXCHANGE: a legacy file is read as either, by whether it has an optimizer's state.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
@@ -282,8 +288,10 @@ def detect_form(path: str | Path) -> str:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(errno.ENOENT, "no such checkpoint", str(path))
+    if is_legacy(path):
+        return TRAINING if read_legacy(path).optimizer else EXCHANGE
     if path.is_file():
-        raise DataError(legacy_refusal(path) if path.suffix in LEGACY_SUFFIXES else f"{path} is a file; {GIVE}")
+        raise DataError(f"{path} is a file; {GIVE}")
     if (path / STATE).exists() or (path / ".metadata").exists():
         return TRAINING
     if (path / HF_CONFIG).exists():
@@ -293,8 +301,7 @@ def detect_form(path: str | Path) -> str:
     newest = latest(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
     if newest is not None:
         raise DataError(f"{path} holds the checkpoints of a run; give one of them, e.g. {newest}")
-    legacy = sorted(entry for entry in path.iterdir() if entry.suffix in LEGACY_SUFFIXES)
-    raise DataError(legacy_refusal(legacy[0]) if legacy else f"{path} is not a checkpoint; {GIVE}")
+    raise DataError(f"{path} is not a checkpoint; {GIVE}")
 
 
 def _form_in_manifest(path: Path) -> str:
@@ -307,7 +314,7 @@ def _form_in_manifest(path: Path) -> str:
 def read_config(path: str | Path) -> Config:
     """The sizes of the model in a checkpoint of either form; reads no tensor."""
     directory = Path(path)
-    if detect_form(directory) == EXCHANGE:
+    if is_legacy(directory) or detect_form(directory) == EXCHANGE:
         return read_exchange_config(directory)
     raise_problems([file_problem(directory, _training_manifest(directory), STATE, deep=True)], EARLIER)
     return _stored_config(directory, read_json(directory / STATE, EARLIER))
@@ -335,6 +342,8 @@ def verify(path: str | Path, *, deep: bool = True) -> list[str]:
     directory = Path(path)
     try:
         form = detect_form(directory)
+        if is_legacy(directory):
+            return []
         if form == TRAINING or (directory / MANIFEST).exists():
             manifest = read_manifest(directory)
             strays = unlisted_files(directory, manifest, PARTS)
@@ -347,7 +356,12 @@ def verify(path: str | Path, *, deep: bool = True) -> list[str]:
 
 
 def manifest_sha256(path: str | Path) -> str:
-    """The identity of a checkpoint: sha256 of its MANIFEST.json, or of what a plain Hugging Face folder would get."""
+    """The identity of a checkpoint: sha256 of its MANIFEST.json, or of what a plain Hugging Face folder would get.
+
+    Of a legacy file its own.
+    """
+    if is_legacy(path):
+        return file_sha256(legacy_file(path))
     directory = Path(path)
     if (directory / MANIFEST).exists() or detect_form(directory) == TRAINING:
         read_manifest(directory)

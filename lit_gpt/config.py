@@ -4,11 +4,40 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
 VOCAB_MULTIPLE = 64  # TinyLlama pads the embedding to a multiple of 64 rows
+PER_LAYER = ("rope_layers", "sliding_layers")  # fields with an entry for every layer; growth in depth maps them
+WITHOUT_EFFECT = ("name", "family")  # fields in which two equal models may differ
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are slowed down for more positions than a model was trained with at first.
+
+    Raises:
+        ValueError: an unknown kind, or numbers out of range.
+    """
+
+    kind: str
+    """linear: all of them (arXiv 2306.15595); llama3: the slow ones, a blend in between (arXiv 2407.21783)."""
+    factor: float
+    """How much slower."""
+    low_freq_factor: float = 1.0
+    """llama3: frequencies that turn less than this often within original_block_size are slowed down."""
+    high_freq_factor: float = 4.0
+    """llama3: frequencies that turn more than this often stay."""
+    original_block_size: int = 8192
+    """llama3: positions it was trained with at first."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("linear", "llama3"):
+            raise ValueError(f"rope_scaling kind {self.kind!r} is unknown; known: linear, llama3")
+        if not (self.factor >= 1 and 0 < self.low_freq_factor < self.high_freq_factor and self.original_block_size > 0):
+            raise ValueError(f"rope_scaling {self} needs factor >= 1 and 0 < low_freq_factor < high_freq_factor")
 
 
 @dataclass(frozen=True)
@@ -47,8 +76,35 @@ class Config:
     """Share of a head's channels that are rotated."""
     tie_embeddings: bool = False
     """Whether lm_head shares the embedding matrix."""
+    family: str = "llama"
+    """Which of Hugging Face's families it is exported as, see lit_gpt/hf.py; has no effect on the model."""
+    qkv_bias: bool = False
+    """Whether q, k and v have biases."""
+    proj_bias: bool = False
+    """Whether the projection of attention has a bias."""
+    mlp_bias: bool = False
+    """Whether the matrices of the MLP have biases."""
+    qk_norm: str = "none"
+    """Norm of queries and keys before they are rotated: none, head (over each head) or full (over all of them)."""
+    norm_placement: str = "before"
+    """Norms before attention and MLP, or after, on what they add to the residual stream."""
+    norm_plus_one: bool = False
+    """Whether norms multiply by 1 + weight."""
+    activation: str = "silu"
+    """Of the gate: silu or gelu_tanh."""
+    embedding_scale: float = 1.0
+    """What embeddings are multiplied by."""
+    rope_scaling: RopeScaling | None = None
+    """None: frequencies as rope_base gives them."""
+    rope_layers: tuple[bool, ...] | None = None
+    """Which layers rotate; None: all."""
+    sliding_window: int | None = None
+    """Tokens that a token sees, itself included; None: all before it."""
+    sliding_layers: tuple[bool, ...] | None = None
+    """Which layers see sliding_window only; None: all."""
 
     def __post_init__(self) -> None:
+        self._normalise()
         head_size_given = self.head_size is not None
         defaults = {
             "padded_vocab_size": round_up(self.vocab_size, VOCAB_MULTIPLE),
@@ -66,6 +122,38 @@ class Config:
             )
         if problems:
             raise ValueError("\n".join(problems))
+
+    def _normalise(self) -> None:
+        """JSON has lists and objects where these fields have tuples and dataclasses; a list of only True is None."""
+        if isinstance(self.rope_scaling, Mapping):
+            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
+        for field in PER_LAYER:
+            flags = getattr(self, field)
+            if flags is not None:
+                object.__setattr__(self, field, None if all(flags) and flags else tuple(map(bool, flags)))
+
+    def _kind_problems(self) -> list[str]:
+        """Lines about fields that are not sizes."""
+        kinds = {
+            "qk_norm": ("none", "head", "full"),
+            "norm_placement": ("before", "after"),
+            "activation": ("silu", "gelu_tanh"),
+        }
+        problems = [
+            f"{field}={getattr(self, field)!r} must be one of {', '.join(known)}"
+            for field, known in kinds.items()
+            if getattr(self, field) not in known
+        ]
+        problems += [
+            f"{field} has {len(getattr(self, field))} entries, n_layer={self.n_layer}; give one for every layer"
+            for field in PER_LAYER
+            if getattr(self, field) is not None and len(getattr(self, field)) != self.n_layer
+        ]
+        if self.sliding_window is None and self.sliding_layers is not None:
+            problems.append("sliding_layers without a sliding_window has no effect; give both or none")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            problems.append(f"sliding_window={self.sliding_window} must be at least 1")
+        return problems
 
     def _problems(self) -> list[str]:
         sizes = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_query_groups", "intermediate_size")
@@ -90,7 +178,7 @@ class Config:
             )
         if self.norm_eps <= 0:
             problems.append(f"norm_eps={self.norm_eps} must be positive")
-        return problems
+        return problems + self._kind_problems()
 
     @property
     def q_per_kv(self) -> int:
@@ -106,6 +194,14 @@ class Config:
     def rope_n_elem(self) -> int:
         """Channels of a head that are rotated."""
         return int(self.rotary_percentage * self.head_size)
+
+    def rotates(self, layer: int) -> bool:
+        """Whether a layer turns its queries and keys by their positions."""
+        return self.rope_layers is None or self.rope_layers[layer]
+
+    def slides(self, layer: int) -> bool:
+        """Whether a layer sees a window only."""
+        return self.sliding_window is not None and (self.sliding_layers is None or self.sliding_layers[layer])
 
     @classmethod
     def from_name(cls, name: str, **overrides: Any) -> Config:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,17 @@ from lit_gpt.exchange_files import (
     tensor_problems,
 )
 from lit_gpt.exchange_writer import Copies, plan_shards, write_json, write_shards
-from lit_gpt.hf import LLAMA, config_from_hf, config_to_hf
+from lit_gpt.hf import config_from_hf, config_to_hf
+from lit_gpt.lazy_tensors import LazyTensors
+from lit_gpt.legacy import LegacyCheckpoint, is_legacy, read_legacy
 from lit_gpt.problems import check_names, raise_problems, read_json
 
 EXCHANGE = "exchange"
 HF_CONFIG = "config.json"
 LIT_CONFIG = "lit_config.json"
 PROVENANCE = "growth.json"
+GENERATION_CONFIG = "generation_config.json"
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 MAX_SHARD_BYTES = 5 * 10**9  # above this Hugging Face shards as well
 SENTENCEPIECE = "tokenizer.model"
 TOKENIZER_EXTRAS = (
@@ -47,10 +51,14 @@ class ExchangeCheckpoint:
     """An opened exchange form."""
 
     config: Config
-    weights: LitWeights
-    """Our names -> tensors on the CPU, read from the files on every access."""
+    weights: LazyTensors
+    """Our names -> tensors on the CPU, read from the files on every access; `LitWeights` over safetensors files."""
     provenance: dict[str, Any] | None
     """The content of growth.json."""
+    stored: tuple[str, ...] = ()
+    """Names of the tensors in the files."""
+    special_ids: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of config.json that are about the tokenizer, SPECIAL_IDS, as far as they are there."""
 
 
 def write_exchange(
@@ -63,6 +71,7 @@ def write_exchange(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     replace: bool = False,
     copies: Copies | None = None,
+    special_ids: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write weights so that `AutoModelForCausalLM.from_pretrained(path)` loads them; all or nothing.
 
@@ -76,10 +85,11 @@ def write_exchange(
         provenance: written as growth.json.
         max_shard_bytes: size above which the weights go into several files with an index.
         replace: whether a directory that is there already may go.
+        special_ids: what config.json shall say of SPECIAL_IDS, where that is not what the tokenizer says.
         copies: another exchange form that is checked while this one is written, and the weights that are copies of its.
 
     Raises:
-        ValueError: the model cannot be expressed by Hugging Face's Llama, or the tokenizer is not the model's.
+        ValueError: the model cannot be expressed by its family of Hugging Face's, or the tokenizer is not the model's.
         DataError: `weights` are not those of `config`, or what is copied from is damaged.
         OSError: `path` exists already, cannot be written, or the disk is full.
     """
@@ -93,8 +103,9 @@ def write_exchange(
         bos_id, eos_id = _write_tokenizer(directory, tokenizer_dir, config)
         known.crc32.update(write_shards(directory, config, weights, shards, copies))
         _, first = shards[0][0]
-        write_json(directory / HF_CONFIG, config_to_hf(config, first.dtype, bos_id=bos_id, eos_id=eos_id))
-        write_json(directory / "generation_config.json", {"bos_token_id": bos_id, "eos_token_id": eos_id})
+        values = config_to_hf(config, first.dtype, bos_id=bos_id, eos_id=eos_id) | dict(special_ids or {})
+        write_json(directory / HF_CONFIG, values)
+        write_json(directory / GENERATION_CONFIG, {key: values[key] for key in ("bos_token_id", "eos_token_id")})
         write_json(directory / LIT_CONFIG, _lit_config(config))
         if provenance is not None:
             write_json(directory / PROVENANCE, provenance)
@@ -102,10 +113,10 @@ def write_exchange(
 
 
 def read_exchange(path: str | Path, *, verify: bool = True, verify_weights: bool = True) -> ExchangeCheckpoint:
-    """Open an exchange form of ours, or any Hugging Face folder of a Llama with safetensors.
+    """Open an exchange form of ours, any Hugging Face folder of a family in lit_gpt/hf_families.py, or a legacy file.
 
     Args:
-        path: the directory.
+        path: the directory, or the file.
         verify: whether each file is checked against MANIFEST.json, where there is one, before it is read.
         verify_weights: False leaves the content of the weights' files to the `scan` of the weights.
 
@@ -113,13 +124,42 @@ def read_exchange(path: str | Path, *, verify: bool = True, verify_weights: bool
         FileNotFoundError: there is no such directory.
         DataError: a file is damaged or missing, or the tensors are not those of config.json.
     """
+    if is_legacy(path):
+        return _exchange_of_legacy(read_legacy(path))
     directory = Path(path)
     config = read_exchange_config(directory, verify=verify)
     files = TensorFiles(directory, manifest_if_ours(directory) if verify else None, check_on_open=verify_weights)
     problems = tensor_problems(files, config)
     raise_problems(problems, "convert the folder again, or take its weights from where they came")
     provenance = read_json(directory / PROVENANCE) if (directory / PROVENANCE).is_file() else None
-    return ExchangeCheckpoint(config, LitWeights(files, config), provenance)
+    ids = _special_ids(directory)
+    return ExchangeCheckpoint(config, LitWeights(files, config), provenance, tuple(files), ids)
+
+
+def _special_ids(directory: Path) -> dict[str, Any]:
+    """Those of generation_config.json, which is what decides where generation ends, or else of config.json."""
+    found: dict[str, Any] = {}
+    for name in (HF_CONFIG, GENERATION_CONFIG):
+        values = read_json(directory / name) if (directory / name).is_file() else {}
+        found |= {key: values[key] for key in SPECIAL_IDS if _is_token_id(values.get(key))}
+    return found
+
+
+def _is_token_id(value: Any) -> bool:
+    """Whether it is a number of a token, or a list of several."""
+    each = value if isinstance(value, list) else [value]
+    return bool(each) and all(type(number) is int and number >= 0 for number in each)
+
+
+def _exchange_of_legacy(checkpoint: LegacyCheckpoint) -> ExchangeCheckpoint:
+    state = checkpoint.state
+    known = {
+        "step_count": state["step_count"] or None,
+        "tokens": state["tokens"] or None,
+        "flops_total": state["flops"]["paper"] or None,
+        "converted_from": state["converted_from"],
+    }
+    return ExchangeCheckpoint(checkpoint.config, checkpoint.model, known, checkpoint.stored)
 
 
 def read_exchange_config(path: str | Path, *, verify: bool = True) -> Config:
@@ -129,6 +169,8 @@ def read_exchange_config(path: str | Path, *, verify: bool = True) -> Config:
         FileNotFoundError: there is no such directory.
         DataError: a file is damaged, describes what this model cannot express, or the two contradict each other.
     """
+    if is_legacy(path):
+        return read_legacy(path).config
     directory = Path(path)
     if not directory.is_dir():
         raise FileNotFoundError(errno.ENOENT, "no such directory", str(directory))
@@ -140,10 +182,10 @@ def read_exchange_config(path: str | Path, *, verify: bool = True) -> Config:
     if not (directory / LIT_CONFIG).is_file():
         return config
     ours = _our_config(directory / LIT_CONFIG)
-    for field in (*LLAMA.fields, "rope_base", "rotary_percentage"):
-        if getattr(ours, field) != getattr(config, field):
+    for size in (each for each in config.to_dict() if each not in ("name", "vocab_size")):
+        if getattr(ours, size) != getattr(config, size):
             raise DataError(
-                f"{directory}: {field} is {getattr(ours, field)} in {LIT_CONFIG} and {getattr(config, field)} in "
+                f"{directory}: {size} is {getattr(ours, size)} in {LIT_CONFIG} and {getattr(config, size)} in "
                 f"{HF_CONFIG}; remove {LIT_CONFIG} if {HF_CONFIG} is right"
             )
     return ours

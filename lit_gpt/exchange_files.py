@@ -17,14 +17,13 @@ from lit_gpt.axes import HEAD, parameter_shapes
 from lit_gpt.checksum import combined_crc32
 from lit_gpt.config import Config
 from lit_gpt.errors import DataError
-from lit_gpt.hf import LLAMA, from_hf, hf_names, hf_shapes
+from lit_gpt.hf import IGNORED, family_of, from_hf, hf_names, hf_shapes
 from lit_gpt.lazy_tensors import LazyTensors, TensorSpec, all_finite
 from lit_gpt.problems import bounded_shapes, raise_problems, read_json, shape_problems
 from lit_gpt.safetensors_file import DTYPES, Entry, read_entries, read_tensor
 
 MODEL = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-LEGACY_SUFFIXES = (".bin", ".pth", ".pt", ".ckpt")
 ACCEPT_CHANGES = f"restore the file, or remove {MANIFEST} to accept the folder as it is"
 
 
@@ -61,9 +60,6 @@ class TensorFiles(LazyTensors):
             return dict.fromkeys(self._entries(MODEL), MODEL)
         if (self.directory / INDEX).is_file():
             return self._indexed()
-        legacy = sorted(path.name for path in self.directory.iterdir() if path.suffix in LEGACY_SUFFIXES)
-        if legacy:
-            raise DataError(legacy_refusal(self.directory / legacy[0]))
         raise DataError(f"{self.directory} has neither {MODEL} nor {INDEX}; it is not a complete Hugging Face folder")
 
     def _indexed(self) -> dict[str, str]:
@@ -177,7 +173,7 @@ class LitWeights(LazyTensors):
         return len(self._shapes)
 
     def spec(self, name: str) -> TensorSpec:
-        dtypes = {self.files.spec(theirs).dtype for theirs in hf_names(name)}
+        dtypes = {self.files.spec(theirs).dtype for theirs in hf_names(name, family_of(self.config))}
         return TensorSpec(self._shapes[name], _promoted(dtypes))
 
     def scan(self, *, allow_non_finite: bool = False) -> Iterator[ScannedTensor]:
@@ -200,7 +196,8 @@ class LitWeights(LazyTensors):
 
     @cached_property
     def _our_name(self) -> dict[str, str]:
-        return {theirs: ours for ours in self._shapes for theirs in hf_names(ours)}
+        family = family_of(self.config)
+        return {theirs: ours for ours in self._shapes for theirs in hf_names(ours, family)}
 
 
 def _promoted(dtypes: set[torch.dtype]) -> torch.dtype:
@@ -217,22 +214,13 @@ def tensor_problems(files: TensorFiles, config: Config) -> list[str]:
     for name, shape in bounded_shapes(config, len(files), str(files.directory)).items():
         wanted |= hf_shapes(name, shape, config)
     spare = set(hf_names(HEAD)) if config.tie_embeddings else set()
-    found = {
-        name: files.entry(name).shape for name in files if name not in spare and not name.endswith(tuple(LLAMA.ignored))
-    }
+    found = {name: files.entry(name).shape for name in files if name not in spare and not name.endswith(IGNORED)}
     problems = shape_problems(wanted, found, str(files.directory))
     return problems + [
         f"{files.directory}: {name} has dtype {files.entry(name).dtype}; weights have one of {', '.join(DTYPES)}"
         for name in wanted
         if name in found and files.entry(name).dtype not in DTYPES
     ]
-
-
-def legacy_refusal(path: Path) -> str:
-    return (
-        f"{path} is a pickle of the older tools; it is not read yet. Load it where it was made and save it with "
-        f"save_pretrained(..., safe_serialization=True)"
-    )
 
 
 def manifest_if_ours(directory: Path) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ from lit_gpt.config import Config
 from lit_gpt.copying import Flusher
 from lit_gpt.errors import DataError
 from lit_gpt.exchange_files import INDEX, MODEL, LitWeights, ScannedTensor
-from lit_gpt.hf import hf_names, hf_shapes, to_hf
+from lit_gpt.hf import family_of, hf_names, hf_shapes, to_hf
 from lit_gpt.lazy_tensors import TensorSpec, spec_of
 from lit_gpt.safetensors_file import DTYPE_NAMES, SafetensorsWriter
 
@@ -37,10 +37,11 @@ class Copies:
 
     def parts(self) -> dict[str, str]:
         """The same in Hugging Face's names."""
+        family = family_of(self.source.config)
         return {
             ours: theirs
             for name, source in self.names.items()
-            for ours, theirs in zip(hf_names(name), hf_names(source), strict=True)
+            for ours, theirs in zip(hf_names(name, family), hf_names(source, family), strict=True)
         }
 
 
@@ -100,7 +101,7 @@ def write_shards(
         copied = {} if copies is None else copies.names
         for name in parameter_shapes(config):
             if name not in copied:
-                for theirs, part in to_hf(name, weights[name], config).items():
+                for theirs, part in to_hf(name, weights.__getitem__, config).items():
                     file_of[theirs].write(theirs, part)
         crc32 = {name: crc32_text(file.finish()) for name, file in zip(names, files, strict=True)}
     if len(shards) > 1:

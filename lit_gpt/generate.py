@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -45,8 +49,12 @@ def pick_token(
     return int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
 
 
-@torch.inference_mode()
-def generate(
+def generate(model: GPT, prompt_ids: list[int], max_new_tokens: int, **settings: Any) -> list[int]:
+    """Continue a prompt; returns prompt and new ids. For settings and errors see `stream`."""
+    return [*prompt_ids, *stream(model, prompt_ids, max_new_tokens, **settings)]
+
+
+def stream(
     model: GPT,
     prompt_ids: list[int],
     max_new_tokens: int,
@@ -56,8 +64,8 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     eos_id: int | None = None,
-) -> list[int]:
-    """Continue a prompt; returns prompt and new ids. Stops at eos_id, which is included.
+) -> Iterator[int]:
+    """The ids that continue a prompt, one by one as they are drawn. Stops after eos_id.
 
     Raises:
         ValueError: an empty prompt, ids outside the vocabulary, more tokens than block_size, or a setting out of range.
@@ -73,20 +81,49 @@ def generate(
         raise ValueError(f"max_new_tokens={max_new_tokens} must not be negative")
     if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and top_p <= 0):
         raise ValueError(f"need temperature >= 0, top_k >= 1, top_p > 0; got {temperature}, {top_k}, {top_p}")
-    device = model.transformer.wte.weight.device
     generator = torch.Generator().manual_seed(seed)
     cache = KVCache(model, total)
-    ids = list(prompt_ids)
-    fresh = ids
+    return _drawn(
+        model,
+        cache,
+        prompt_ids,
+        max_new_tokens,
+        lambda logits: pick_token(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator),
+        eos_id,
+    )
+
+
+def _drawn(
+    model: GPT,
+    cache: KVCache,
+    prompt_ids: list[int],
+    max_new_tokens: int,
+    pick: Callable[[Tensor], int],
+    eos_id: int | None,
+) -> Iterator[int]:
+    """The loop of `stream`, whose errors shall come before the first id is asked for."""
+    device = model.transformer.wte.weight.device
+    position, fresh = 0, list(prompt_ids)
     for _ in range(max_new_tokens):
-        logits = model(torch.tensor([fresh], device=device), first_position=len(ids) - len(fresh), kv_store=cache)[
-            0, -1, : model.config.vocab_size
-        ]
-        next_id = pick_token(
-            logits.float().cpu(), temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
-        )
-        ids.append(next_id)
-        fresh = [next_id]
+        with torch.inference_mode():
+            logits = model(torch.tensor([fresh], device=device), first_position=position, kv_store=cache)
+            next_id = pick(logits[0, -1, : model.config.vocab_size].float().cpu())
+        yield next_id
         if next_id == eos_id:
-            break
-    return ids
+            return
+        position, fresh = position + len(fresh), [next_id]
+
+
+def load_for_inference(path: str | Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> GPT:
+    """The model of any checkpoint, its weights cast one after the other: never twice in memory.
+
+    Raises:
+        FileNotFoundError, ValueError, DataError: as `read_weights`.
+    """
+    from lit_gpt.checkpoint import read_config, read_weights
+
+    with torch.device("meta"):
+        model = GPT(read_config(path))
+    weights = {name: weight.to(device=device, dtype=dtype) for name, weight in read_weights(path).items()}
+    model.load_state_dict(weights, assign=True)
+    return model.eval().requires_grad_(False)

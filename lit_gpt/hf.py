@@ -1,4 +1,4 @@
-"""The Llama family of Hugging Face: one table of names, layouts and fields; both directions derive from it.
+"""Between our tensors and configs and those of Hugging Face; both directions derive from lit_gpt/hf_families.py.
 
 RoPE is half-split on both sides, so no row moves but those of the fused qkv. Legend: C n_embd, H n_head,
 G n_query_groups, D head_size.
@@ -6,85 +6,35 @@ G n_query_groups, D head_size.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lit_gpt.axes import EMBEDDING, FINAL_NORM, HEAD, layer_of, name_in_block
-from lit_gpt.config import Config
+from lit_gpt.axes import layer_of, name_in_block, with_layer
+from lit_gpt.config import WITHOUT_EFFECT, Config
 from lit_gpt.errors import DataError
+from lit_gpt.hf_families import FAMILIES, LLAMA, REFUSED, Family
+from lit_gpt.hf_rules import is_number
+
+LAYER_PREFIX = "model.layers.{}."
+IGNORED = (".rotary_emb.inv_freq",)
+"""Ends of tensor names that old files carry and no model needs."""
+FUSED = ("attn.attn.weight", "attn.attn.bias")
+MAX_LAYERS = 10_000  # a damaged file may ask for 1e12 of them
 
 
-@dataclass(frozen=True)
-class Family:
-    """How Hugging Face names what we have."""
+def family_of(config: Config) -> Family:
+    """The family a model is exported as.
 
-    model_type: str
-    architecture: str
-    layer_prefix: str
-    """Tensor names inside a block; `{}` is the layer."""
-    names: Mapping[str, tuple[str, ...]]
-    """Our name (the one within a block) -> theirs. Three names are q, k and v, which we hold fused."""
-    ignored: tuple[str, ...]
-    """Ends of tensor names that old files carry and no model needs."""
-    fields: Mapping[str, str]
-    """Our Config field -> key of config.json."""
-    defaults: Mapping[str, Any]
-    """What an absent key of config.json means; keys that are not here must be present."""
-    required: Mapping[str, tuple[tuple[Any, ...], str]]
-    """Key of config.json -> values that this model can express, and what another value would mean."""
-
-
-LLAMA = Family(
-    model_type="llama",
-    architecture="LlamaForCausalLM",
-    layer_prefix="model.layers.{}.",
-    names={
-        EMBEDDING: ("model.embed_tokens.weight",),
-        "norm_1.weight": ("input_layernorm.weight",),
-        "attn.attn.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
-        "attn.proj.weight": ("self_attn.o_proj.weight",),
-        "norm_2.weight": ("post_attention_layernorm.weight",),
-        "mlp.swiglu.w1.weight": ("mlp.gate_proj.weight",),
-        "mlp.swiglu.w2.weight": ("mlp.up_proj.weight",),
-        "mlp.swiglu.w3.weight": ("mlp.down_proj.weight",),
-        FINAL_NORM: ("model.norm.weight",),
-        HEAD: ("lm_head.weight",),
-    },
-    ignored=(".rotary_emb.inv_freq",),
-    fields={
-        "padded_vocab_size": "vocab_size",
-        "block_size": "max_position_embeddings",
-        "n_layer": "num_hidden_layers",
-        "n_head": "num_attention_heads",
-        "n_embd": "hidden_size",
-        "n_query_groups": "num_key_value_heads",
-        "head_size": "head_dim",
-        "intermediate_size": "intermediate_size",
-        "norm_eps": "rms_norm_eps",
-        "tie_embeddings": "tie_word_embeddings",
-    },
-    defaults={
-        "max_position_embeddings": 2048,
-        "num_key_value_heads": None,
-        "head_dim": None,
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": False,
-    },
-    required={
-        "hidden_act": (("silu", "swish"), "another activation than SwiGLU's"),
-        "attention_bias": ((False,), "biases in attention"),
-        "mlp_bias": ((False,), "biases in the MLP"),
-        "sliding_window": ((None,), "attention over a window"),
-        "partial_rotary_factor": ((1.0,), "heads that are rotated in part"),
-        "quantization_config": ((None,), "quantised weights"),
-        "pruned_heads": ((None, {}), "heads that were removed"),
-    },
-)
-DEFAULT_ROPE_BASE = 10000.0
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if config.family not in FAMILIES:
+        raise ValueError(f"family={config.family!r} is unknown; known: {', '.join(FAMILIES)}")
+    return FAMILIES[config.family]
 
 
 def hf_names(name: str, family: Family = LLAMA) -> tuple[str, ...]:
@@ -97,28 +47,45 @@ def hf_names(name: str, family: Family = LLAMA) -> tuple[str, ...]:
     if key not in family.names:
         raise ValueError(f"{name!r} has no counterpart in {family.architecture}; known: {', '.join(family.names)}")
     layer = layer_of(name)
-    prefix = "" if layer is None else family.layer_prefix.format(layer)
+    prefix = "" if layer is None else LAYER_PREFIX.format(layer)
     return tuple(prefix + theirs for theirs in family.names[key])
 
 
-def to_hf(name: str, tensor: Tensor, config: Config) -> dict[str, Tensor]:
-    """One of our tensors under its Hugging Face names; a fused qkv becomes three."""
-    names = hf_names(name)
-    parts = (tensor,) if len(names) == 1 else split_qkv(tensor, config)
-    return dict(zip(names, parts, strict=True))
+def to_hf(name: str, read: Callable[[str], Tensor], config: Config) -> dict[str, Tensor]:
+    """One of our tensors, as `read` returns it, under its Hugging Face names; a fused qkv becomes three.
+
+    Nothing for one that lies in a matrix of theirs that begins with another of ours.
+    """
+    family, key = family_of(config), name_in_block(name)
+    names, alike = hf_names(name, family), family.named_alike(key)
+    if key in FUSED:
+        parts = split_qkv(read(name), config)
+        return dict(zip(names, parts if len(names) == 3 else (torch.cat(parts),), strict=True))
+    if len(alike) == 1:
+        return {names[0]: read(name)}
+    if key != alike[0]:
+        return {}
+    return {names[0]: torch.cat([read(with_layer(each, layer_of(name) or 0)) for each in alike])}
 
 
 def from_hf(name: str, read: Callable[[str], Tensor], config: Config) -> Tensor:
     """Our tensor `name`, made of what `read` returns for its Hugging Face names."""
-    parts = [read(theirs) for theirs in hf_names(name)]
-    return parts[0] if len(parts) == 1 else fuse_qkv(*parts, config)
+    family, key = family_of(config), name_in_block(name)
+    parts = [read(theirs) for theirs in hf_names(name, family)]
+    if key in FUSED:
+        heads = (config.n_head, config.n_query_groups, config.n_query_groups)
+        q, k, v = parts if len(parts) == 3 else parts[0].split([count * config.head_size for count in heads])
+        return fuse_qkv(q, k, v, config)
+    alike = family.named_alike(key)
+    return parts[0] if len(alike) == 1 else parts[0].chunk(len(alike))[alike.index(key)].clone()
 
 
 def hf_shapes(name: str, shape: tuple[int, ...], config: Config) -> dict[str, tuple[int, ...]]:
-    """The shapes that one of our tensors of shape `shape` has under its Hugging Face names."""
-    names = hf_names(name)
+    """The shapes that one of our tensors of shape `shape` has under its Hugging Face names, see `to_hf`."""
+    family, key = family_of(config), name_in_block(name)
+    names, alike = hf_names(name, family), family.named_alike(key)
     if len(names) == 1:
-        return {names[0]: shape}
+        return {names[0]: (shape[0] * len(alike), *shape[1:])} if key == alike[0] else {}
     heads = (config.n_head, config.n_query_groups, config.n_query_groups)
     return {theirs: (count * config.head_size, *shape[1:]) for theirs, count in zip(names, heads, strict=True)}
 
@@ -152,34 +119,49 @@ def config_to_hf(config: Config, dtype: torch.dtype, *, bos_id: int | None, eos_
     """What config.json shall say. `vocab_size` is padded_vocab_size: Hugging Face knows rows, not tokens.
 
     Raises:
-        ValueError: the model is not one that Hugging Face's Llama can express.
+        ValueError: the model is not one that Hugging Face can express in its family.
     """
-    problems = []
-    if config.rotary_percentage != 1.0:
-        problems.append(f"rotary_percentage={config.rotary_percentage}: {LLAMA.architecture} rotates whole heads only")
-    if config.n_embd % config.n_head:
-        problems.append(
-            f"n_embd={config.n_embd}, n_head={config.n_head}: {LLAMA.architecture} wants a multiple, even with head_dim"
-        )
+    family = family_of(config)
+    problems = _inexpressible(config, family)
     if problems:
-        raise ValueError("\n".join(f"{problem}; keep this model in training form" for problem in problems))
+        others = [other.model_type for other in FAMILIES.values() if not _inexpressible(config, other)]
+        way_out = f"family {' or '.join(others)} has it" if others else "keep this model in training form"
+        raise ValueError("\n".join(f"{problem}; {way_out}" for problem in problems))
+    from_rules: dict[str, Any] = {}
+    for rule in family.rules:
+        from_rules |= rule.to_hf(config)
     return {
-        "architectures": [LLAMA.architecture],
-        "model_type": LLAMA.model_type,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        **{theirs: getattr(config, ours) for ours, theirs in LLAMA.fields.items()},
-        "rope_theta": config.rope_base,  # read by transformers 4
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},  # read by transformers 5
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        **family.constants,
+        **{theirs: getattr(config, ours) for ours, theirs in family.fields.items()},
+        **from_rules,
         "torch_dtype": str(dtype).removeprefix("torch."),
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,
+        "pad_token_id": None,
     }
 
 
+def _inexpressible(config: Config, family: Family) -> list[str]:
+    """A line for every field of a model that its family cannot have, or always has otherwise."""
+    problems = []
+    for rule in family.rules:
+        try:
+            rule.to_hf(config)
+        except ValueError as error:
+            problems.append(f"{error}, and {family.architecture} does not")
+    free = {*family.fields, *WITHOUT_EFFECT, "vocab_size", *(field for rule in family.rules for field in rule.ours)}
+    for field in dataclasses.fields(Config):
+        wanted = family.fixed.get(field.name, field.default)
+        if field.name not in free and getattr(config, field.name) != wanted:
+            found = getattr(config, field.name)
+            problems.append(f"{field.name}={found}: {family.architecture} always has {field.name}={wanted}")
+    return problems
+
+
 def config_from_hf(values: Mapping[str, Any], where: str = "config.json") -> Config:
-    """The Config of a Llama's config.json, as written by transformers 4 or 5.
+    """The Config of a config.json of one of the families, as written by transformers 4 or 5.
 
     Args:
         values: the parsed file.
@@ -188,58 +170,55 @@ def config_from_hf(values: Mapping[str, Any], where: str = "config.json") -> Con
     Raises:
         DataError: a line for every field that is missing, wrong, or says something this model cannot express.
     """
-    model_type = values.get("model_type")
-    if model_type != LLAMA.model_type:
-        raise DataError(f"{where}: model_type={model_type!r} is not supported; supported: {LLAMA.model_type!r}")
-    rope, problems = _rope(values)
-    problems += _unsupported(values)
-    fields = {ours: values.get(theirs, LLAMA.defaults.get(theirs)) for ours, theirs in LLAMA.fields.items()}
-    problems += [_wrong_type(ours, theirs, fields[ours]) for ours, theirs in LLAMA.fields.items()]
+    family = _supported(values.get("model_type"), where)
+    given = {**family.defaults, **values}
+    problems = _unsupported(values, family)
+    fields = {ours: given.get(theirs) for ours, theirs in family.fields.items()}
+    problems += [_wrong_type(family, ours, theirs, fields[ours]) for ours, theirs in family.fields.items()]
+    for rule in family.rules if _is_depth(fields["n_layer"]) else ():
+        try:
+            fields |= rule.from_hf(given)
+        except (ValueError, TypeError, KeyError, IndexError, ArithmeticError) as error:
+            problems.append(str(error))
     problems = [problem for problem in problems if problem]
     if problems:
         raise DataError("\n".join(f"{where}: {problem}" for problem in problems))
     try:
-        return Config(vocab_size=fields["padded_vocab_size"], rope_base=rope, **fields)
+        return Config(family=family.model_type, vocab_size=fields["padded_vocab_size"], **{**family.fixed, **fields})
     except (ValueError, TypeError, ArithmeticError) as error:
         raise DataError(f"{where}: {error}") from error
 
 
-def _wrong_type(ours: str, theirs: str, value: Any) -> str | None:
+def _supported(model_type: Any, where: str) -> Family:
+    if isinstance(model_type, str) and model_type in FAMILIES:
+        return FAMILIES[model_type]
+    reason = REFUSED.get(model_type) if isinstance(model_type, str) else None
+    why = f", because {reason}" if reason else ""
+    raise DataError(
+        f"{where}: model_type={model_type!r} is not supported{why}; supported: {', '.join(map(repr, FAMILIES))}"
+    )
+
+
+def _is_depth(value: Any) -> bool:
+    return type(value) is int and 0 < value <= MAX_LAYERS
+
+
+def _wrong_type(family: Family, ours: str, theirs: str, value: Any) -> str | None:
     if value is None:
-        return None if LLAMA.defaults.get(theirs, "") is None else f"{theirs} is missing"
+        optional = theirs in ("num_key_value_heads", "head_dim")
+        return None if optional else f"{theirs} is missing"
     if ours == "tie_embeddings":
         return None if isinstance(value, bool) else f"{theirs}={value!r} is not true or false"
     if ours == "norm_eps":
-        return None if _is_number(value) else f"{theirs}={value!r} is not a number"
+        return None if is_number(value) else f"{theirs}={value!r} is not a number"
+    if ours == "n_layer" and type(value) is int and value > MAX_LAYERS:
+        return f"{theirs}={value} is more than {MAX_LAYERS} layers"
     return None if type(value) is int else f"{theirs}={value!r} is not a whole number"
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300  # not inf, not nan
-
-
-def _unsupported(values: Mapping[str, Any]) -> list[str]:
+def _unsupported(values: Mapping[str, Any], family: Family) -> list[str | None]:
     return [
         f"{key}={values[key]!r} means {meaning}, which this model does not have"
-        for key, (expressible, meaning) in LLAMA.required.items()
+        for key, (expressible, meaning) in family.required.items()
         if key in values and values[key] not in expressible
     ]
-
-
-def _rope(values: Mapping[str, Any]) -> tuple[float, list[str]]:
-    """The base, and what is not plain RoPE. transformers 5 nests the base, 4 has it beside rope_scaling."""
-    base, problems = values.get("rope_theta", DEFAULT_ROPE_BASE), []
-    for key in ("rope_parameters", "rope_scaling"):
-        nested = values.get(key)
-        if nested is None:
-            continue
-        if not isinstance(nested, Mapping):
-            problems.append(f"{key}={nested!r} is not an object")
-            continue
-        kind = nested.get("rope_type", nested.get("type", "default"))
-        if kind != "default" or nested.get("partial_rotary_factor", 1.0) != 1.0:
-            problems.append(f"{key}={dict(nested)!r} means scaled or partial RoPE, which this model does not have")
-        base = nested.get("rope_theta", base)
-    if not _is_number(base) or base <= 0:
-        problems.append(f"rope_theta={base!r} is not a positive number")
-    return base, problems

@@ -106,12 +106,27 @@ def to_exchange(src: str | Path, dst: str | Path) -> Path:
     path = checkpoint_file(Path(src))
     config, weights = read_llama2c(path)
     provenance = {"converted_from": {"format": "llama2.c", "file": path.name, "sha256": file_sha256(path)}}
-    tokenizer = _tokenizer_beside(path, config.vocab_size)
     with tempfile.TemporaryDirectory() as folder:
-        if tokenizer is not None:
-            Path(folder, SENTENCEPIECE).write_bytes(sentencepiece_model(tokenizer))
-        tokenizer_dir = folder if tokenizer is not None else None
+        tokenizer_dir = rewrite_tokenizer(path, config.vocab_size, Path(folder))
         return write_exchange(dst, config, weights, tokenizer_dir=tokenizer_dir, provenance=provenance)
+
+
+def rewrite_tokenizer(checkpoint: Path, vocab_size: int, folder: Path) -> Path | None:
+    """Write the tokenizer beside a checkpoint into `folder` as SentencePiece has it; None if there is none."""
+    tokenizer = _tokenizer_beside(checkpoint, vocab_size)
+    if tokenizer is None:
+        return None
+    (folder / SENTENCEPIECE).write_bytes(sentencepiece_model(tokenizer))
+    return folder
+
+
+def is_llama2c(path: Path) -> bool:
+    """Whether a path means a checkpoint of llama2.c, by its header and size."""
+    try:
+        _read_layout(checkpoint_file(path))
+    except (DataError, ValueError, OSError):
+        return False
+    return True
 
 
 def checkpoint_file(path: Path) -> Path:

@@ -7,7 +7,8 @@ Parameters are created uninitialised-by-us; `init_weights` fills them. Initialis
     parameter                          distribution
     wte, attn, w1, w2, lm_head         N(0, sqrt(2 / (5 C)))
     attn.proj, mlp.swiglu.w3           N(0, 1 / (sqrt(C) n_layer))      they write into the residual stream
-    norm_1, norm_2, ln_f               1
+    norms                              1, or 0 where they multiply by 1 + weight
+    biases                             0
 
 Numbers: the weights may be fp32 while the computation runs in bf16 (`compute_dtype`): the residual stream has the
 compute dtype and weights are cast where they are used. Norm, RoPE, softmax and loss are computed in at least fp32,
@@ -27,10 +28,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_gpt.axes import EMBEDDING, WRITERS, name_in_block, parameter_shapes
-from lit_gpt.config import Config
+from lit_gpt.config import Config, RopeScaling
 from lit_gpt.kernels.loss import ChunkLoss, chunk_loss, linear_cross_entropy
 from lit_gpt.kernels.norm import rms_norm
 from lit_gpt.kernels.products import causal_attention, cpu_multiplies_bf16, document_mask, linear, product_dtype
+from lit_gpt.kernels.recompute import recomputed
 from lit_gpt.kernels.rope import apply_rope, cos_sin
 
 
@@ -42,7 +44,7 @@ class KVStore(Protocol):
 
 
 class Linear(nn.Linear):
-    """A bias-free linear layer whose weight is cast to its input's dtype where it is used.
+    """A linear layer whose weight is cast to its input's dtype where it is used.
 
     `weight_scale`, None or broadcasting over the weight, multiplies it there: growth masks new parts with it, and the
     state dict knows nothing of it.
@@ -50,8 +52,8 @@ class Linear(nn.Linear):
 
     weight_scale: Tensor | None
 
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__(in_features, out_features, bias=bias)
         self.cpu_has_bf16 = cpu_multiplies_bf16()
         self.register_buffer("weight_scale", None, persistent=False)
 
@@ -60,19 +62,30 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight if self.weight_scale is None else self.weight * self.weight_scale
-        return linear(x, weight, cpu_has_bf16=self.cpu_has_bf16)
+        y = linear(x, weight, cpu_has_bf16=self.cpu_has_bf16)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm (arXiv 1910.07467), statistics in fp32 or wider."""
+    """Root-mean-square norm (arXiv 1910.07467), statistics in fp32 or wider. Scales the last dimension, or parts of it.
 
-    def __init__(self, size: int, eps: float) -> None:
+    Args:
+        size: channels that are normed together.
+        eps: added to the mean square.
+        plus_one: whether it multiplies by 1 + weight.
+    """
+
+    def __init__(self, size: int, eps: float, plus_one: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
+        self.plus_one = plus_one
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        weight = self.weight
+        if self.plus_one:
+            weight = 1 + weight.to(torch.promote_types(weight.dtype, torch.float32))
+        return rms_norm(x, weight, self.eps)
 
 
 class CausalSelfAttention(nn.Module):
@@ -83,19 +96,29 @@ class CausalSelfAttention(nn.Module):
         self.config = config
         self.layer = layer
         self.cpu_has_bf16 = cpu_multiplies_bf16()
-        self.attn = Linear(config.n_embd, config.qkv_size)
-        self.proj = Linear(config.n_head * config.head_size, config.n_embd)
+        self.rotates = config.rotates(layer)
+        self.attn = Linear(config.n_embd, config.qkv_size, config.qkv_bias)
+        self.proj = Linear(config.n_head * config.head_size, config.n_embd, config.proj_bias)
+        self.norm_q = self.norm_k = None
+        if config.qk_norm != "none":
+            full = config.qk_norm == "full"
+            self.norm_q = RMSNorm(config.head_size * (config.n_head if full else 1), config.norm_eps)
+            self.norm_k = RMSNorm(config.head_size * (config.n_query_groups if full else 1), config.norm_eps)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, kv_store: KVStore | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        """x (B, T, C); cos, sin (T, 1, rope_n_elem); mask (B, 1, T, T) instead of causal. Returns (B, T, C)."""
+        """x (B, T, C); cos, sin (T, 1, rope_n_elem); mask (B or 1, 1, T, S) instead of causal. Returns (B, T, C)."""
         B, T, _ = x.shape
         config = self.config
         qkv = self.attn(x).view(B, T, config.n_query_groups, config.q_per_kv + 2, config.head_size)
         q, k, v = qkv.split((config.q_per_kv, 1, 1), dim=3)
-        q = apply_rope(q.reshape(B, T, config.n_head, config.head_size), cos, sin).transpose(1, 2)  # (B, H, T, D)
-        k, v = apply_rope(k.squeeze(3), cos, sin).transpose(1, 2), v.squeeze(3).transpose(1, 2)  # (B, G, T, D)
+        q, k, v = q.reshape(B, T, config.n_head, config.head_size), k.squeeze(3), v.squeeze(3)
+        if self.norm_q is not None and self.norm_k is not None:
+            q, k = _norm_heads(self.norm_q, q), _norm_heads(self.norm_k, k)
+        if self.rotates:
+            q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D), (B, G, T, D), (B, G, T, D)
         if kv_store is not None:
             k, v = kv_store.extend(self.layer, k, v)
         if config.q_per_kv > 1:
@@ -104,18 +127,26 @@ class CausalSelfAttention(nn.Module):
         return self.proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
+def _norm_heads(norm: RMSNorm, x: Tensor) -> Tensor:
+    """x (B, T, heads, D), normed head by head or over all heads, whichever the norm is for."""
+    return norm(x.reshape(*x.shape[:2], -1, norm.weight.numel())).view(x.shape)
+
+
 class SwiGLU(nn.Module):
     """w3(silu(w1 x) * w2 x), arXiv 2002.05202. w1 is the gate, w2 the up and w3 the down projection."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.w1 = Linear(config.n_embd, config.intermediate_size)
-        self.w2 = Linear(config.n_embd, config.intermediate_size)
-        self.w3 = Linear(config.intermediate_size, config.n_embd)
+        self.gelu = config.activation == "gelu_tanh"
+        self.w1 = Linear(config.n_embd, config.intermediate_size, config.mlp_bias)
+        self.w2 = Linear(config.n_embd, config.intermediate_size, config.mlp_bias)
+        self.w3 = Linear(config.intermediate_size, config.n_embd, config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, C). Returns (B, T, C)."""
-        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+        gate = self.w1(x)
+        gate = F.gelu(gate, approximate="tanh") if self.gelu else F.silu(gate)
+        return self.w3(gate * self.w2(x))
 
 
 class LLaMAMLP(nn.Module):
@@ -130,19 +161,31 @@ class LLaMAMLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: pre-norm attention, then pre-norm MLP, each added to the residual stream."""
+    """One layer: attention, then MLP, each normed (before or after) and added to the residual stream.
+
+    `recompute` says which activations are kept for backward, see lit_gpt/kernels/recompute.py.
+    """
 
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
-        self.norm_1 = RMSNorm(config.n_embd, config.norm_eps)
+        self.slides = config.slides(layer)
+        self.norms_after = config.norm_placement == "after"
+        self.norm_1 = RMSNorm(config.n_embd, config.norm_eps, config.norm_plus_one)
         self.attn = CausalSelfAttention(config, layer)
-        self.norm_2 = RMSNorm(config.n_embd, config.norm_eps)
+        self.norm_2 = RMSNorm(config.n_embd, config.norm_eps, config.norm_plus_one)
         self.mlp = LLaMAMLP(config)
+        self.recompute = "none"
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, kv_store: KVStore | None = None, mask: Tensor | None = None
     ) -> Tensor:
         """x (B, T, C). Returns (B, T, C)."""
+        return recomputed(self._layer, self.recompute, x, cos, sin, kv_store, mask)
+
+    def _layer(self, x: Tensor, cos: Tensor, sin: Tensor, kv_store: KVStore | None, mask: Tensor | None) -> Tensor:
+        if self.norms_after:
+            x = x + self.norm_1(self.attn(x, cos, sin, kv_store, mask))
+            return x + self.norm_2(self.mlp(x))
         x = x + self.attn(self.norm_1(x), cos, sin, kv_store, mask)
         return x + self.mlp(self.norm_2(x))
 
@@ -169,7 +212,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.wte = Embedding(config.padded_vocab_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.ln_f = RMSNorm(config.n_embd, config.norm_eps)
+        self.ln_f = RMSNorm(config.n_embd, config.norm_eps, config.norm_plus_one)
 
 
 class GPT(nn.Module):
@@ -249,11 +292,14 @@ class GPT(nn.Module):
         assert separator_id is None or kv_store is None, "the mask covers idx alone"
         x = self.transformer.wte(idx)  # (B, T, C)
         cos, sin = rope_cos_sin(self.config, first_position, T, x)
+        if self.config.embedding_scale != 1.0:
+            x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype, device=x.device)
         if self.compute_dtype is not None:
             x = x.to(self.compute_dtype)
         mask = None if separator_id is None else document_mask(idx, separator_id)
+        window = window_mask(self.config.sliding_window, first_position, T, mask, idx.device)
         for block in self.transformer.h:
-            x = block(x, cos, sin, kv_store, mask)
+            x = block(x, cos, sin, kv_store, window if block.slides else mask)
         return self.transformer.ln_f(x)
 
 
@@ -266,8 +312,36 @@ def rope_cos_sin(config: Config, first_position: int, length: int, like: Tensor)
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     exponents = torch.arange(0, config.rope_n_elem, 2, device=like.device, dtype=dtype) / config.rope_n_elem
     positions = torch.arange(first_position, first_position + length, device=like.device, dtype=dtype)
-    angles = torch.outer(positions, config.rope_base**-exponents)
-    return cos_sin(angles)
+    frequencies = config.rope_base**-exponents
+    if config.rope_scaling is not None:
+        frequencies = scaled_frequencies(frequencies, config.rope_scaling)
+    return cos_sin(torch.outer(positions, frequencies))
+
+
+def scaled_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Rotary frequencies (n/2), in radians per token, slowed down; see `RopeScaling`."""
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    turns = scaling.original_block_size * frequencies / (2 * math.pi)
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = kept.clamp(0, 1)
+    return kept * frequencies + (1 - kept) * frequencies / scaling.factor
+
+
+def window_mask(
+    window: int | None, first_position: int, length: int, mask: Tensor | None, device: torch.device
+) -> Tensor | None:
+    """(1 or B, 1, T, S) bool: a token sees the last `window` ones, itself included, as far as `mask` lets it.
+
+    `mask` itself where the window has no effect. T = length, S = first_position + length.
+    """
+    end = first_position + length
+    if window is None or end <= window:
+        return mask
+    queries = torch.arange(first_position, end, device=device)[:, None]
+    keys = torch.arange(end, device=device)
+    seen = ((keys <= queries) & (keys > queries - window))[None, None]
+    return seen if mask is None else seen & mask
 
 
 def init_std(name: str, config: Config) -> float:
@@ -283,8 +357,10 @@ def init_tensor(name: str, config: Config, seed: int) -> Tensor:
     Any process can make any part of a model, so every world size starts from identical weights.
     """
     shape = parameter_shapes(config)[name]
+    if name.endswith("bias"):
+        return torch.zeros(shape)
     if len(shape) == 1:
-        return torch.ones(shape)
+        return torch.full(shape, 0.0 if config.norm_plus_one else 1.0)
     key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
     return torch.normal(0.0, init_std(name, config), shape, generator=generator)

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 
 from lit_gpt.errors import DataError
 from lit_gpt.lazy_tensors import LazyTensors, TensorSpec
+from lit_gpt.pickles import check_sizes
 
 METADATA = ".metadata"
 _CHECKPOINT = "torch.distributed.checkpoint"
@@ -120,7 +121,9 @@ def load_metadata(path: Path) -> Metadata:
         DataError: it is not such metadata, or it names anything else; nothing of it was executed.
     """
     try:
-        metadata = _AllowListed(io.BytesIO(path.read_bytes())).load()
+        content = path.read_bytes()
+        check_sizes(content)
+        metadata = _AllowListed(io.BytesIO(content)).load()
     except FileNotFoundError:
         raise DataError(f"{path} is missing; use an earlier checkpoint") from None
     except Exception as error:  # a damaged pickle may raise anything

@@ -34,6 +34,7 @@ FREE_TO_CHANGE = (
     "logging",
     "checkpoints",
     "parallel",
+    "activation_checkpointing",
     "batch.micro_batch_size",
     "validation",
     "out_dir",

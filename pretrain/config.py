@@ -36,7 +36,7 @@ class ModelConfig:
     """The model of the run's last stage: a named size, single fields replaced."""
 
     name: str
-    """A size `lit_gpt.config` knows, e.g. 24L2048H or tiny_LLaMA_1b."""
+    """A size `lit_gpt.config` knows, e.g. 24L2048H or tiny_LLaMA_1b; or init_from: the sizes of that checkpoint."""
     block_size: int | None = None
     vocab_size: int | None = None
     """Default: the vocabulary of the data's tokenizer."""
@@ -50,13 +50,17 @@ class ModelConfig:
     rotary_percentage: float | None = None
     tie_embeddings: bool | None = None
 
-    def resolve(self, vocab_size: int) -> Config:
+    def resolve(self, vocab_size: int, origin: Config | None = None) -> Config:
         """The model's sizes; `vocab_size` (of the data) fills an open one.
+
+        origin: the model of init_from, where `name` says so.
 
         Raises:
             ValueError: an unknown name or sizes that break a rule.
         """
         given = {key: value for key, value in dataclasses.asdict(self).items() if value is not None and key != "name"}
+        if origin is not None:
+            return dataclasses.replace(origin, **{"vocab_size": vocab_size, **given})
         return Config.from_name(self.name, **{"vocab_size": vocab_size, **given})
 
 
@@ -226,6 +230,8 @@ class RunConfig:
     """bf16: fp32 weights and optimizer, bf16 computation. auto: bf16 where the hardware multiplies it, else fp32."""
     compile: Literal["auto", "none", "block", "model"] = "auto"
     """torch.compile. auto: block on CUDA, and on a bf16 CPU with a C++ compiler when the run repays it."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """Make activations of a block again in backward: all of them (full), or all but products and attention."""
     device: str = "auto"
     """auto, cpu or cuda."""
     init_from: str | None = None

@@ -158,8 +158,8 @@ def _read_manifests(data: DataConfig) -> dict[str, dict[str, Any]]:
     return manifests
 
 
-def model_config_for(corpus: Corpus, model: ModelConfig) -> Config:
-    """The model's sizes, with as many ids as the data's tokenizer has.
+def model_config_for(corpus: Corpus, model: ModelConfig, origin: Config | None = None) -> Config:
+    """The model's sizes, with as many ids as the data's tokenizer has; `origin` as in `ModelConfig.resolve`.
 
     Raises:
         ValueError: sizes that break a rule, or a vocabulary that is not the data's, or that nobody tells.
@@ -170,7 +170,7 @@ def model_config_for(corpus: Corpus, model: ModelConfig) -> Config:
             "the data does not say how many token ids there are; give data.tokenizer, the tokenizer that it was made "
             "with, or model.vocab_size if there is none (then there are no bits per byte)"
         )
-    config = model.resolve(model.vocab_size or 0 if entry is None else entry["vocab_size"])
+    config = model.resolve(model.vocab_size or 0 if entry is None else entry["vocab_size"], origin)
     if entry is not None and config.vocab_size != entry["vocab_size"]:
         raise ValueError(
             f"model.vocab_size={config.vocab_size}, but the data was prepared with a tokenizer of "

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from grow.plan import GrowthPlan
-from lit_gpt.checkpoint import TRAINING, detect_form, latest, read_exchange, read_training
+from lit_gpt.checkpoint import TRAINING, detect_form, latest, read_config, read_exchange, read_training
+from lit_gpt.config import Config
 from lit_gpt.data_order import PROPORTIONAL
 from lit_gpt.errors import DataError
 from lit_gpt.legacy_order import LEGACY
@@ -18,6 +19,8 @@ from pretrain.config import RunConfig
 from pretrain.corpus import Corpus
 from pretrain.data import TrainData
 from pretrain.data_config import ORDER_SETTINGS, DataConfig, SegmentConfig, data_problems
+
+FROM_CHECKPOINT = "init_from"
 
 
 def own_state(out_dir: Path) -> dict[str, Any] | None:
@@ -57,6 +60,29 @@ def growth_behind(config: RunConfig, own: Mapping[str, Any] | None) -> GrowthPla
         own_growths = sum(stage.operator is not None for stage in config.stages[: own["grown_into_stage"]])
         history = history[: len(history) - own_growths]
     return GrowthPlan.from_dict(history[-1]["plan"]) if history else None
+
+
+def origin_model(config: RunConfig, own: Mapping[str, Any] | None) -> Config | None:
+    """The model of `init_from`, where model.name asks for its sizes; None where the settings name their own.
+
+    own: state.json of the run's own last checkpoint, which knows them too while nothing has grown.
+
+    Raises:
+        ValueError: there is no init_from.
+    """
+    if config.model.name != FROM_CHECKPOINT:
+        return None
+    if config.init_from is None:
+        raise ValueError(f"model.name {FROM_CHECKPOINT} takes the sizes of init_from, which is not given; give it")
+    if own is not None and own["stage"] == 1:
+        return Config.from_dict(own["model_config"])
+    return read_config(config.init_from)
+
+
+def fits_rows(found: Config, wanted: Config) -> bool:
+    """Whether a vocabulary is one that an embedding may be for, of which only the number of rows is known."""
+    unknown = found.vocab_size == found.padded_vocab_size == wanted.padded_vocab_size
+    return unknown and wanted.vocab_size <= found.vocab_size
 
 
 def with_saved_name(config: RunConfig, own: Mapping[str, Any] | None) -> RunConfig:

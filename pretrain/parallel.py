@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
@@ -37,6 +38,8 @@ class Compute:
     """none, block or model."""
     reason: str
     """For the log: what decided."""
+    recompute: str = "none"
+    """none, selective or full: activation checkpointing."""
 
     @property
     def compute_dtype(self) -> torch.dtype | None:
@@ -118,6 +121,11 @@ def choose_compute(config: RunConfig, device: torch.device, total_tokens: int) -
     Raises:
         ValueError: compile was asked for on a CPU without a C++ compiler.
     """
+    compute = _choose_compute(config, device, total_tokens)
+    return dataclasses.replace(compute, recompute=config.activation_checkpointing)
+
+
+def _choose_compute(config: RunConfig, device: torch.device, total_tokens: int) -> Compute:
     has_bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_multiplies_bf16()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
     hardware = f"{name} {'multiplies' if has_bf16 else 'does not multiply'} bf16"
@@ -167,6 +175,8 @@ def build_model(
     if compute.precision == "bf16-true":
         model.to(torch.bfloat16)
     model.compute_dtype = compute.compute_dtype
+    for block in model.transformer.h:
+        block.recompute = compute.recompute
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
     _compile(model, compute)

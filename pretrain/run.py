@@ -33,6 +33,7 @@ from lit_gpt.checkpoint import (
 from lit_gpt.config import Config
 from lit_gpt.errors import DataError
 from lit_gpt.flops import Flops, count_parameters, flops_per_token
+from lit_gpt.legacy import is_legacy
 from lit_gpt.model import InitialWeights
 from pretrain.checkpointing import RunCheckpoints, check_settings
 from pretrain.command_line import Invocation
@@ -49,8 +50,10 @@ from pretrain.origin import (
     continued_position,
     continued_settings,
     first_position,
+    fits_rows,
     growth_behind,
     mask_notes,
+    origin_model,
     own_state,
     parent_state,
     with_saved_name,
@@ -160,8 +163,8 @@ def preflight(invocation: Invocation, world: World = ALONE) -> Plan:
     config = invocation.config
     check_world(config, world)
     corpus = read_corpus(config.data, look_beside=config.model.vocab_size is None)
-    model_config = model_config_for(corpus, config.model)
     own = None if invocation.fresh else own_state(Path(config.out_dir))
+    model_config = model_config_for(corpus, config.model, origin_model(config, own))
     stages = plan_stages(config, model_config, growth_behind(config, own))
     if invocation.scratch:
         if config.init_from is not None:
@@ -281,7 +284,7 @@ def start(this_run: Run, stage: Stage, state: TrainState) -> Trained:
         return set_up(this_run, stage, InitialWeights(stage.config, config.seed), state)
     source = Path(config.init_from)
     trained = set_up(this_run, stage, read_weights(source), state)
-    if detect_form(source) == "training":
+    if detect_form(source) == "training" and not is_legacy(source):  # those of other tools start with a new optimizer
         inherit(trained, state, read_training(source))
     else:
         inherit_history(state, read_exchange(source).provenance or {})
@@ -302,6 +305,8 @@ def check_init_from(config: RunConfig, stage: Stage, fresh: bool) -> None:
         )
     found, wanted = read_config(source), stage.config
     sizes = differing_sizes(found, wanted)
+    if "vocab_size" in sizes and fits_rows(found, wanted):
+        sizes.remove("vocab_size")
     if "block_size" in sizes and config.model.block_size is not None:  # no weight has its size: another one is a choice
         sizes.remove("block_size")
         say(f"init_from was made for block_size={found.block_size}; this run trains with {wanted.block_size}")

@@ -21,7 +21,8 @@ from lit_gpt.llama2c import MAGIC, checkpoint_file, read_llama2c, read_tokenizer
 from lit_gpt.model import GPT
 from lit_gpt.tokenizer import Tokenizer
 
-KNOWN_LOSS = 0.8250  # of SOURCE.md, mean next-token cross-entropy in nats on this text; 3.461 with pairs unpermuted
+KNOWN_LOSS = 0.8250  # of SOURCE.md, mean next-token cross-entropy in nats on this text
+KNOWN_LOSS_UNPERMUTED = 3.461
 KNOWN_LOSS_TEXT = (
     "One day, a boy named Tim went to the park. He saw a big dog. The dog was sad. Tim wanted to help the dog. "
     "He gave the dog a ball. The dog was happy and they played all day."
@@ -54,6 +55,20 @@ def test_the_real_model_writes_the_text_that_llama2c_writes(stories, exchange):
     ids = generate(model, [tokenizer.bos_id], 200, temperature=0)
 
     assert tokenizer.decode(ids) == (stories / "expected_greedy_200.txt").read_text()
+
+
+@torch.no_grad()
+def test_without_the_rotary_permutation_the_text_is_another_and_the_loss_as_bad_as_known(
+    stories, exchange, monkeypatch
+):
+    monkeypatch.setattr("lit_gpt.llama2c._halves_from_neighbours", lambda rows, head_size: rows)
+    model, tokenizer = model_of(*read_llama2c(stories)), Tokenizer.load(exchange)
+    ids = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(KNOWN_LOSS_TEXT).tolist()]])
+
+    text = tokenizer.decode(generate(model, [tokenizer.bos_id], 200, temperature=0))
+
+    assert text != (stories / "expected_greedy_200.txt").read_text()
+    assert model(ids[:, :-1], ids[:, 1:]).item() == pytest.approx(KNOWN_LOSS_UNPERMUTED, abs=5e-4)
 
 
 @torch.no_grad()

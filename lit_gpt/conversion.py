@@ -1,0 +1,243 @@
+"""From any checkpoint into exchange form, or into a file for TinyLlama and prts, with a receipt of what was done."""
+
+from __future__ import annotations
+
+import errno
+import json
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_gpt.axes import EMBEDDING, HEAD, parameter_shapes
+from lit_gpt.checkpoint import TRAINING, detect_form, read_config, read_exchange, read_training, write_exchange
+from lit_gpt.config import Config
+from lit_gpt.flops import count_parameters
+from lit_gpt.hf import hf_names, hf_shapes
+from lit_gpt.lazy_tensors import CastWeights
+from lit_gpt.legacy import is_legacy, legacy_file, plain_name, read_legacy
+from lit_gpt.legacy_sizes import Sizes
+from lit_gpt.legacy_writer import write_legacy
+from lit_gpt.llama2c import checkpoint_file, is_llama2c, read_llama2c, rewrite_tokenizer
+from lit_gpt.parity import agreement, batches, fits_in_memory, has_transformers, our_model, their_model
+from lit_gpt.tokenizer import FILE_NAMES, file_sha256
+from lit_gpt.versions import versions
+
+TO = ("exchange", "legacy")
+PARITY = ("auto", "always", "never")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+RECEIPT = ".receipt.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened checkpoint of any kind."""
+
+    kind: str
+    config: Config
+    weights: Mapping[str, Tensor]
+    stored: tuple[str, ...]
+    """Names of the tensors in the files."""
+    files: tuple[Path, ...]
+    """What was read."""
+    tokenizer_dir: Path | None
+    provenance: dict[str, Any]
+    counters: dict[str, int]
+    """iter_num and step_count, where they are known."""
+    special_ids: Mapping[str, Any] | None = None
+    """As in `write_exchange`."""
+
+
+def open_source(path: Path, sizes: Sizes) -> Source:
+    """Open a checkpoint: a Hugging Face folder, training form, or a file of the older tools.
+
+    Raises:
+        FileNotFoundError: there is nothing at the path.
+        ValueError: sizes are missing, or are given where the checkpoint says them.
+        DataError: it is no checkpoint, or a damaged one.
+    """
+    folder = path if path.is_dir() else path.parent
+    tokenizer_dir = folder if any((folder / name).is_file() for name in FILE_NAMES) else None
+    if is_legacy(path) and not is_llama2c(path):
+        return _legacy_source(path, sizes, tokenizer_dir)
+    source = _other_source(path, tokenizer_dir)
+    _check_given(path, source.config, sizes)
+    return source
+
+
+def _other_source(path: Path, tokenizer_dir: Path | None) -> Source:
+    """One that says its own sizes."""
+    if is_llama2c(path):
+        file = checkpoint_file(path)
+        config, weights = read_llama2c(file)
+        origin = {"converted_from": {"format": "llama2.c", "file": file.name}}
+        return Source("llama2.c", config, weights, tuple(weights), (file,), tokenizer_dir, origin, {})
+    if detect_form(path) == TRAINING:
+        return _training_source(path)
+    folder = read_exchange(path)
+    files = [each for each in sorted(path.iterdir()) if each.suffix in (".safetensors", ".bin", ".json")]
+    origin = folder.provenance or {"converted_from": {"format": "Hugging Face folder", "folder": path.name}}
+    return Source(
+        *("Hugging Face folder", folder.config, folder.weights, folder.stored, tuple(files), tokenizer_dir, origin),
+        *({}, folder.special_ids),
+    )
+
+
+def _check_given(path: Path, config: Config, sizes: Sizes) -> None:
+    """Refuse sizes that are given and are not those of a checkpoint that says them."""
+    fields = ("n_head", "block_size", "vocab_size")
+    given = {field: getattr(sizes, field) for field in fields if getattr(sizes, field) is not None}
+    if sizes.model_name is not None:
+        named = Config.from_name(sizes.model_name)
+        fields = ("n_layer", "n_head", "n_embd", "n_query_groups", "intermediate_size")
+        given = {field: getattr(named, field) for field in fields} | given
+    wrong = [
+        f"{field} {value} given, {getattr(config, field)} there"
+        for field, value in given.items()
+        if value != getattr(config, field)
+    ]
+    if wrong:
+        raise ValueError(f"{path} says its own sizes, which are others: {'; '.join(wrong)}; leave them out")
+
+
+def _legacy_source(path: Path, sizes: Sizes, tokenizer_dir: Path | None) -> Source:
+    legacy, file = read_legacy(path, sizes), legacy_file(path)
+    state = legacy.state
+    counters = {key: state[key] for key in ("iter_num", "step_count")}
+    known = {key: state[key] for key in ("step_count", "tokens") if state[key]}
+    known |= {"converted_from": state["converted_from"]}
+    files = (file,) if file.suffix != ".json" else (file, *sorted(file.parent.glob("*.bin")))
+    return Source("torch.save", legacy.config, legacy.model, legacy.stored, files, tokenizer_dir, known, counters)
+
+
+def _training_source(path: Path) -> Source:
+    training = read_training(path)
+    state = training.state
+    keys = ("history", "tokens", "step_count", "tokenizer", "separator_id")
+    provenance = {key: state[key] for key in keys if state.get(key) is not None}
+    counters = {key: state[key] for key in ("iter_num", "step_count") if key in state}
+    stored = tuple(f"model.{name}" for name in training.model)
+    files = tuple(each for each in sorted(path.iterdir()) if each.is_file())
+    provenance |= {"converted_from": {"format": "training form", "folder": path.name}}
+    return Source("training form", read_config(path), training.model, stored, files, None, provenance, counters)
+
+
+def left_out(source: Source) -> list[str]:
+    """Tensors of the source's files that its model does not need, with the reason."""
+    wanted = {name: name for name in parameter_shapes(source.config)}
+    for name, shape in parameter_shapes(source.config).items():
+        wanted |= dict.fromkeys(hf_shapes(name, shape, source.config))
+    tied = {HEAD, *hf_names(HEAD)} if source.config.tie_embeddings else set()
+    found = []
+    for name in source.stored:
+        if plain_name(name) in tied:
+            found.append(f"{name} (the embedding, to which the head is tied)")
+        elif plain_name(name) not in wanted:
+            found.append(f"{name} (a table that is computed)")
+    return found
+
+
+def convert(
+    source_path: Path,
+    destination: Path,
+    *,
+    to: str = "exchange",
+    dtype: torch.dtype | None = None,
+    sizes: Sizes | None = None,
+    tokenizer_dir: Path | None = None,
+    parity: str = "auto",
+) -> dict[str, Any]:
+    """Convert a checkpoint; one tensor in memory at a time, but for the parity check.
+
+    Args:
+        source_path: any checkpoint.
+        destination: the folder, or for `to="legacy"` the file, to make. A receipt is written beside it.
+        to: one of TO.
+        dtype: of the weights; None keeps theirs.
+        sizes: of a file that does not tell.
+        tokenizer_dir: the tokenizer to go along, where it is not beside the source.
+        parity: whether logits are compared: always, never, or where two models fit in memory.
+
+    Returns:
+        The receipt, which is also in `receipt_path(destination)`.
+
+    Raises:
+        ValueError: settings that do not fit, or a model that the destination cannot express.
+        DataError: a damaged source, or one with a tensor that its model does not have.
+        OSError: the destination exists or cannot be written.
+    """
+    began = time.perf_counter()
+    if destination.is_file() or (destination.is_dir() and any(destination.iterdir())):
+        raise FileExistsError(errno.EEXIST, "exists already; choose another name or remove it first", str(destination))
+    source = open_source(source_path, sizes or Sizes())
+    tokenizer_dir = tokenizer_dir or source.tokenizer_dir
+    weights = source.weights if dtype is None else CastWeights(source.weights, dtype)
+    with ThreadPoolExecutor(1) as background, TemporaryDirectory() as folder:
+        hashes = background.submit(lambda: [_described(file) for file in source.files])
+        if to == "legacy":
+            write_legacy(destination, source.config, weights, source.counters)
+        else:
+            if source.kind == "llama2.c" and tokenizer_dir is None:
+                tokenizer_dir = rewrite_tokenizer(source.files[0], source.config.vocab_size, Path(folder))
+            write_exchange(
+                destination,
+                source.config,
+                weights,
+                tokenizer_dir=tokenizer_dir,
+                provenance=source.provenance,
+                special_ids=source.special_ids,
+            )
+            tokenizer_dir = tokenizer_dir and destination
+        inputs = hashes.result()
+    skipped = left_out(source)
+    receipt = {
+        "source": str(source_path),
+        "source_kind": source.kind,
+        "destination": str(destination),
+        "destination_kind": to,
+        "family": source.config.family,
+        "parameters": count_parameters(source.config),
+        "dtype": str(weights[EMBEDDING].dtype).removeprefix("torch."),
+        "tensors": {"mapped": len(source.stored) - len(skipped), "unmapped": 0, "left_out": skipped},
+        "inputs": inputs,
+        "parity": _parity(source, destination, to, tokenizer_dir, parity),
+        "secs": round(time.perf_counter() - began, 3),
+        "versions": versions(),
+    }
+    receipt_path(destination).write_text(json.dumps(receipt, indent=1) + "\n")
+    return receipt
+
+
+def receipt_path(destination: Path) -> Path:
+    """Where the receipt of a conversion lies: beside its destination."""
+    return destination.with_name(destination.name + RECEIPT)
+
+
+def _described(file: Path) -> dict[str, Any]:
+    return {"file": file.name, "bytes": file.stat().st_size, "sha256": file_sha256(file)}
+
+
+def _parity(source: Source, destination: Path, to: str, tokenizer_dir: Path | None, wish: str) -> dict[str, Any] | None:
+    """What the comparison of the logits showed; None, or a reason, where there was none."""
+    if wish == "never":
+        return {"skipped": "it was not asked for"}
+    if wish == "auto" and not fits_in_memory(source.config):
+        return {"skipped": f"two models of {count_parameters(source.config):,} parameters do not fit in memory"}
+    independent = to == "exchange" and has_transformers()
+    ours = our_model(source.config, source.weights)
+    if independent:
+        other, against = their_model(destination), "transformers"
+    else:
+        written = read_legacy(destination, Sizes(n_head=source.config.n_head)) if to == "legacy" else None
+        found = written.model if written is not None else read_exchange(destination).weights
+        config = source.config if written is None else written.config
+        other, against = our_model(config, found), "this model, read back"
+    found_batches = batches(source.config, tokenizer_dir)
+    compared = {name: agreement(ours, other, idx).to_dict() for name, idx in found_batches.items()}
+    return {"against": against, **compared}

@@ -1,0 +1,165 @@
+"""Continue a prompt with the model of any checkpoint: ours, a Hugging Face folder, or a file of TinyLlama or prts.
+
+generate.py CKPT --prompt "Once upon a time" --max-new-tokens 200 --temperature 0.8 --top-p 0.95
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from conversion_command import dashed
+
+from lit_gpt.errors import run_command
+
+if TYPE_CHECKING:
+    from lit_gpt.tokenizer import Tokenizer
+
+UNFINISHED = "\ufffd"  # what the first bytes of a character decode to
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="generate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", nargs="?", type=Path, metavar="CKPT", help="a folder, or a .pth or .bin file")
+    parser.add_argument("--checkpoint-dir", type=Path, metavar="DIR", help="CKPT, as TinyLlama and litgpt call it")
+    parser.add_argument("--prompt", default="", metavar="TEXT", help="what to continue (default: nothing)")
+    parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="at most (%(default)s)")
+    parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="texts, each of the next seed (1)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (%(default)s)")
+    parser.add_argument("--greedy", action="store_true", help="temperature 0")
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest (default: all)")
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help="draw among the likeliest that make up P (default: all)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the first text (%(default)s)")
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="of weights and products (fp32)")
+    parser.add_argument("--tokenizer", metavar="PATH", help="a file, a folder, or `bytes` (default: the checkpoint's)")
+    parser.add_argument(
+        "--first-id",
+        metavar="ID",
+        help="token before the prompt, or `none` (default: the one that separated documents)",
+    )
+    parser.add_argument("--device", metavar="NAME", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end and nothing else")
+    return parser.parse_args([dashed(argument) for argument in argv])
+
+
+def main(argv: Sequence[str]) -> int:
+    args = parse_args(argv)
+    checkpoint = args.checkpoint or args.checkpoint_dir
+    if checkpoint is None:
+        raise ValueError("give CKPT, the checkpoint to continue with")
+
+    import torch
+
+    from lit_gpt.generate import load_for_inference, stream
+
+    state = own_words(checkpoint)
+    tokenizer = find_tokenizer(args.tokenizer, checkpoint, state)
+    first_id = find_first_id(args.first_id, tokenizer, state)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_for_inference(checkpoint, {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision], device)
+    ids = [*([] if first_id is None else [first_id]), *(int(each) for each in tokenizer.encode(args.prompt))]
+    room = max(0, model.config.block_size - len(ids))
+    if args.max_new_tokens > room:
+        sys.stderr.write(f"block_size={model.config.block_size} leaves room for {room} tokens after the prompt\n")
+    texts, count, began = [], 0, time.perf_counter()
+    for number in range(args.num_samples):
+        new_ids = stream(
+            model,
+            ids,
+            min(args.max_new_tokens, room),
+            temperature=0.0 if args.greedy else args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            seed=args.seed + number,
+            eos_id=tokenizer.eos_id,
+        )
+        text = args.prompt
+        show(text, args.json)
+        for piece, n_tokens in pieces(tokenizer, ids, new_ids):
+            text, count = text + piece, count + n_tokens
+            show(piece, args.json)
+        show("\n", args.json)
+        texts.append(text)
+    secs = time.perf_counter() - began
+    if args.json:
+        print(json.dumps({"texts": texts, "new_tokens": count, "secs": secs, "first_id": first_id}))
+    else:
+        sys.stderr.write(f"{count} tokens in {secs:.2f} s, {count / secs:.1f} a second, {args.precision} on {device}\n")
+    return 0
+
+
+def show(text: str, silent: bool) -> None:
+    if not silent:
+        print(text, end="", flush=True)
+
+
+def pieces(tokenizer: Tokenizer, ids: list[int], new_ids: Iterator[int]) -> Iterator[tuple[str, int]]:
+    """Text as soon as it is whole, and how many tokens it took: a token may be a part of a character."""
+    so_far, shown, waiting = list(ids), tokenizer.decode(ids), 0
+    for new_id in new_ids:
+        so_far.append(new_id)
+        waiting += 1
+        text = tokenizer.decode(so_far)
+        if not text.endswith(UNFINISHED):
+            yield text[len(shown) :], waiting
+            shown, waiting = text, 0
+    if waiting:
+        yield tokenizer.decode(so_far)[len(shown) :], waiting
+
+
+def own_words(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself: state.json, or growth.json."""
+    from lit_gpt.checkpoint import TRAINING, detect_form, read_exchange, read_training
+
+    if detect_form(checkpoint) == TRAINING:
+        return read_training(checkpoint, verify=False).state
+    return read_exchange(checkpoint, verify=False).provenance or {}
+
+
+def find_tokenizer(given: str | None, checkpoint: Path, state: dict[str, Any]) -> Tokenizer:
+    """The one that is named, that lies beside the weights, or that lies with the data the checkpoint was trained on.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    from lit_gpt.tokenizer import FILE_NAMES, Tokenizer
+
+    if given is not None:
+        return Tokenizer.load(given)
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    data = (state.get("run_config") or {}).get("data", {}).get("train", {})
+    trained_on = [Path(path) for path in (data.values() if isinstance(data, dict) else [data])]
+    for place in (folder, *trained_on):
+        if any((place / name).is_file() for name in FILE_NAMES):
+            found = Tokenizer.load(place)
+            wanted = (state.get("tokenizer") or {}).get("sha256", found.fingerprint)
+            if found.fingerprint == wanted:
+                return found
+    raise FileNotFoundError(f"{checkpoint} has no tokenizer, nor has its training data; give --tokenizer PATH")
+
+
+def find_first_id(given: str | None, tokenizer: Tokenizer, state: dict[str, Any]) -> int | None:
+    """The token that a text begins with.
+
+    Raises:
+        ValueError: neither a number nor `none`.
+    """
+    if given is not None:
+        if given != "none" and not given.isdecimal():
+            raise ValueError(f"--first-id {given} must be a token's number, or none")
+        return None if given == "none" else int(given)
+    separator = state.get("separator_id")
+    return tokenizer.bos_id if separator is None else separator
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(lambda: main(sys.argv[1:])))
