@@ -16,7 +16,7 @@ from grow.from_data import Made, make_from_data
 from grow.grown import GrownOptimizer, GrownWeights, OptimizerState, check_optimizer, copied_parameters
 from grow.operators import needs_data
 from grow.plan import GrowthPlan, Reference, differing_sizes
-from grow.record import flops_behind, grown_state, growth_record, summary, tokens_behind
+from grow.record import grown_state, growth_record, summary
 from grow.samples import Samples
 from lit_gpt.atomic import directory_problems
 from lit_gpt.checkpoint import (
@@ -41,6 +41,7 @@ from lit_gpt.exchange_files import LitWeights
 from lit_gpt.exchange_writer import Copies
 from lit_gpt.lazy_tensors import CastWeights
 from lit_gpt.problems import raise_problems
+from lit_gpt.stored_state import flops_behind, tokens_behind
 from lit_gpt.tokenizer import FILE_NAMES
 
 SMALL_FILE_BYTES = 1 << 24  # whose content is checked in any case; larger ones only if they are read

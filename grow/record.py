@@ -10,6 +10,7 @@ from typing import Any
 from grow.operators import function_of
 from grow.plan import GrowthPlan
 from lit_gpt.flops import Flops, count_parameters
+from lit_gpt.stored_state import flops_behind, tokens_behind
 from lit_gpt.versions import versions
 
 
@@ -50,16 +51,6 @@ def growth_record(
         "growth_flops": growth_flops,
         "versions": versions(),
     }
-
-
-def tokens_behind(state: Mapping[str, Any]) -> int:
-    """Training tokens that a state.json counts, those of its parents included."""
-    return state["tokens"] + state.get("parent_tokens", 0)
-
-
-def flops_behind(state: Mapping[str, Any]) -> Flops:
-    """Training FLOPs that a state.json counts, those of its parents included."""
-    return Flops(**state["flops"]) + Flops(**state.get("parent_flops", {}))
 
 
 def grown_state(state: Mapping[str, Any], plan: GrowthPlan, record: dict[str, Any], flops: Flops) -> dict[str, Any]:
