@@ -35,10 +35,11 @@ from benchmarks.machine import describe
 from lit_gpt.axes import parameter_shapes
 from lit_gpt.config import Config
 from lit_gpt.hf import config_to_hf, to_hf
-from lit_gpt.model import GPT, init_tensor, init_weights
-from pretrain.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig
+from lit_gpt.model import InitialWeights, init_tensor
+from pretrain.config import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
 from pretrain.optim import build_optimizer
-from pretrain.parallel import Compute, choose_compute, find_cpp_compiler, prepare_model
+from pretrain.parallel import Compute, build_model, choose_compute, find_cpp_compiler
+from pretrain.world import ALONE
 
 RESULT = Path(__file__).parent / "results" / "cpu_training.json"
 FREE = ("turns", "json", "out")  # arguments that change nothing about what is measured
@@ -156,11 +157,10 @@ LossFn = Callable[[Tensor, Tensor], Tensor]
 def build(variant: Variant, config: Config) -> tuple[LossFn, nn.Module, torch.optim.Optimizer]:
     """(idx, targets) -> loss, the model behind it with the weights of seed 0, and its optimizer."""
     if variant.family == "ours":
-        model: nn.Module = GPT(config)
-        init_weights(model, seed=0)
         compute = Compute(variant.precision, variant.compile, "benchmark")
-        loss_fn: LossFn = prepare_model(model, compute, torch.device("cpu"))
-        return loss_fn, model, build_optimizer(model, OptimizerConfig())
+        weights = InitialWeights(config, seed=0)
+        model: nn.Module = build_model(config, weights, compute, ParallelConfig(), ALONE, device=torch.device("cpu"))
+        return model, model, build_optimizer(model, OptimizerConfig())
     if variant.family == "naive":
         model = NaiveLlama(config)
         load_hf_names(model, config)

@@ -6,31 +6,21 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from grow.data_command import add_data_arguments, describe_learned, describe_learning, open_data
-from grow.layer_map import (
-    connection_rate,
-    connection_rate_text,
-    draw_layer_map,
-    format_layer_map,
-    parse_layer_map,
-    unused_layers,
-)
+from grow.data_command import add_data_arguments, open_data
+from grow.layer_map import connection_rate_text, parse_layer_map
 from grow.operator_list import operator_list, operator_tables
-from grow.operators import function_of, needs_data, operator, plan_growth
-from grow.plan import FUSIONS, OPTIMIZER_POLICIES, GrowthPlan
-from grow.registry import FUNCTION, LEARNING, OPERATORS
+from grow.operators import plan_growth
+from grow.plan import OPTIMIZER_POLICIES
+from grow.plan_text import WIDTHS, history_lines, layer_map_lines, plan_lines, receipt_lines
+from grow.registry import LEARNING, OPERATORS
 from grow.width_plan import RULES, SHARES
 from lit_gpt.errors import EXIT_USAGE, DataError, run_command
-from lit_gpt.flops import count_parameters
-
-if TYPE_CHECKING:
-    from lit_gpt.config import Config
 
 
 def add_map_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,30 +37,7 @@ def run_map(args: argparse.Namespace) -> None:
         return
     print(f"{args.layer_map}: {len(layers)} layers")
     highest = max((layer for layer in layers if layer is not None), default=-1)
-    print_layer_map(layers, args.n_layer_src or highest + 1)
-
-
-def print_layer_map(layers: Sequence[int | None], n_layer_src: int, **marks: Sequence[int]) -> None:
-    first, *more = draw_layer_map(layers, **marks)
-    print(f"  layers      {first}")
-    for line in more:
-        print(f"              {line}")
-    rate = connection_rate(layers)
-    if rate is None:
-        print("  R_c         undefined: a single layer has no neighbour")
-    else:
-        print(f"  R_c         {connection_rate_text(layers)} = {float(rate):.1%} of neighbours were neighbours before")
-    unused = [str(layer + 1) for layer in unused_layers(layers, n_layer_src)]
-    if unused:
-        print(f"  not used    {', '.join(unused)}")
-
-
-WIDTHS = {
-    "n_embd": "residual channels",
-    "n_head": "query heads",
-    "n_query_groups": "key/value heads",
-    "intermediate_size": "neurons of the MLP",
-}
+    print_lines(layer_map_lines(layers, args.n_layer_src or highest + 1))
 
 
 def add_apply_arguments(parser: argparse.ArgumentParser) -> None:
@@ -129,7 +96,9 @@ PLAN_ARGUMENTS = (
 def run_apply(args: argparse.Namespace) -> None:
     import torch
 
-    from grow.apply import grow_checkpoint, read_reference, summary
+    from grow.apply import grow_checkpoint, read_reference
+    from grow.grown import check_policy
+    from grow.record import summary
     from lit_gpt.checkpoint import read_config
 
     src = find_checkpoint(args.src)
@@ -140,9 +109,10 @@ def run_apply(args: argparse.Namespace) -> None:
         reference=read_reference(reference) if reference else None,
         **{name: getattr(args, name) for name in PLAN_ARGUMENTS},
     )
+    check_policy(plan, args.optimizer_policy)
     samples = open_data(args, plan, src)
     if not args.json:
-        print_plan(plan, args.optimizer_policy)
+        print_lines(plan_lines(plan, args.optimizer_policy))
     if args.dry_run:
         report = {"dry_run": True, **summary(plan, args.optimizer_policy)}
     else:
@@ -161,69 +131,7 @@ def run_apply(args: argparse.Namespace) -> None:
     elif args.dry_run:
         print("dry run: nothing was written")
     else:
-        print_receipt(report)
-
-
-def print_plan(plan: GrowthPlan, policy: str) -> None:
-    op = operator(plan.operator)
-    print(f"{op.name}: {describe_growth(plan)} ({op.paper})")
-    if plan.width is None or plan.src.n_layer != plan.dst.n_layer:
-        print(f"  layer map   {format_layer_map(plan.layer_map)}")
-        print_layer_map(plan.layer_map, plan.src.n_layer, **plan.marks)
-    if plan.identity_layers:
-        print("  (n)         proj = w3 = 0: the layer passes its input on, until it is trained")
-    if plan.fusion is not None:
-        print(f"  n+m         {FUSIONS[plan.fusion]}")
-    if plan.reference is not None:
-        print(f"  [n]         layer n of {plan.reference.path_name}, {plan.reference.manifest}")
-    if None in plan.layer_map:
-        print(f"  new         a layer with initial weights, drawn with seed {plan.seed}")
-    if plan.noise:
-        print(f"  noise       {plan.noise:g} of every matrix, drawn with seed {plan.seed}")
-    print(f"  sizes       {describe_sizes(plan.dst)}")
-    print(f"  parameters  {count_parameters(plan.src):,} -> {count_parameters(plan.dst):,}")
-    print(f"  preserves   {describe_function(plan)}")
-    if plan.width is not None and plan.width.stays_symmetric:
-        print("  symmetry    copies with even shares stay equal in training: the model never gets more than its source")
-        print("              had. Part them by --shares random, --twin-noise or --noise, or use another operator")
-    if needs_data(plan):
-        print(f"  data        {describe_learning(plan)}")
-    print(f"  trained     {op.trained}")
-    print(f"  optimizer   {policy}: {OPTIMIZER_POLICIES[policy]}")
-
-
-def describe_growth(plan: GrowthPlan) -> str:
-    """What grows, e.g. "2 -> 4 layers, n_embd 16 -> 32"."""
-    sizes = [(f"{name} ", getattr(plan.src, name), getattr(plan.dst, name), "") for name in WIDTHS]
-    sizes.insert(0, ("", plan.src.n_layer, plan.dst.n_layer, " layers"))
-    changed = [f"{name}{before} -> {after}{unit}" for name, before, after, unit in sizes if before != after]
-    return ", ".join(changed) or f"{plan.src.n_layer} layers, as before"
-
-
-def describe_function(plan: GrowthPlan) -> str:
-    if plan.is_identity:
-        return "everything: the two models are the same"
-    function = function_of(plan)
-    if function == "no":
-        return f"{FUNCTION[function]}: the loss jumps at growth and comes down in training"
-    return FUNCTION[function]
-
-
-def describe_sizes(config: Config) -> str:
-    fields = ("n_layer", "n_embd", "n_head", "n_query_groups", "head_size", "intermediate_size", "padded_vocab_size")
-    return ", ".join(f"{field} {getattr(config, field)}" for field in fields)
-
-
-def print_receipt(receipt: dict[str, Any]) -> None:
-    print(f"wrote {receipt['destination']} ({receipt['form']} form)")
-    print(f"  parent      {receipt['parent']}")
-    if receipt["reference"] is not None:
-        print(f"  reference   {receipt['reference']}")
-    print(f"  manifest    {receipt['manifest']}")
-    if receipt["tokens"] is not None:
-        print(f"  behind it   {receipt['tokens']:,} tokens, {receipt['flops_total']:.4g} FLOPs")
-    if receipt["data"]:
-        print("\n".join(describe_learned(receipt["data"], receipt["growth_flops"])))
+        print_lines(receipt_lines(report))
 
 
 def find_checkpoint(path: str) -> Path:
@@ -262,7 +170,7 @@ def run_inspect(args: argparse.Namespace) -> None:
     print(f"  {'parameters':20}{found['parameters']:,} ({found['non_embedding']:,} without embeddings)")
     for key, value in found["progress"].items():
         print(f"  {key:20}{value:,}")
-    print_history(found["history"])
+    print_lines(history_lines(found["history"]))
     print(VERIFIED[found["verified"]])
 
 
@@ -274,21 +182,6 @@ VERIFIED = {
 }
 
 
-def print_history(history: list[dict[str, Any]]) -> None:
-    if not history:
-        print("never grown")
-    for record in history:
-        plan = GrowthPlan.from_dict(record["plan"])
-        behind = "" if record["tokens"] is None else f" after {record['tokens']:,} tokens"
-        print(f"grown by {record['operator']}: {describe_growth(plan)}{behind}")
-        print(f"  layer map   {format_layer_map(plan.layer_map)}")
-        print(f"  R_c         {record['connection_rate']}")
-        if plan.reference is not None:
-            print(f"  reference   {plan.reference.path_name} {plan.reference.manifest}")
-        print(f"  optimizer   {record['optimizer_policy']}")
-        print(f"  parent      {record['parent_path_name']} {record['parent']}")
-
-
 def add_operators_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--markdown", action="store_true", help="print the tables of docs/operators.md")
 
@@ -298,9 +191,9 @@ def run_operators(args: argparse.Namespace) -> None:
         print_json([op.to_dict() for op in OPERATORS.values()])
         return
     if args.markdown:
-        print("\n".join(operator_tables()))
+        print_lines(operator_tables())
         return
-    print("\n".join(operator_list()))
+    print_lines(operator_list())
 
 
 def add_check_arguments(parser: argparse.ArgumentParser) -> None:
@@ -401,6 +294,10 @@ def normalise(argv: Sequence[str]) -> list[str]:
         name.replace("_", "-") + equals + value if name.startswith("--") else name + equals + value
         for name, equals, value in parts
     ]
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    print("\n".join(lines))
 
 
 def print_json(value: Any) -> None:

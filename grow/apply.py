@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +14,9 @@ from torch import Tensor
 from grow.check import check_weights
 from grow.from_data import Made, make_from_data
 from grow.grown import GrownOptimizer, GrownWeights, OptimizerState, check_optimizer, copied_parameters
-from grow.operators import function_of, needs_data
+from grow.operators import needs_data
 from grow.plan import GrowthPlan, Reference, differing_sizes
+from grow.record import grown_state, growth_record, summary
 from grow.samples import Samples
 from lit_gpt.atomic import directory_problems
 from lit_gpt.checkpoint import (
@@ -40,11 +39,10 @@ from lit_gpt.config import Config
 from lit_gpt.errors import DataError
 from lit_gpt.exchange_files import LitWeights
 from lit_gpt.exchange_writer import Copies
-from lit_gpt.flops import Flops, count_parameters
 from lit_gpt.lazy_tensors import CastWeights
 from lit_gpt.problems import raise_problems
+from lit_gpt.stored_state import flops_behind, tokens_behind
 from lit_gpt.tokenizer import FILE_NAMES
-from lit_gpt.versions import versions
 
 SMALL_FILE_BYTES = 1 << 24  # whose content is checked in any case; larger ones only if they are read
 
@@ -115,45 +113,6 @@ def grow_optimizer(
     return {name: dict(slots) for name, slots in GrownOptimizer(plan, optimizer_state, policy).items()}
 
 
-def growth_record(
-    plan: GrowthPlan,
-    policy: str,
-    *,
-    parent: str,
-    parent_path_name: str,
-    step_count: int | None,
-    tokens: int | None,
-    flops_total: float | None,
-    growth_flops: float = 0.0,
-) -> dict[str, Any]:
-    """One entry of a model's growth history: plain values for JSON.
-
-    Args:
-        plan: what was done to the weights.
-        policy: what was done to the optimizer state.
-        parent: identity of the checkpoint before growth, see `manifest_sha256`.
-        parent_path_name: last part of its path.
-        step_count: optimizer updates of its run; None if it does not say, like the next two.
-        tokens: training tokens behind it, those of its own parents included.
-        flops_total: training FLOPs behind it in the paper's convention, those of its own parents included.
-        growth_flops: those of the growth itself; they are added to flops_total.
-    """
-    return {
-        "operator": plan.operator,
-        "plan": plan.to_dict(),
-        "connection_rate": plan.connection_rate,
-        "optimizer_policy": policy,
-        "parent": parent,
-        "parent_path_name": parent_path_name,
-        "reference": None if plan.reference is None else plan.reference.manifest,
-        "step_count": step_count,
-        "tokens": tokens,
-        "flops_total": None if flops_total is None else flops_total + growth_flops,
-        "growth_flops": growth_flops,
-        "versions": versions(),
-    }
-
-
 def grow_checkpoint(
     src_path: str | Path,
     dst_path: str | Path,
@@ -182,7 +141,8 @@ def grow_checkpoint(
 
     Returns:
         The receipt: source, destination, form, operator, layer_map, connection_rate, optimizer_policy, reference,
-        preserves, function, parameters_before, parameters_after, parent and manifest (sha256), tokens, flops_total.
+        preserves, function, stays_symmetric, parameters_before, parameters_after, parent and manifest (sha256), tokens,
+        flops_total, growth_flops, data.
 
     Raises:
         ValueError: a destination that cannot be, or a policy that the source cannot serve.
@@ -253,21 +213,6 @@ def reference_weights(
     return weights
 
 
-def summary(plan: GrowthPlan, policy: str) -> dict[str, Any]:
-    """What a growth does, in the keys of its receipt."""
-    return {
-        "operator": plan.operator,
-        "layer_map": list(plan.layer_map),
-        "connection_rate": plan.connection_rate,
-        "optimizer_policy": policy,
-        "reference": None if plan.reference is None else plan.reference.manifest,
-        "preserves": function_of(plan) != "no",
-        "function": function_of(plan),
-        "parameters_before": count_parameters(plan.src),
-        "parameters_after": count_parameters(plan.dst),
-    }
-
-
 def _check_destination(src_path: Path, dst_path: Path) -> None:
     src, dst = src_path.resolve(), dst_path.resolve()
     if src == dst or src in dst.parents:
@@ -297,8 +242,8 @@ def _grow_training(src_path: Path, dst_path: Path, plan: GrowthPlan, policy: str
         parent=manifest_sha256(src_path),
         parent_path_name=src_path.name,
         step_count=source.state["step_count"],
-        tokens=_tokens_behind(source.state),
-        flops_total=_flops_behind(source.state).paper,
+        tokens=tokens_behind(source.state),
+        flops_total=flops_behind(source.state).paper,
         growth_flops=made.flops.paper,
     )
     write_training(
@@ -333,43 +278,6 @@ def _stored_copies(copies: Mapping[str, str], optimizer: GrownOptimizer) -> dict
     for name, source in optimizer.copies().items():
         copied |= {stored_name(name, slot): stored_name(source, slot) for slot in optimizer[name]}
     return copied
-
-
-def _tokens_behind(state: Mapping[str, Any]) -> int:
-    return state["tokens"] + state.get("parent_tokens", 0)
-
-
-def _flops_behind(state: Mapping[str, Any]) -> Flops:
-    return Flops(**state["flops"]) + Flops(**state.get("parent_flops", {}))
-
-
-def grown_state(state: Mapping[str, Any], plan: GrowthPlan, record: dict[str, Any], flops: Flops) -> dict[str, Any]:
-    """state.json of a model that was just grown: a run that has not begun, from the data position of its parent.
-
-    `flops` are those of the growth itself: the first that the new run spends.
-    """
-    return {
-        **state,
-        "run_config": None,
-        "model_config": plan.dst.to_dict(),
-        "stage": 1,
-        "stage_name": plan.operator,
-        "stage_step": 0,
-        "step_count": 0,
-        "iter_num": 0,
-        "grown_into_stage": 1,
-        "tokens": 0,
-        "flops": dataclasses.asdict(flops),
-        "flops_computed": flops.paper,
-        "parent_tokens": _tokens_behind(state),
-        "parent_flops": dataclasses.asdict(_flops_behind(state)),
-        "seconds": 0.0,
-        "loss_sum": 0.0,
-        "loss_count": 0,
-        "history": [*state["history"], record],
-        "command": list(sys.argv),
-        "versions": versions(),
-    }
 
 
 def _grow_exchange(src_path: Path, dst_path: Path, plan: GrowthPlan, policy: str, making: Making) -> dict[str, Any]:

@@ -63,7 +63,9 @@ class GradMax:
     """Of the gradient on the batch and of the iterations."""
 
 
-def gradmax_columns(plan: GrowthPlan, weights: Mapping[str, Tensor], rows: Tensor) -> GradMax:
+def gradmax_columns(
+    plan: GrowthPlan, weights: Mapping[str, Tensor], rows: Tensor, separator_id: int | None = None
+) -> GradMax:
     """The new columns of w3 in every layer, from the gradient on one batch.
 
     The source is held as a model in fp32 (or float64), with inputs and gradients of all its MLPs: 2 L N C numbers.
@@ -72,6 +74,7 @@ def gradmax_columns(plan: GrowthPlan, weights: Mapping[str, Tensor], rows: Tenso
         plan: of the operator gradmax.
         weights: of the source.
         rows: (B, T + 1) int64; the last column is only a target.
+        separator_id: token that ends a document, where tokens of other documents are not seen.
 
     Raises:
         NonFiniteError: the loss on the batch or its gradient is not a number.
@@ -82,7 +85,7 @@ def gradmax_columns(plan: GrowthPlan, weights: Mapping[str, Tensor], rows: Tenso
     model.load_state_dict({name: weights[name].to(dtype) for name in parameter_shapes(plan.src)})
     model.requires_grad_(False)
     model.transformer.wte.weight.requires_grad_(True)  # one is enough for gradients to reach every layer
-    inputs, gradients = mlp_inputs_and_gradients(model, rows.to(device))
+    inputs, gradients = mlp_inputs_and_gradients(model, rows.to(device), separator_id)
     columns, n_open, multiplied = [], 0, 0
     for layer, (x, delta) in enumerate(zip(inputs, gradients, strict=True)):
         gates = grown_weight(plan, with_layer(GATE, layer), weights)[plan.src.intermediate_size :]
@@ -98,18 +101,21 @@ def gradmax_columns(plan: GrowthPlan, weights: Mapping[str, Tensor], rows: Tenso
     return GradMax(columns, n_open, flops)
 
 
-def mlp_inputs_and_gradients(model: GPT, rows: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+def mlp_inputs_and_gradients(
+    model: GPT, rows: Tensor, separator_id: int | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
     """Per layer the input of the MLP and the gradient of the loss at its output, (B T, C) each.
 
     Args:
         model: its gradients are left as they were.
         rows: (B, T + 1) int64.
+        separator_id: as in `GPT.forward`.
 
     Raises:
         NonFiniteError: the loss or a gradient is not a number.
     """
     with _recorded(model) as (inputs, outputs):
-        loss = model(rows[:, :-1], rows[:, 1:])
+        loss = model(rows[:, :-1], rows[:, 1:], separator_id=separator_id)
     gradients = torch.autograd.grad(loss, outputs)
     if not (loss.isfinite() and all(gradient.isfinite().all() for gradient in gradients)):
         raise NonFiniteError(

@@ -157,17 +157,26 @@ class _OneSlot(Mapping[str, LazyTensors]):
         return len(self._state)
 
 
-def check_optimizer(plan: GrowthPlan, optimizer_state: OptimizerState, policy: str) -> None:
-    """Refuse a policy that does not exist or that this optimizer state cannot serve; raises as GrownOptimizer does."""
+def check_policy(plan: GrowthPlan, policy: str) -> None:
+    """Refuse a policy that does not exist, or that no optimizer state could serve after this growth.
+
+    Raises:
+        ValueError: see above.
+    """
     if policy not in OPTIMIZER_POLICIES:
         raise ValueError(f"unknown optimizer policy {policy!r}; known: {', '.join(OPTIMIZER_POLICIES)}")
-    if policy == "reset":
-        return
-    if is_learned(plan):
+    if policy != "reset" and is_learned(plan):
         raise ValueError(
             f"optimizer policy {policy!r} does not go with {plan.operator}: its weights are trained mixtures, of which "
             f"the source's moments say nothing; use 'reset'"
         )
+
+
+def check_optimizer(plan: GrowthPlan, optimizer_state: OptimizerState, policy: str) -> None:
+    """Refuse a policy that does not exist or that this optimizer state cannot serve; raises as GrownOptimizer does."""
+    check_policy(plan, policy)
+    if policy == "reset":
+        return
     if not optimizer_state:
         raise ValueError(f"optimizer policy {policy!r} needs moments, and the source has none; use 'reset'")
     strange = set(optimizer_state) - set(parameter_shapes(plan.src))

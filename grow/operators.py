@@ -86,6 +86,7 @@ def plan_growth(
     _check_options(
         op, {**_given(n_layer=n_layer, factor=factor, layer_map=layer_map, reference=reference), **sizes, **options}
     )
+    _check_kinds({**options, "seed": seed, "noise": noise})
     _check_learning(options)
     if op.needs_data:
         _check_plain(op, src)
@@ -209,6 +210,28 @@ def function_of(plan: GrowthPlan) -> str:
         return "exactly"
     with_eps = dataclasses.replace(plan.dst, norm_eps=plan.width.exact_eps(plan.src))
     return "up to eps" if plan.width.is_exact(plan.src, with_eps) else "no"
+
+
+KINDS = {
+    **dict.fromkeys(("seed", "learn_steps", "batch_size"), (int, "a whole number")),
+    **dict.fromkeys(("noise", "twin_noise", "learn_rate"), (int | float, "a number")),
+    "adjust_eps": (bool, "true or false"),
+}
+"""Options that no table of names checks -> what they have to be, and what that is called."""
+
+
+def _check_kinds(options: Mapping[str, Any]) -> None:
+    """Refuse values of another kind, which a file of settings may hold."""
+    wrong = {
+        name: value
+        for name, value in options.items()
+        if name in KINDS
+        and not (isinstance(value, KINDS[name][0]) and isinstance(value, bool) == (name == "adjust_eps"))
+    }
+    if wrong:
+        lines = (f"{name}={value!r} must be {KINDS[name][1]}" for name, value in wrong.items())
+        is_power = any(isinstance(value, str) and "e" in value for value in wrong.values())
+        raise ValueError("\n".join(lines) + ("; YAML reads 1.0e-3 as a number, and 1e-3 as text" if is_power else ""))
 
 
 def _check_learning(options: Mapping[str, Any]) -> None:

@@ -25,6 +25,7 @@ FUSIONS = {
     "predicted": "what a network, fitted to the layers of the source, predicts between two neighbours",
 }
 """How a layer is made from two layers of the source: grow/fused.py."""
+SYMMETRY = "copies with even shares stay equal in training: the model never gets more than its source had"
 NEEDS_SCIPY = (
     "heads and neurons of two layers are matched by scipy, which is not installed; "
     "install the [report] extra: pip install 'lit-grow[report]', or use llama-pro"
@@ -184,6 +185,11 @@ class GrowthPlan:
         """Whether the grown model is the source."""
         same_layers = self.layer_map == tuple(range(self.src.n_layer)) and not any(self.marks.values())
         return same_layers and not self.noise and (self.width is None or self.width.is_identity)
+
+    @property
+    def stays_symmetric(self) -> bool:
+        """Whether there are copies that deterministic training can never tell apart."""
+        return self.width is not None and self.width.stays_symmetric and not self.noise
 
     @property
     def marks(self) -> dict[str, tuple[int, ...]]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lit_gpt.errors import DataError
+from lit_gpt.flops import Flops
 
 EARLIER = "use an earlier checkpoint"
 
@@ -34,6 +36,16 @@ def check_open(state: dict[str, Any], path: str | Path) -> None:
             f"{path} was saved while the mask of its growth was still opening, and without it the model is another "
             f"one; take a checkpoint from after the mask has opened"
         )
+
+
+def tokens_behind(state: Mapping[str, Any]) -> int:
+    """Training tokens that a state.json counts, those of its parents included."""
+    return state["tokens"] + state.get("parent_tokens", 0)
+
+
+def flops_behind(state: Mapping[str, Any]) -> Flops:
+    """Training FLOPs that a state.json counts, those of its parents included."""
+    return Flops(**state["flops"]) + Flops(**state.get("parent_flops", {}))
 
 
 def encode_rng(rng: dict[str, Any] | None) -> bytes | None:

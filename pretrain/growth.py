@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grow.apply import growth_record, reference_weights
+from grow.apply import reference_weights
 from grow.distill import Distillation
 from grow.from_data import Made
 from grow.gradmax import GradMaxWeights, gradmax_columns
@@ -18,6 +18,7 @@ from grow.grown import GrownOptimizer, GrownWeights
 from grow.learned import BETAS, LearnedGrowth
 from grow.masks import mask_scales
 from grow.operators import needs_data
+from grow.record import growth_record
 from grow.registry import BATCH_SIZE
 from grow.tensors import WithNoise
 from lit_gpt.axes import parameter_shapes
@@ -96,7 +97,9 @@ def learn_to_grow(run: Run, stage: Stage, trained: Trained, state: TrainState) -
     )
     learning = Trained(trained.model, module, run.fabric.setup_optimizers(optimizer), trained.guard, growth=growth)
     saved = run.checkpoints.learning
-    if state.stage_step and saved is not None:
+    if state.stage_step:
+        if saved is None:
+            raise DataError(f"{run.checkpoints.last} holds no mixing matrices of the growth that it was learning")
         with torch.no_grad():
             for name, parameter in growth.named_parameters():
                 parameter.copy_(saved["matrices"][name])
@@ -125,8 +128,6 @@ def _grown(run: Run, stage: Stage, trained: Trained, state: TrainState) -> Train
     parent = _parent(run, stage, state)
     made = _make(run, stage, trained, state)
     moments = GrownOptimizer(stage.plan, _parent_checkpoint(run, stage, state).optimizer, stage.optimizer_policy)
-    state.flops += made.flops
-    state.flops_computed += made.flops.paper
     state.history.append(
         growth_record(
             made.plan,
@@ -136,8 +137,11 @@ def _grown(run: Run, stage: Stage, trained: Trained, state: TrainState) -> Train
             step_count=state.step_count,
             tokens=state.parent_tokens + state.tokens,
             flops_total=state.total_flops.paper,
+            growth_flops=made.flops.paper,
         )
     )
+    state.flops += made.flops
+    state.flops_computed += made.flops.paper
     grown = set_up(run, stage, made.weights, state)
     load_trainable_state(grown, moments)
     say(
@@ -148,19 +152,20 @@ def _grown(run: Run, stage: Stage, trained: Trained, state: TrainState) -> Train
 
 
 def _parent_checkpoint(run: Run, stage: Stage, state: TrainState) -> TrainingCheckpoint:
-    """What the stage before ended with; it was verified when it was written or resumed from."""
-    return read_training(_parent(run, stage, state), verify=False)
+    """What the stage before ended with; unless it was just written or resumed from, its checksums are compared."""
+    parent = _parent(run, stage, state)
+    return read_training(parent, verify=parent != run.checkpoints.last)
 
 
 def _make(run: Run, stage: Stage, trained: Trained, state: TrainState) -> Made:
     """The weights of a stage's model. What was learned is charged already; a gradient on a batch is not."""
     plan, source = stage.plan, _parent_checkpoint(run, stage, state).model
     if trained.growth is not None:
-        learned = {"steps": stage.learning.steps, "rate": stage.learning.rate, "first_step": state.step_count}
+        learned = {"steps": stage.learning.steps, "rate": stage.learning.rate, "last_step": state.step_count}
         return Made(dataclasses.replace(plan, data=learned), WithNoise(plan, trained.growth.materialise()))
     if needs_data(plan):
         rows = run.train.packed.samples(state.position, min(BATCH_SIZE, run.config.batch.global_batch_size))
-        found = gradmax_columns(plan, source, torch.from_numpy(rows))
+        found = gradmax_columns(plan, source, torch.from_numpy(rows), run.train.separator_id)
         read = {"position": state.position, "batch_size": len(rows), "neurons_not_converged": found.n_open}
         made = WithNoise(plan, GradMaxWeights(plan, source, found.columns))
         return Made(dataclasses.replace(plan, data=read), made, found.flops)

@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from grow.layer_map import layer_texts
-from grow.plan import differing_sizes
+from grow.plan import SYMMETRY, differing_sizes
 from grow.registry import SIZES
 from lit_gpt.atomic import write_atomically
 from lit_gpt.checkpoint import (
@@ -267,6 +267,8 @@ def describe(plan: Plan) -> None:
         if stage.plan is not None:
             layers = " ".join(layer_texts(stage.plan.layer_map, **stage.plan.marks))
             say(f"  grown by {stage.plan.operator}, layer map {layers}, R_c {stage.plan.connection_rate}")
+            if stage.plan.stays_symmetric:
+                sys.stderr.write(f"warning: stage {stage.name!r}: {SYMMETRY}; use other shares, or noise\n")
 
 
 @contextmanager
@@ -351,10 +353,10 @@ def check_init_from(config: RunConfig, stage: Stage, fresh: bool) -> None:
 def inherit_history(state: TrainState, provenance: dict[str, Any]) -> None:
     """Take over what growth.json of an exchange form says of the models behind it; a foreign folder says nothing."""
     state.history = list(provenance.get("history", []))
-    last = state.history[-1] if state.history else provenance
-    state.parent_tokens = last.get("tokens") or 0
-    total, growth = last.get("flops_total"), [each.get("growth_flops", 0) for each in state.history]
-    state.parent_flops = Flops(paper=sum(growth) if total is None else total)
+    at_growth = state.history[-1] if state.history else {}  # training may have gone on since
+    tokens, total = (provenance.get(key, at_growth.get(key)) for key in ("tokens", "flops_total"))
+    growths = sum(each.get("growth_flops", 0) for each in state.history)
+    state.parent_tokens, state.parent_flops = tokens or 0, Flops(paper=growths if total is None else total)
 
 
 def inherit(trained: Trained, state: TrainState, parent: TrainingCheckpoint) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from grow.apply import read_reference
+from grow.grown import check_policy
 from grow.learned import default_rate
 from grow.masks import DEFAULT_STEPS, MaskSchedule
 from grow.operators import is_learned, operator, plan_growth, with_depth
@@ -85,6 +86,12 @@ class Stage:
         """Whether the teacher takes part in the step after `stage_step` finished ones."""
         return self.teaching is not None and self.first_step <= stage_step < self.teaching.steps
 
+    def taught_steps(self, done_steps: int = 0) -> int:
+        """Steps after the first `done_steps` in which the teacher takes part."""
+        if self.teaching is None:
+            return 0
+        return max(0, min(self.teaching.steps, self.steps) - max(self.first_step, done_steps))
+
     def learning_rate(self, stage_step: int) -> float:
         """Of the update after `stage_step` finished ones of this stage."""
         if stage_step < self.first_step:
@@ -129,10 +136,12 @@ def _stage(
     if before is not None:
         config = dataclasses.replace(config, norm_eps=before.config.norm_eps)  # an operator may have changed it
         plan = _plan(settings, before.config, config, run.seed)
-        config = config if plan is None else dataclasses.replace(plan.dst, name=config.name)
+    if plan is not None:
+        check_policy(plan, settings.optimizer_policy)
+        config = dataclasses.replace(plan.dst, name=config.name)
     steps = _stage_steps(settings, config, run.batch.global_batch_size)
     continued = before is not None and settings.continue_schedule
-    return Stage(
+    stage = Stage(
         index=index,
         name=settings.name,
         config=config,
@@ -149,8 +158,14 @@ def _stage(
         mask=_mask(settings, plan, steps),
         teaching=_teaching(settings, plan, config, steps, before),
         learning=_learning(plan, steps),
-        reference=None if plan is None or plan.reference is None else Path(settings.options["reference"]),
+        reference=None if plan is None or plan.reference is None else Path(str(settings.options["reference"])),
     )
+    if stage.teaching is not None and not stage.taught_steps():
+        raise ValueError(
+            f"distill_steps={stage.teaching.steps} has no effect: they count from the beginning of the stage, whose "
+            f"first {stage.first_step} steps learn how to grow, without a teacher; give more"
+        )
+    return stage
 
 
 def _stage_config(settings: StageConfig, model: Config) -> Config:
@@ -195,7 +210,7 @@ def _options(settings: StageConfig) -> dict[str, Any]:
         raise ValueError("options holds batch_size or data; a stage grows from the batches of its own run")
     options = dict(settings.options)
     if "reference" in options:
-        options["reference"] = read_reference(options["reference"])
+        options["reference"] = read_reference(str(options["reference"]))
     return options
 
 

@@ -84,8 +84,8 @@ def step_flops(config: RunConfig, stage: Stage, stage_step: int) -> Flops:
 def stage_flops(config: RunConfig, stage: Stage, first_step: int = 0) -> Flops:
     """Of a stage from a step on."""
     total = flops_per_token(stage.config).times(stage.steps - first_step)
-    if stage.is_taught(first_step):
-        total += _teacher_flops(stage).times(min(stage.teaching.steps, stage.steps) - first_step)
+    if stage.teaching is not None:
+        total += _teacher_flops(stage).times(stage.taught_steps(first_step))
     return total.times(tokens_per_step(config, stage))
 
 

@@ -185,6 +185,19 @@ def test_apply_prints_its_receipt_as_json(capsys, model_folder, tmp_path):
     assert receipt["destination"] == str(tmp_path / "grown") and (tmp_path / "grown" / "growth.json").is_file()
 
 
+def test_a_receipt_does_not_ask_for_a_cost_that_nobody_recorded(capsys, tmp_path):
+    folder = write_exchange(tmp_path / "model", toy_config(), toy_weights(toy_config()), provenance={"tokens": 2})
+    code, out, _ = grow(capsys, "apply", folder, tmp_path / "grown", "--operator", "stack", "--factor", 2)
+    assert code == 0 and "manifest" in out and "behind it" not in out
+
+
+def test_a_dry_run_refuses_a_policy_that_the_growth_would_refuse(capsys, model_folder, tmp_path):
+    arguments = ("apply", model_folder, tmp_path / "grown", "--operator", "learn-depth", "--n-layer", 4, "--dry-run")
+    assert grow(capsys, *arguments)[0] == 0
+    code, out, err = grow(capsys, *arguments, "--optimizer-policy", "map")
+    assert code == 2 and not out and "'map' does not go with learn-depth" in err
+
+
 def test_a_dry_run_writes_nothing(capsys, model_folder, tmp_path):
     arguments = ("apply", model_folder, tmp_path / "grown", "--operator=stack", "--n-layer=4", "--dry-run")
 
@@ -241,7 +254,9 @@ def test_apply_grows_in_width_and_says_what_it_did(capsys, model_folder, tmp_pat
 def test_apply_says_when_copies_can_never_part(capsys, model_folder, tmp_path):
     arguments = ("apply", model_folder, tmp_path / "grown", "--operator=hypercloning", "--factor=2", "--dry-run")
     assert "copies with even shares stay equal" in grow(capsys, *arguments)[1]
-    assert "copies with even shares stay equal" not in grow(capsys, *arguments, "--twin-noise", 0.3)[1]
+    for parted in (("--twin-noise", 0.3), ("--noise", 0.1)):
+        assert "copies with even shares stay equal" not in grow(capsys, *arguments, *parted)[1]
+    assert grow_json(capsys, *arguments)["stays_symmetric"] is True
 
 
 def test_weights_that_are_no_numbers_are_grown_only_when_allowed(capsys, tmp_path):

@@ -176,6 +176,19 @@ def test_what_is_recorded_is_the_input_of_the_mlp_and_the_gradient_at_its_output
     assert not any(block.mlp._forward_hooks for block in model.transformer.h)
 
 
+def test_tokens_of_another_document_are_not_seen_where_the_model_does_not_see_them():
+    config = toy_config()
+    rows = toy_tokens(config, n_rows=1)
+    rows[rows == 3] = 4
+    rows[0, 5] = 3  # ends the first document
+    others = rows.clone()
+    others[0, :5] = (others[0, :5] + 1) % 3
+    model = model_of(config, toy_weights(config, dtype=torch.float64))
+    for separator_id, unseen in ((3, True), (None, False)):
+        (*_, one), (*_, other) = (mlp_inputs_and_gradients(model, each, separator_id)[0] for each in (rows, others))
+        assert torch.equal(one[6:], other[6:]) is unseen
+
+
 def test_the_seed_says_it_all():
     src = toy_config()
     weights = toy_weights(src, dtype=torch.bfloat16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -294,6 +295,22 @@ def test_an_explicit_map_lifts_the_rule_of_whole_factors_and_is_kept_as_written(
 def test_requests_that_cannot_be_met(name, request_, message):
     with pytest.raises(ValueError, match=message):
         plan_growth(name, toy_config(n_layer=3), **request_)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("learn-depth", {"learn_steps": "10"}, "learn_steps='10' must be a whole number"),
+        ("learn-depth", {"learn_steps": 2.5}, "learn_steps=2.5 must be a whole number"),
+        ("learn-depth", {"learn_rate": "1e-3"}, "learn_rate='1e-3' must be a number; YAML reads 1.0e-3"),
+        ("stack", {"noise": "a", "seed": True}, "seed=True must be a whole number\nnoise='a' must be a number"),
+        ("zero-depth", {"seed": None}, "seed=None must be a whole number"),
+        ("split-width", {"adjust_eps": 1, "n_layer": None}, "adjust_eps=1 must be true or false"),
+    ],
+)
+def test_options_of_another_kind_are_refused_as_a_file_of_settings_may_hold_them(name, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        plan_growth(name, toy_config(), **{"factor": 2, **options})
 
 
 @pytest.mark.parametrize("name", sorted(set(OPERATORS) - {"zero-layer", "distill"}))

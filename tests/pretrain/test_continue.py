@@ -344,3 +344,10 @@ def test_a_run_from_an_exchange_form_starts_at_what_is_known_of_its_cost(flops_t
     inherit_history(state, {"history": history})
 
     assert (state.parent_flops.paper, state.parent_tokens) == (expected, 5)
+
+
+@pytest.mark.parametrize("history", [[], [{"tokens": 5, "flops_total": 50.0, "growth_flops": 3.0}]])
+def test_a_run_from_an_exchange_form_is_charged_what_was_trained_since_its_last_growth(history):
+    state = TrainState()
+    inherit_history(state, {"tokens": 9, "flops_total": 90.0, "history": history})
+    assert (state.parent_flops.paper, state.parent_tokens) == (90.0, 9)

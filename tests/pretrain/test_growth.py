@@ -27,7 +27,7 @@ from pretrain.growth import set_masks
 from pretrain.guards import Guard
 from pretrain.run import run
 from pretrain.stages import plan_stages
-from pretrain.training import Trained
+from pretrain.training import Trained, stage_flops, step_flops
 from tests.pretrain.conftest import two_stages
 from tests.pretrain.runs import assert_same_end, records
 from tests.pretrain.test_stages import MODEL, run_config
@@ -198,7 +198,7 @@ def test_a_learned_growth_trains_its_matrices_in_the_first_steps_of_the_stage_an
     assert when == ["start", "before_growth", "after_growth", "end"]
     charged = [b["flops_total"] - a["flops_total"] for a, b in itertools.pairwise(records(folder)[2:])]
     assert charged == pytest.approx([6 * count_parameters(read_config(checkpoints(folder)[-1])) * 4 * 16] * 6)
-    assert states[-1].state["history"][0]["plan"]["data"] == {"steps": 3, "rate": 0.03, "first_step": 6}
+    assert states[-1].state["history"][0]["plan"]["data"] == {"steps": 3, "rate": 0.03, "last_step": 6}
 
 
 def test_the_parent_of_a_learned_growth_is_the_model_before_and_stays_on_the_disk(finish):
@@ -208,12 +208,27 @@ def test_the_parent_of_a_learned_growth_is_the_model_before_and_stays_on_the_dis
     assert record["parent"] == manifest_sha256(before) and record["parent_path_name"] == before.name
 
 
+def test_a_growth_that_is_still_learned_does_not_go_on_from_a_damaged_parent(finished, finish, tmp_path):
+    folder = Path(shutil.copytree(finished("learned"), tmp_path / "run"))
+    for path in checkpoints(folder)[4:]:  # all but the first step of learning
+        shutil.rmtree(path)
+    file = checkpoints(folder)[2] / "__0_0.distcp"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(DataError, match="does not have the crc32"):
+        finish(RUNS["learned"], folder)
+
+
 def test_a_gradient_behind_new_neurons_is_charged_and_keeps_the_loss(finished):
     folder = finished("gradmax")
     losses = {r["when"]: r["value"] for r in records(folder, "evals.jsonl") if r["metric"] == "loss"}
     assert losses["after_growth"] == pytest.approx(losses["before_growth"], rel=1e-5)
     charged = [b["flops_total"] - a["flops_total"] for a, b in itertools.pairwise(records(folder))]
     assert charged[2] > charged[3] * 1.1 and charged[3] == charged[4]
+    (record,) = read_training(latest(folder / "checkpoints")).state["history"]
+    assert record["growth_flops"] == pytest.approx(charged[2] - charged[3])
+    assert record["flops_total"] == pytest.approx(records(folder)[2]["flops_total"] + record["growth_flops"])
 
 
 @pytest.mark.parametrize("operator", ["learn-depth", "gradmax"])
@@ -294,6 +309,11 @@ def test_block_expansion_between_runs_trains_the_new_layers_alone(finish, tmp_pa
         ({"operator": "stack", "mask_steps": 3}, "mask_steps belongs to"),
         ({"operator": "random-depth", "max_steps": 10}, "opens over 5,000 steps and the stage has 10"),
         ({"operator": "stack", "trainable": "new", "n_layer": 2}, "added none"),
+        (
+            {"operator": "learn-depth", "optimizer_policy": "map", "max_steps": 200},
+            "'map' does not go with learn-depth",
+        ),
+        ({"operator": "ligo", "distill_weight": 1, "distill_steps": 100, "max_steps": 200}, "distill_steps=100 has no"),
         ({"operator": "stack", "teacher": "x"}, "no effect without distill_weight"),
         ({"operator": "split-width"}, "split-width takes .*, and not n_layer"),
     ],
@@ -305,11 +325,29 @@ def test_a_stage_that_does_not_fit_is_refused_before_training(stage, message):
         plan_stages(run_config(*stages), MODEL)
 
 
+@pytest.mark.parametrize("first_step", [0, 5, 20])
+def test_what_a_stage_will_cost_is_the_sum_over_its_steps(first_step):
+    learnt = StageConfig("grown", max_steps=30, operator="ligo", options={"learn_steps": 10}, distill_weight=0.5)
+    config = run_config(StageConfig("base", max_steps=1, n_layer=2), dataclasses.replace(learnt, distill_steps=25))
+    stage = plan_stages(config, MODEL)[1]
+    expected = sum(step_flops(config, stage, step).paper for step in range(first_step, 30))
+    assert stage_flops(config, stage, first_step).paper == pytest.approx(expected)
+
+
 def test_a_first_stage_has_nothing_new_to_train_and_no_teacher_of_its_own():
     with pytest.raises(ValueError, match="trainable='new' needs a growth"):
         plan_stages(run_config(StageConfig("base", max_steps=1, trainable="new")), MODEL)
     with pytest.raises(ValueError, match="needs a teacher: give the path"):
         plan_stages(run_config(StageConfig("base", max_steps=1, distill_weight=0.5)), MODEL)
+
+
+def test_copies_that_can_never_part_are_a_warning(finish, capsys):
+    cloned = {"name": "grown", "operator": "hypercloning", "max_steps": 1}
+    base = {"name": "base", "n_embd": 8, "max_steps": 1}
+    finish([base, cloned])
+    assert "warning: stage 'grown': copies with even shares stay equal" in capsys.readouterr().err
+    finish([base, {**cloned, "options": {"twin_noise": 0.3}}])
+    assert "stay equal" not in capsys.readouterr().err
 
 
 def test_a_teacher_that_went_is_named(finished, finish, tmp_path):

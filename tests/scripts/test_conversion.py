@@ -162,6 +162,23 @@ def test_training_form_becomes_what_hugging_face_loads(script, tmp_path):
     assert provenance["tokens"] == 9000 and provenance["converted_from"]["folder"] == "step"
 
 
+def test_what_training_cost_goes_along_parents_included(script, tmp_path):
+    flops = {"paper": 6.0, "model": 4.0, "palm": 5.0}
+    cost = {"tokens": 10, "parent_tokens": 5, "flops": flops, "parent_flops": dict.fromkeys(flops, 1.0)}
+    state = {"format": 1, "model_config": CONFIG.to_dict(), "step_count": 7, **cost}
+    source = write_training(tmp_path / "step", toy_weights(CONFIG), {}, state)
+    assert script("convert_lit_checkpoint", source, tmp_path / "out")[0] == 0
+    provenance = read_exchange(tmp_path / "out").provenance
+    assert (provenance["tokens"], provenance["flops_total"]) == (15, 7.0)
+
+
+def test_weights_behind_a_mask_that_still_opens_are_not_converted(script, tmp_path):
+    state = {"format": 1, "model_config": CONFIG.to_dict(), "mask": {"layers": 0.5}}
+    source = write_training(tmp_path / "step", toy_weights(CONFIG), {}, state)
+    code, _, err = script("convert_lit_checkpoint", source, tmp_path / "out")
+    assert code == 3 and "still opening" in err and not (tmp_path / "out").exists()
+
+
 def test_a_file_for_the_lineage_is_what_its_tools_load(script, tmp_path):
     source = training_form(tmp_path / "step")
 
