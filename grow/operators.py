@@ -105,7 +105,7 @@ def _check_plain(op: Operator, src: Config) -> None:
     more = [name for name in names_in_block(src) if name in OPTIONAL_IN_BLOCK]
     if more:
         raise ValueError(
-            f"{op.name} cannot grow a model of family {src.family} with {', '.join(more)}; use an operator that copies, "
+            f"{op.name} cannot grow a model of family {src.family} with {', '.join(more)}; use one that copies, "
             f"e.g. stack or hypercloning"
         )
 
