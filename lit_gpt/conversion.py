@@ -18,9 +18,11 @@ from torch import Tensor
 from lit_gpt.axes import EMBEDDING, HEAD, parameter_shapes
 from lit_gpt.checkpoint import TRAINING, detect_form, read_config, read_exchange, read_training, write_exchange
 from lit_gpt.config import Config
+from lit_gpt.exchange_files import LitWeights
+from lit_gpt.exchange_writer import Copies
 from lit_gpt.flops import count_parameters
 from lit_gpt.hf import hf_names, hf_shapes
-from lit_gpt.lazy_tensors import CastWeights
+from lit_gpt.lazy_tensors import CastWeights, spec_of
 from lit_gpt.legacy import is_legacy, legacy_file, plain_name, read_legacy
 from lit_gpt.legacy_sizes import Sizes
 from lit_gpt.legacy_writer import write_legacy
@@ -158,6 +160,7 @@ def convert(
     sizes: Sizes | None = None,
     tokenizer_dir: Path | None = None,
     parity: str = "auto",
+    hash_inputs: bool = True,
 ) -> dict[str, Any]:
     """Convert a checkpoint; one tensor in memory at a time, but for the parity check.
 
@@ -169,6 +172,8 @@ def convert(
         sizes: of a file that does not tell.
         tokenizer_dir: the tokenizer to go along, where it is not beside the source.
         parity: whether logits are compared: always, never, or where two models fit in memory.
+        hash_inputs: whether the receipt has the sha256 of what was read; a processor without instructions for it makes
+            less of it in a second than a disk reads.
 
     Returns:
         The receipt, which is also in `receipt_path(destination)`.
@@ -185,7 +190,7 @@ def convert(
     tokenizer_dir = tokenizer_dir or source.tokenizer_dir
     weights = source.weights if dtype is None else CastWeights(source.weights, dtype)
     with ThreadPoolExecutor(1) as background, TemporaryDirectory() as folder:
-        hashes = background.submit(lambda: [_described(file) for file in source.files])
+        hashes = background.submit(lambda: [_described(file, hash_inputs) for file in source.files])
         if to == "legacy":
             write_legacy(destination, source.config, weights, source.counters)
         else:
@@ -198,6 +203,7 @@ def convert(
                 tokenizer_dir=tokenizer_dir,
                 provenance=source.provenance,
                 special_ids=source.special_ids,
+                copies=_copies(source, weights),
             )
             tokenizer_dir = tokenizer_dir and destination
         inputs = hashes.result()
@@ -209,7 +215,7 @@ def convert(
         "destination_kind": to,
         "family": source.config.family,
         "parameters": count_parameters(source.config),
-        "dtype": str(weights[EMBEDDING].dtype).removeprefix("torch."),
+        "dtype": str(spec_of(weights, EMBEDDING).dtype).removeprefix("torch."),
         "tensors": {"mapped": len(source.stored) - len(skipped), "unmapped": 0, "left_out": skipped},
         "inputs": inputs,
         "parity": _parity(source, destination, to, tokenizer_dir, parity),
@@ -225,8 +231,15 @@ def receipt_path(destination: Path) -> Path:
     return destination.with_name(destination.name + RECEIPT)
 
 
-def _described(file: Path) -> dict[str, Any]:
-    return {"file": file.name, "bytes": file.stat().st_size, "sha256": file_sha256(file)}
+def _copies(source: Source, weights: Mapping[str, Tensor]) -> Copies | None:
+    """Weights of a folder that stay as they are go from file to file as bytes."""
+    if weights is not source.weights or not isinstance(weights, LitWeights):
+        return None
+    return Copies(weights, {name: name for name in weights}, allow_non_finite=True)
+
+
+def _described(file: Path, with_hash: bool) -> dict[str, Any]:
+    return {"file": file.name, "bytes": file.stat().st_size, "sha256": file_sha256(file) if with_hash else None}
 
 
 def _parity(source: Source, destination: Path, to: str, tokenizer_dir: Path | None, wish: str) -> dict[str, Any] | None:

@@ -28,6 +28,7 @@ def parser_for(name: str, description: str) -> argparse.ArgumentParser:
         default="auto",
         help="compare logits before and after; auto: where two models in fp32 fit in memory",
     )
+    parser.add_argument("--no-sha256", action="store_true", help="leave the sha256 of what was read out of the receipt")
     sizes = parser.add_argument_group("what a .pth or .bin file does not tell")
     sizes.add_argument("--model-name", metavar="NAME", help="a size by its name, e.g. tiny_LLaMA_1b or 24L1024H")
     sizes.add_argument("--n-head", type=int, metavar="N", help="query heads")
@@ -65,6 +66,7 @@ def run(args: argparse.Namespace, to: str) -> int:
         sizes=Sizes(args.model_name, args.n_head, args.block_size, args.vocab_size),
         tokenizer_dir=args.tokenizer,
         parity=args.parity,
+        hash_inputs=not args.no_sha256,
     )
     different = [name for name, batch in compared(receipt).items() if not agrees(batch, dtype is not None)]
     if args.json:
@@ -104,5 +106,8 @@ def lines(receipt: dict[str, Any]) -> list[str]:
     ]
     if "skipped" in receipt["parity"]:
         found.append(f"parity     not measured: {receipt['parity']['skipped']}")
-    found += [f"input      {each['sha256']}  {each['file']}, {each['bytes']:,} bytes" for each in receipt["inputs"]]
+    found += [
+        f"input      {each['sha256'] or '(not hashed)'}  {each['file']}, {each['bytes']:,} bytes"
+        for each in receipt["inputs"]
+    ]
     return found
