@@ -59,7 +59,7 @@ from pretrain.origin import (
     parent_state,
     with_saved_name,
 )
-from pretrain.parallel import check_world, choose_compute, describe_world, device_type, launch
+from pretrain.parallel import check_world, choose_compute, describe_world, device_type, is_sharded, launch
 from pretrain.signals import StopSignal
 from pretrain.stages import Stage, plan_stages
 from pretrain.state import TrainState
@@ -102,7 +102,8 @@ def run(invocation: Invocation, command: list[str]) -> None:
     world = find_world()
     if not world.is_first:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the first process speaks for all, to the end)
-    with connected(world, device_type(invocation.config)), ExitStack() as held:
+    sharded = is_sharded(invocation.config.parallel, world)
+    with connected(world, device_type(invocation.config), alone_too=sharded), ExitStack() as held:
         plan = in_turn(world, lambda: preflight(invocation, world))
         if invocation.dry_run:
             if plan.own is not None:

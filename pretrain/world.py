@@ -216,13 +216,15 @@ def _number(env: Mapping[str, str], name: str) -> int:
 
 
 @contextmanager
-def connected(world: World, device_type: str, env: Mapping[str, str] = os.environ) -> Iterator[None]:
-    """The processes of a world, met: collectives work inside. A single process meets nobody.
+def connected(
+    world: World, device_type: str, env: Mapping[str, str] = os.environ, *, alone_too: bool = False
+) -> Iterator[None]:
+    """The processes of a world, met: collectives work inside. A single process meets nobody, or itself `alone_too`.
 
     Raises:
         ValueError: the name of the first node does not resolve, or nobody came in time.
     """
-    if world.size == 1:
+    if world.size == 1 and not alone_too:
         yield
         return
     import torch.distributed as dist
@@ -256,6 +258,8 @@ def _store(world: World, env: Mapping[str, str]) -> Store:
     import torch.distributed as dist
 
     timeout = timedelta(seconds=MEETING_SECS)
+    if world.size == 1:
+        return dist.HashStore()
     if env.get(STORE_FILE):
         return dist.FileStore(env[STORE_FILE], world.size)
     address, port = _meeting_point(world, env)
