@@ -3,8 +3,8 @@
 Run `python -m benchmarks.grow_speed`; it writes results/grow_speed.json. At its default sizes it needs some 30 GB of
 disk and half an hour; `--n-layer 4 --n-embd 1024` is a small run. Every measurement is a process of its own, in turns
 over the repeats; medians are compared. The source is read once before each measurement, so that it is in the page cache
-for all of them, what it wrote the last time is removed, so that each finds as much memory free as it will write, and
-everything that is still to be written is written out. The first copy and the first growth do not count.
+for all of them, everything that is still to be written is written out, and what cp and growth wrote the last time is
+removed, so that both find as much memory free as they will write. The first copy and the first growth do not count.
 """
 
 from __future__ import annotations
@@ -211,6 +211,8 @@ def run_all(folder: Path, n_layer: int, n_embd: int, repeats: int) -> dict[str, 
                 continue
             samples[name].append(measure(name, src, dst))
             sys.stderr.write(f"{repeat + 1}/{repeats} {name}: {samples[name][-1]['secs']:.2f} s\n")
+            if dst not in (grown, folder / "copied"):
+                _remove(dst)  # or its pages would push those of the sources out
     return {
         "written_bytes": sum(file.stat().st_size for file in grown.glob("*.safetensors")),
         "read_bytes": {name: _size(path) for name, path in sources.items()},
