@@ -6,7 +6,7 @@ import dataclasses
 import queue
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from lit_gpt.atomic import CHUNK_BYTES, crc32_text
-from lit_gpt.copying import Flusher, link_or_copy
+from lit_gpt.copying import link_or_copy, start_writeback
 from lit_gpt.lazy_tensors import LazyTensors, TensorSpec
 from lit_gpt.sharded import StoredTensors, single_process
 
@@ -90,10 +90,9 @@ def write_tensors(
         link_or_copy(references.source.directory / name, directory / name, before_copy)
     referenced = {} if references is None else references.names
     planned = {name: _meta(tensors.spec(name)) for name in tensors if name not in referenced}
-    with Flusher() as flusher:
-        writer = _Writer(directory, references, set(linked), flusher)
-        with single_process():
-            dcp.save(planned, storage_writer=writer, planner=_Planner(tensors, on_tensor), no_dist=True)
+    writer = _Writer(directory, references, set(linked))
+    with single_process():
+        dcp.save(planned, storage_writer=writer, planner=_Planner(tensors, on_tensor), no_dist=True)
     return {**{name: references.crc32[name] for name in linked}, **writer.crc32}
 
 
@@ -118,10 +117,10 @@ class _Planner(dcp.DefaultSavePlanner):
 class _Writer(dcp.FileSystemWriter):
     """One thread: tensors are fetched one by one, except for 10 MB ahead where a GPU may be copied from meanwhile."""
 
-    def __init__(self, directory: Path, references: References | None, taken: set[str], flusher: Flusher) -> None:
+    def __init__(self, directory: Path, references: References | None, taken: set[str]) -> None:
         super().__init__(directory, single_file_per_rank=True, sync_files=True, overwrite=False)
         self.crc32: dict[str, str] = {}
-        self.fs = _FileSystem(self.crc32, flusher)
+        self.fs = _FileSystem(self.crc32)
         self._references = references
         self._taken = taken
 
@@ -157,9 +156,8 @@ class _Writer(dcp.FileSystemWriter):
 class _FileSystem(FileSystem):
     """Computes the crc32 of data files while they are written."""
 
-    def __init__(self, crc32: dict[str, str], flusher: Flusher) -> None:
+    def __init__(self, crc32: dict[str, str]) -> None:
         self._crc32 = crc32
-        self._flusher = flusher
 
     @contextmanager
     def create_stream(self, path: Path, mode: str) -> Iterator[Any]:
@@ -167,23 +165,19 @@ class _FileSystem(FileSystem):
             if mode != "wb" or path.suffix != SUFFIX:
                 yield stream
                 return
-            counting = _CountingStream(stream, self._flusher)
-            try:
-                yield counting
-            finally:
-                with suppress(OSError):  # `close` has reported it, or another error is on its way
-                    self._flusher.wait()
+            counting = _CountingStream(stream)
+            yield counting
         self._crc32[path.name] = crc32_text(counting.crc32)
 
 
 class _CountingStream:
     """A file that is written from front to back, as far as torch's writers use one, and its crc32."""
 
-    def __init__(self, stream: IO[bytes], flusher: Flusher) -> None:
+    def __init__(self, stream: IO[bytes]) -> None:
         self.crc32 = 0
         self._stream = stream
-        self._flusher = flusher
-        self.tell, self.flush, self.fileno = stream.tell, stream.flush, stream.fileno
+        self.tell, self.flush = stream.tell, stream.flush
+        self.fileno, self.close = stream.fileno, stream.close
 
     def write(self, data: bytes | memoryview) -> int:
         view = memoryview(data).cast("B")
@@ -191,9 +185,6 @@ class _CountingStream:
             chunk = view[start : start + CHUNK_BYTES]
             self.crc32 = zlib.crc32(chunk, self.crc32)
             self._stream.write(chunk)
-            self._flusher.wrote(self.fileno(), chunk.nbytes)
+        if view.nbytes >= CHUNK_BYTES:
+            start_writeback(self.fileno(), self.tell() - view.nbytes, view.nbytes)
         return view.nbytes
-
-    def close(self) -> None:
-        self._flusher.wait()
-        self._stream.close()
