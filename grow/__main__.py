@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 from grow.data_command import add_data_arguments, open_data
@@ -20,7 +19,7 @@ from grow.plan import OPTIMIZER_POLICIES
 from grow.plan_text import WIDTHS, history_lines, layer_map_lines, plan_lines, receipt_lines
 from grow.registry import LEARNING, OPERATORS
 from grow.width_plan import RULES, SHARES
-from lit_gpt.errors import EXIT_USAGE, DataError, run_command
+from lit_gpt.errors import EXIT_USAGE, run_command
 
 
 def add_map_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,15 +73,19 @@ def add_apply_arguments(parser: argparse.ArgumentParser) -> None:
         default="reset",
         help="what becomes of AdamW's moments; default reset, as in the paper",
     )
+    add_allow_non_finite(parser, "grow")
+    add_data_arguments(parser)
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done and stop")
+
+
+def add_allow_non_finite(parser: argparse.ArgumentParser, verb: str) -> None:
     parser.add_argument(
         "--allow-nonfinite",
         "--allow-non-finite",
         dest="allow_non_finite",
         action="store_true",
-        help="grow weights that hold NaN or infinity too",
+        help=f"{verb} weights that hold NaN or infinity too",
     )
-    add_data_arguments(parser)
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done and stop")
 
 
 PLAN_ARGUMENTS = (
@@ -97,9 +100,9 @@ def run_apply(args: argparse.Namespace) -> None:
     import torch
 
     from grow.apply import grow_checkpoint, read_reference
-    from grow.grown import check_policy
+    from grow.grown import check_optimizer, check_policy
     from grow.record import summary
-    from lit_gpt.checkpoint import read_config
+    from lit_gpt.checkpoint import EXCHANGE, detect_form, find_checkpoint, read_config
 
     src = find_checkpoint(args.src)
     reference = find_checkpoint(args.reference) if args.reference else None
@@ -110,6 +113,8 @@ def run_apply(args: argparse.Namespace) -> None:
         **{name: getattr(args, name) for name in PLAN_ARGUMENTS},
     )
     check_policy(plan, args.optimizer_policy)
+    if detect_form(src) == EXCHANGE:
+        check_optimizer(plan, {}, args.optimizer_policy)  # before the plan is printed
     samples = open_data(args, plan, src)
     if not args.json:
         print_lines(plan_lines(plan, args.optimizer_policy))
@@ -134,24 +139,6 @@ def run_apply(args: argparse.Namespace) -> None:
         print_lines(receipt_lines(report))
 
 
-def find_checkpoint(path: str) -> Path:
-    """The checkpoint that a path means: itself, or the latest one of a run folder.
-
-    Raises:
-        FileNotFoundError: there is nothing at the path.
-        DataError: a run folder without a valid checkpoint.
-    """
-    from lit_gpt.checkpoint import latest
-
-    folder = Path(path) / "checkpoints"
-    if not folder.is_dir():
-        return Path(path)
-    found = latest(folder)
-    if found is None:
-        raise DataError(f"{folder} holds no valid checkpoint; give the path of one, or let the run save first")
-    return found
-
-
 def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CKPT", help="a checkpoint, or a run folder (its latest checkpoint)")
     parser.add_argument("--verify", action="store_true", help="read every byte and compare the checksums")
@@ -159,6 +146,7 @@ def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_inspect(args: argparse.Namespace) -> None:
     from grow.check import inspect_checkpoint
+    from lit_gpt.checkpoint import find_checkpoint
 
     found = inspect_checkpoint(find_checkpoint(args.checkpoint), verify=args.verify)
     if args.json:
@@ -166,6 +154,8 @@ def run_inspect(args: argparse.Namespace) -> None:
         return
     print(f"{found['path']} ({found['form']} form)")
     for key, value in found["config"].items():
+        if value == "":
+            continue
         print(f"  {key:20}{value}")
     print(f"  {'parameters':20}{found['parameters']:,} ({found['non_embedding']:,} without embeddings)")
     for key, value in found["progress"].items():
@@ -201,22 +191,30 @@ def add_check_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dst", metavar="DST", help="checkpoint after growth, or a run folder")
     parser.add_argument("--tokens", metavar="FILE", help="a token file (.bin) of prepared data; default: random tokens")
     parser.add_argument("--seed", type=int, default=0, help="of the random tokens; default 0")
+    add_allow_non_finite(parser, "compare")
 
 
 def run_check(args: argparse.Namespace) -> None:
     from grow.check import compare, load_model, random_tokens, tokens_from_file
+    from grow.verdict import promise, verdict
+    from lit_gpt.checkpoint import find_checkpoint
 
-    src, dst = (load_model(find_checkpoint(path)) for path in (args.src, args.dst))
+    paths = [find_checkpoint(path) for path in (args.src, args.dst)]
+    src, dst = (load_model(path, allow_non_finite=args.allow_non_finite) for path in paths)
     tokens = tokens_from_file(args.tokens, src.config) if args.tokens else random_tokens(src.config, seed=args.seed)
     found = compare(src, dst, tokens)
+    promised = promise(*paths)
     if args.json:
-        print_json(found.to_dict())
+        print_json({**found.to_dict(), "promised": promised.function, "verdict": verdict(found, promised)})
         return
     print(f"largest logit gap   {found.max_abs_logit_gap:.3g} (largest logit {found.max_abs_logit:.3g})")
     print(f"measured on         {found.n_tokens:,} tokens of {args.tokens or 'a random sequence'}")
-    print(f"without gradient    {len(found.zero_gradient)} parameters")
+    print(f"the function        {verdict(found, promised)}")
+    print(f"without gradient    {len(found.zero_gradient)} tensors")
     for name in found.zero_gradient:
-        print(f"  {name}")
+        print(f"  {name}{' (after the first step)' if name in found.waiting else ''}")
+    if found.waiting:
+        print("  (after the first step): attn.proj or mlp.swiglu.w3, which pass it on, are zero and are trained first")
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:

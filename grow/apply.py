@@ -41,7 +41,7 @@ from lit_gpt.exchange_files import LitWeights
 from lit_gpt.exchange_writer import Copies
 from lit_gpt.lazy_tensors import CastWeights
 from lit_gpt.problems import raise_problems
-from lit_gpt.stored_state import flops_behind, tokens_behind
+from lit_gpt.stored_state import flops_behind, flops_with, tokens_behind
 from lit_gpt.tokenizer import FILE_NAMES
 
 SMALL_FILE_BYTES = 1 << 24  # whose content is checked in any case; larger ones only if they are read
@@ -217,6 +217,12 @@ def _check_destination(src_path: Path, dst_path: Path) -> None:
     src, dst = src_path.resolve(), dst_path.resolve()
     if src == dst or src in dst.parents:
         raise ValueError(f"the destination {dst_path} lies in the source {src_path}; choose a folder outside it")
+    for parent in dst.parents:
+        if parent.name == "checkpoints" and any(parent.glob("stage-*/step-*")):
+            raise ValueError(
+                f"the destination {dst_path} lies among the checkpoints of the run {parent.parent}, which would take "
+                f"it for its own; choose a folder outside"
+            )
     if dst.is_file() or (dst.is_dir() and any(dst.iterdir())):
         raise FileExistsError(errno.EEXIST, "exists already; choose another name or remove it first", str(dst_path))
 
@@ -244,7 +250,7 @@ def _grow_training(src_path: Path, dst_path: Path, plan: GrowthPlan, policy: str
         step_count=source.state["step_count"],
         tokens=tokens_behind(source.state),
         flops_total=flops_behind(source.state).paper,
-        growth_flops=made.flops.paper,
+        growth_flops=made.flops,
     )
     write_training(
         dst_path,
@@ -294,15 +300,14 @@ def _grow_exchange(src_path: Path, dst_path: Path, plan: GrowthPlan, policy: str
         parent=manifest_sha256(src_path),
         parent_path_name=src_path.name,
         **{key: before.get(key) for key in ("step_count", "tokens", "flops_total")},
-        growth_flops=made.flops.paper,
+        growth_flops=made.flops,
     )
-    behind = {"flops_total": record["flops_total"]} if "flops_total" in before else {}
     write_exchange(
         dst_path,
         plan.dst,
         made.weights,
         tokenizer_dir=src_path if any((src_path / name).is_file() for name in FILE_NAMES) else None,
-        provenance={**before, **behind, "history": [*before.get("history", []), record]},
+        provenance={**before, **flops_with(before, made.flops), "history": [*before.get("history", []), record]},
         copies=Copies(source.weights, making.copies(plan), making.allow_non_finite) if in_files else None,
         special_ids=source.special_ids,
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from grow.samples import open_tokens
 from lit_gpt.atomic import MANIFEST
-from lit_gpt.axes import EMBEDDING, parameter_shapes
+from lit_gpt.axes import EMBEDDING, layer_of, name_in_block, parameter_shapes
 from lit_gpt.checkpoint import TRAINING, detect_form, read_config, read_exchange, read_training, read_weights
 from lit_gpt.checkpoint import verify as checkpoint_problems
 from lit_gpt.config import Config
@@ -58,6 +58,8 @@ class Comparison:
     """Largest logit of the source: the scale of the gap."""
     zero_gradient: list[str]
     """Parameters of the grown model whose gradient is exactly zero: they would not train."""
+    waiting: list[str]
+    """Those of them that train from the second step on: what their layer writes with is zero, and gets a gradient."""
     n_tokens: int
     """Tokens that went through both models."""
 
@@ -98,10 +100,10 @@ def inspect_checkpoint(path: Path, *, verify: bool = False) -> dict[str, Any]:
     }
 
 
-def load_model(path: Path) -> GPT:
+def load_model(path: Path, *, allow_non_finite: bool = False) -> GPT:
     """The model of a checkpoint of either form, on the CPU, in fp32 or, for float64 weights, in float64."""
     config, weights = read_config(path), read_weights(path)
-    check_weights(config, weights, str(path))
+    check_weights(config, weights, str(path), allow_non_finite=allow_non_finite)
     model = GPT(config)
     if weights[EMBEDDING].dtype == torch.float64:
         model.double()
@@ -147,10 +149,12 @@ def compare(src: GPT, dst: GPT, tokens: Tensor) -> Comparison:
     idx, targets = tokens[:, :-1], tokens[:, 1:]
     with torch.no_grad():
         before, after = src(idx), dst(idx)
+    without = zero_gradient(dst, idx, targets)
     return Comparison(
         max_abs_logit_gap=(after - before).abs().max().item(),
         max_abs_logit=before.abs().max().item(),
-        zero_gradient=zero_gradient(dst, idx, targets),
+        zero_gradient=without,
+        waiting=waiting(dst, without),
         n_tokens=idx.numel(),
     )
 
@@ -162,3 +166,18 @@ def zero_gradient(model: GPT, idx: Tensor, targets: Tensor) -> list[str]:
     return [
         name for name, gradient in zip(names, gradients, strict=True) if gradient is None or not bool(gradient.any())
     ]
+
+
+def waiting(model: GPT, without_gradient: list[str]) -> list[str]:
+    """Those of some parameters without a gradient that lie behind an attn.proj or a w3 that is zero but gets one."""
+    weights = dict(model.named_parameters())
+    found = []
+    for name in without_gradient:
+        layer, inner = layer_of(name), name_in_block(name)
+        if layer is None:
+            continue
+        writes = "attn.proj.weight" if inner.startswith(("attn.", "norm_1")) else "mlp.swiglu.w3.weight"
+        gate = name.removesuffix(inner) + writes
+        if gate not in without_gradient and gate in weights and not bool(weights[gate].any()):
+            found.append(name)
+    return found

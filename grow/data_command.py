@@ -69,7 +69,8 @@ def describe_learned(data: dict[str, Any], flops: float) -> list[str]:
     """Lines for the receipt: what an operator that reads data has read, and what came of it."""
     lines = [f"  growth      {flops:.4g} FLOPs on {data['tokens']:,} tokens of {data['path_name']}"]
     if "last_loss" in data:
-        lines.append(f"  loss        {data['first_loss']:.4f} -> {data['last_loss']:.4f} nats per token")
+        losses = f"{data['first_loss']:.4f} -> {data['last_loss']:.4f}"
+        lines.append(f"  loss        {losses} nats per token, on the batch after those it learned from")
     if data["samples"] > data["samples_in_files"]:
         lines.append(f"  repeated    {data['samples']:,} samples were read, and there are {data['samples_in_files']:,}")
     if data.get("neurons_not_converged"):

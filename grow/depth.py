@@ -233,8 +233,8 @@ def inheritune(n_layer_src: int, n_layer_dst: int) -> LayerMap:
     if not 1 <= n_layer_dst <= n_layer_src:
         raise ValueError(
             f"inheritune takes the first layers of a larger model, 1 to {n_layer_src} of them, and not {n_layer_dst}; "
-            f"to append more layers of the model that this one was cut from, name it by `grow apply --reference`; "
-            f"use stack to grow"
+            f"to append more layers of the model that this one was cut from, name it by `grow apply --reference`, "
+            f"or in a stage by options: {{reference: PATH}}; use stack to grow"
         )
     return tuple(range(n_layer_dst))
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from grow.gradmax import GradMaxWeights, gradmax_columns
@@ -53,19 +54,29 @@ def _learned(plan: GrowthPlan, weights: Mapping[str, Tensor], samples: Samples) 
     n_rows = plan.options.get("batch_size", BATCH_SIZE)
     growth = LearnedGrowth(plan, weights)
     rate = plan.options.get("learn_rate", default_rate(plan))
-    losses = learn(growth, samples.batches(n_rows), steps=steps, rate=rate)
+    batches = samples.batches(n_rows)
+    held = samples.batch(steps * n_rows, n_rows)  # those after the last that are learned from
+    first_loss = _loss(growth, held)
+    learn(growth, batches, steps=steps, rate=rate)
     record = {
         "steps": steps,
         "batch_size": n_rows,
         "rate": rate,
-        "first_loss": losses[0],
-        "last_loss": losses[-1],
+        "first_loss": first_loss,
+        "last_loss": _loss(growth, held),
         **samples.to_dict(steps * n_rows),
     }
     grown = growth.materialise()
     if not all(bool(weight.isfinite().all()) for weight in grown.values()):
         raise NonFiniteError(f"learned growth ended in weights that are no numbers; lower --learn-rate (now {rate:g})")
     return Made(_recorded(plan, record), grown, flops_per_token(plan.dst).times(record["tokens"]))
+
+
+@torch.no_grad()
+def _loss(growth: LearnedGrowth, rows: Tensor) -> float:
+    """Nats per token on (B, T + 1) samples."""
+    rows = rows.to(growth.wte.device)
+    return growth(rows[:, :-1], rows[:, 1:]).item()
 
 
 def _gradmax(plan: GrowthPlan, weights: Mapping[str, Tensor], samples: Samples) -> Made:

@@ -68,7 +68,7 @@ def plan_growth(
         n_head: query heads after growth.
         n_query_groups: key/value heads after growth.
         intermediate_size: neurons after growth.
-        factor: sizes after growth over sizes before: layers for operators in depth, all widths for those in width.
+        factor: sizes after growth over sizes before: layers for operators in depth, all widths for all others.
         layer_map: the map to use instead of the operator's own: text with layers counted from 1, or a sequence of
             layers counted from 0, None for a new one.
         reference: the larger model whose next layers inheritune appends.
@@ -84,7 +84,9 @@ def plan_growth(
     options = _given(**options)
     op = operator(name, in_width=bool(sizes))
     _check_options(
-        op, {**_given(n_layer=n_layer, factor=factor, layer_map=layer_map, reference=reference), **sizes, **options}
+        op,
+        {**_given(n_layer=n_layer, factor=factor, layer_map=layer_map, reference=reference), **sizes, **options},
+        src,
     )
     _check_kinds({**options, "seed": seed, "noise": noise})
     _check_learning(options)
@@ -200,6 +202,10 @@ def function_of(plan: GrowthPlan) -> str:
     """What a plan makes of the function, one of FUNCTION."""
     if plan.is_identity:
         return "bitwise"
+    if plan.fresh:
+        return "nothing"
+    if set(plan.layer_map) == {None}:
+        return "no layers"
     other = (*plan.fused_layers, *plan.reference_layers)  # no layers of the source, whatever their numbers are
     acting = [None if i in other else layer for i, layer in enumerate(plan.layer_map) if i not in plan.identity_layers]
     if plan.noise or acting != list(range(plan.src.n_layer)):
@@ -246,14 +252,32 @@ def _check_learning(options: Mapping[str, Any]) -> None:
         raise ValueError("\n".join(problems))
 
 
-def _check_options(op: Operator, given: dict[str, object]) -> None:
+def _check_options(op: Operator, given: dict[str, object], src: Config) -> None:
     foreign = [name for name in given if name not in op.options]
+    _check_known(op, foreign)
+    if "n_layer" in foreign and given["n_layer"] != src.n_layer:
+        others = ", ".join(other.name for other in OPERATORS.values() if other.axis == "both")
+        raise ValueError(
+            f"{op.name} grows width only, but n_layer goes {src.n_layer} -> {given['n_layer']}; grow in depth before "
+            f"or afterwards, or use an operator for both: {others}"
+        )
     if foreign:
         others = ", ".join(other.name for other in OPERATORS.values() if foreign[0] in other.options) or "none"
         raise ValueError(
             f"{op.name} takes {', '.join(op.options)}, and not {', '.join(foreign)}; leave it out. "
             f"Operators that take {foreign[0]}: {others}"
         )
+
+
+def _check_known(op: Operator, foreign: Sequence[str]) -> None:
+    """Refuse options that no operator takes, with the nearest one that this operator does."""
+    known = {option for other in OPERATORS.values() for option in other.options}
+    for name in foreign:
+        if name not in known:
+            taken = [*op.options, "seed", "noise"]
+            near = get_close_matches(name, taken, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ValueError(f"unknown option {name}; {hint}{op.name} takes {', '.join(taken)}")
 
 
 def _layers(

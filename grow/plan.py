@@ -54,7 +54,7 @@ class Reference:
         """A line if its layers are none that a model of sizes `src` can have."""
         unlike = [name for name in differing_sizes(self.config, src) if name not in ("n_layer", "block_size")]
         values = "; ".join(f"{name} is {getattr(self.config, name)}, not {getattr(src, name)}" for name in unlike)
-        reason = f"the reference {self.path_name} has other layers than the source: {values}"
+        reason = f"the reference {self.path_name} does not fit the source: {values}"
         return [f"{reason}; give the larger model that the source was cut from"] if unlike else []
 
     @classmethod

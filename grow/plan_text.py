@@ -15,7 +15,7 @@ from grow.layer_map import (
 )
 from grow.operators import function_of, needs_data, operator
 from grow.plan import FUSIONS, OPTIMIZER_POLICIES, SYMMETRY, GrowthPlan
-from grow.registry import FUNCTION
+from grow.registry import FUNCTION, PRESERVING
 from lit_gpt.flops import count_parameters
 
 if TYPE_CHECKING:
@@ -65,6 +65,8 @@ def plan_lines(plan: GrowthPlan, policy: str) -> Iterator[str]:
     yield f"  sizes       {describe_sizes(plan.dst)}"
     yield f"  parameters  {count_parameters(plan.src):,} -> {count_parameters(plan.dst):,}"
     yield f"  preserves   {describe_function(plan)}"
+    if plan.is_identity:
+        yield "  note        nothing grows: what is written is a copy of the source"
     if plan.stays_symmetric:
         yield f"  symmetry    {SYMMETRY}."
         yield "              Part them by --shares random, --twin-noise or --noise, or use another operator"
@@ -86,7 +88,7 @@ def describe_function(plan: GrowthPlan) -> str:
     if plan.is_identity:
         return "everything: the two models are the same"
     function = function_of(plan)
-    if function == "no":
+    if function not in PRESERVING:
         return f"{FUNCTION[function]}: the loss jumps at growth and comes down in training"
     return FUNCTION[function]
 

@@ -9,9 +9,13 @@ from typing import Any
 
 from grow.operators import function_of
 from grow.plan import GrowthPlan
+from grow.registry import PRESERVING
 from lit_gpt.flops import Flops, count_parameters
 from lit_gpt.stored_state import flops_behind, tokens_behind
 from lit_gpt.versions import versions
+
+FREE = Flops()
+"""Of a growth that merely moves weights."""
 
 
 def growth_record(
@@ -23,7 +27,7 @@ def growth_record(
     step_count: int | None,
     tokens: int | None,
     flops_total: float | None,
-    growth_flops: float = 0.0,
+    growth_flops: Flops = FREE,
 ) -> dict[str, Any]:
     """One entry of a model's growth history: plain values for JSON.
 
@@ -35,7 +39,7 @@ def growth_record(
         step_count: optimizer updates of its run; None if it does not say, like the next two.
         tokens: training tokens behind it, those of its own parents included.
         flops_total: training FLOPs behind it in the paper's convention, those of its own parents included.
-        growth_flops: those of the growth itself; they are added to flops_total.
+        growth_flops: those of the growth itself; in the paper's convention they are added to flops_total.
     """
     return {
         "operator": plan.operator,
@@ -47,8 +51,10 @@ def growth_record(
         "reference": None if plan.reference is None else plan.reference.manifest,
         "step_count": step_count,
         "tokens": tokens,
-        "flops_total": None if flops_total is None else flops_total + growth_flops,
-        "growth_flops": growth_flops,
+        "flops_total": None if flops_total is None else flops_total + growth_flops.paper,
+        "growth_flops": growth_flops.paper,
+        "growth_flops_model": growth_flops.model,
+        "growth_flops_palm": growth_flops.palm,
         "versions": versions(),
     }
 
@@ -90,7 +96,7 @@ def summary(plan: GrowthPlan, policy: str) -> dict[str, Any]:
         "connection_rate": plan.connection_rate,
         "optimizer_policy": policy,
         "reference": None if plan.reference is None else plan.reference.manifest,
-        "preserves": function_of(plan) != "no",
+        "preserves": function_of(plan) in PRESERVING,
         "function": function_of(plan),
         "stays_symmetric": plan.stays_symmetric,
         "parameters_before": count_parameters(plan.src),

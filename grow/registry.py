@@ -16,10 +16,15 @@ from lit_gpt.config import Config
 FUNCTION = {
     "bitwise": "the function, bit for bit in every dtype",
     "exactly": "the function, up to rounding in fp32 and wider",
+    "exactly (width only)": "the function, up to rounding in fp32 and wider, where only the width grows",
     "up to eps": "the function, but for norm_eps, which is the same for a norm of other width",
     "no": "the weights, not the function",
+    "no layers": "embedding, final norm and head alone, for all layers are new",
+    "nothing": "nothing, for every weight is new",
 }
 """What can become of the function of a model when it grows."""
+PRESERVING = ("bitwise", "exactly", "exactly (width only)", "up to eps")
+"""Those of FUNCTION that keep it, if only up to norm_eps."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ class Operator:
     @property
     def preserves(self) -> bool:
         """Whether the grown model computes the same function as its source, if only up to norm_eps."""
-        return self.function != "no"
+        return self.function in PRESERVING
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -82,7 +87,7 @@ class Operator:
 BY_MAP = ("n_layer", "factor", "layer_map")
 SIZES = ("n_embd", "n_head", "n_query_groups", "intermediate_size")
 WIDTH = (*SIZES, "factor")
-BOTH = ("n_layer", *SIZES)
+BOTH = ("n_layer", *WIDTH)
 LEARNING = ("learn_steps", "learn_rate", "batch_size")
 """How operators that read data use it; no part of the sizes."""
 LEARN_STEPS = 100  # LiGO's own; arXiv 2303.00980 saves no more compute with 1,000 or 10,000
@@ -223,7 +228,7 @@ _ALL = (
         name="zero-layer",
         aliases=(),
         axis="depth",
-        function="no",
+        function="no layers",
         paper="arXiv 2511.04981",
         summary="embedding, final norm and head of the source, and only new layers: new*3",
         layers=depth.zero_layer,
@@ -299,7 +304,7 @@ _ALL = (
         name="fpi",
         aliases=("bert2bert",),
         axis="both",
-        function="exactly",
+        function="exactly (width only)",
         paper="arXiv 2110.07143",
         summary="copies chosen at random, split evenly, so that they stay equal for ever; layers are stacked, which "
         "changes the function",
@@ -362,7 +367,7 @@ _ALL = (
         name="distill",
         aliases=("knowledge_inheritance",),
         axis="both",
-        function="no",
+        function="nothing",
         paper="arXiv 2105.13880",
         summary="a new model that copies nothing and learns from the source as its teacher: distill_weight in training",
         width=width.student,
@@ -389,7 +394,7 @@ _ALL = (
         "matrices that are trained on data first",
         layers=depth.learn_depth,
         width=width.learn_width,
-        options=("n_layer", *WIDTH, "data", *LEARNING),
+        options=(*BOTH, "data", *LEARNING),
     ),
     Operator(
         name="gradmax",

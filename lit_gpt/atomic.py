@@ -61,16 +61,30 @@ def atomic_directory(
     """
     path = Path(path)
     _check_target(path, replace)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    missing = [parent for parent in path.parents if not parent.exists()]
     temporary = _temporary_name(path, "tmp")
-    temporary.mkdir()
     try:
+        _make_directory(temporary)
         with _locked(temporary):
             yield temporary
             _write_manifest(temporary, form, known)
             _publish(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        for parent in missing:  # innermost first
+            with suppress(OSError):  # not made, or another process uses it by now
+                parent.rmdir()
+        raise
+
+
+def _make_directory(temporary: Path) -> None:
+    """Make a temporary and its parents; an error names the folder that cannot be written, not the hidden name."""
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+    except OSError as error:
+        if error.filename == str(temporary):
+            error.filename = str(temporary.parent)
         raise
 
 

@@ -45,6 +45,8 @@ from lit_gpt.exchange import (
 )
 from lit_gpt.lazy_tensors import LazyTensors, Renamed, all_finite
 from lit_gpt.legacy import is_legacy, legacy_file, read_legacy
+from lit_gpt.packed_dataset import MANIFEST as PREPARED
+from lit_gpt.packed_dataset import PLAN
 from lit_gpt.problems import bounded_shapes, raise_problems, read_json, shape_problems
 from lit_gpt.stored_state import EARLIER, check_open, encode_rng, encode_state, read_rng
 from lit_gpt.tokenizer import file_sha256
@@ -63,6 +65,7 @@ __all__ = [
     "check_open",
     "checkpoint_path",
     "detect_form",
+    "find_checkpoint",
     "latest",
     "manifest_sha256",
     "prune_temporaries",
@@ -298,6 +301,8 @@ def detect_form(path: str | Path) -> str:
         return EXCHANGE
     if (path / MANIFEST).exists():
         return _form_in_manifest(path)
+    if (path / PREPARED).exists() or (path / PLAN).exists():
+        raise DataError(f"{path} is a folder of token files, made by scripts/prepare.py, and no checkpoint; {GIVE}")
     newest = latest(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
     if newest is not None:
         raise DataError(f"{path} holds the checkpoints of a run; give one of them, e.g. {newest}")
@@ -396,6 +401,21 @@ def latest(
         except (DataError, OSError) as error:
             on_skip(path, str(error))
     return None
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint that a path means: itself, or the latest one of a run folder.
+
+    Raises:
+        DataError: a run folder without a valid checkpoint.
+    """
+    folder = Path(path) / "checkpoints"
+    if not folder.is_dir():
+        return Path(path)
+    found = latest(folder)
+    if found is None:
+        raise DataError(f"{folder} holds no valid checkpoint; give the path of one, or let the run save first")
+    return found
 
 
 def _newest_first(checkpoints_dir: Path) -> list[Path]:

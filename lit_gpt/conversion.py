@@ -28,7 +28,7 @@ from lit_gpt.legacy_sizes import Sizes
 from lit_gpt.legacy_writer import write_legacy
 from lit_gpt.llama2c import checkpoint_file, is_llama2c, read_llama2c, rewrite_tokenizer
 from lit_gpt.parity import agreement, batches, fits_in_memory, has_transformers, our_model, their_model
-from lit_gpt.stored_state import check_open, flops_behind, tokens_behind
+from lit_gpt.stored_state import check_open, flops_behind, flops_entries, tokens_behind
 from lit_gpt.tokenizer import FILE_NAMES, Tokenizer, file_sha256
 from lit_gpt.versions import versions
 
@@ -129,7 +129,7 @@ def _training_source(path: Path) -> Source:
     if "tokens" in state:
         provenance["tokens"] = tokens_behind(state)
     if "flops" in state:
-        provenance["flops_total"] = flops_behind(state).paper
+        provenance |= flops_entries(flops_behind(state))
     counters = {key: state[key] for key in ("iter_num", "step_count") if key in state}
     stored = tuple(f"model.{name}" for name in training.model)
     files = tuple(each for each in sorted(path.iterdir()) if each.is_file())

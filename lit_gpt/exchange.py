@@ -24,10 +24,12 @@ from lit_gpt.exchange_files import (
     tensor_problems,
 )
 from lit_gpt.exchange_writer import Copies, plan_shards, write_json, write_shards
+from lit_gpt.flops import Flops
 from lit_gpt.hf import config_from_hf, config_to_hf
 from lit_gpt.lazy_tensors import LazyTensors
 from lit_gpt.legacy import LegacyCheckpoint, is_legacy, read_legacy
 from lit_gpt.problems import check_names, raise_problems, read_json
+from lit_gpt.stored_state import flops_entries
 
 EXCHANGE = "exchange"
 HF_CONFIG = "config.json"
@@ -156,7 +158,7 @@ def _exchange_of_legacy(checkpoint: LegacyCheckpoint) -> ExchangeCheckpoint:
     known = {
         "step_count": state["step_count"] or None,
         "tokens": state["tokens"] or None,
-        "flops_total": state["flops"]["paper"] or None,
+        **{key: value or None for key, value in flops_entries(Flops(**state["flops"])).items()},
         "converted_from": state["converted_from"],
     }
     return ExchangeCheckpoint(checkpoint.config, checkpoint.model, known, checkpoint.stored)

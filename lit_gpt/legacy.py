@@ -22,6 +22,8 @@ from lit_gpt.flops import Flops, flops_per_token
 from lit_gpt.hf import IGNORED, family_of, from_hf, hf_names, hf_shapes
 from lit_gpt.lazy_tensors import LazyTensors, TensorSpec
 from lit_gpt.legacy_sizes import WAY_OUT, Sizes, config_of
+from lit_gpt.packed_dataset import MANIFEST as PREPARED
+from lit_gpt.packed_dataset import PLAN
 from lit_gpt.pickles import PickledTensor, read_pickle
 from lit_gpt.problems import raise_problems, read_json, shape_problems
 
@@ -30,8 +32,9 @@ PICKLED_INDEX = "pytorch_model.bin.index.json"
 OTHER_FORMS = (
     *("MANIFEST.json", "state.json", ".metadata"),
     *("model.safetensors", "model.safetensors.index.json"),
+    *(PREPARED, PLAN),
 )
-"""Files of folders that hold weights in another way."""
+"""Files of folders that hold weights in another way, or tokens."""
 NO_WEIGHTS = ("training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state.pth")
 WRAPPERS = frozenset({"_fsdp_wrapped_module", "_forward_module", "_orig_mod", "module"})
 """Parts of names that FSDP, Fabric, torch.compile and prts's masks put around modules."""

@@ -11,6 +11,7 @@ import os
 import socket
 import struct
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -172,6 +173,12 @@ def manifest_of(path: str | os.PathLike[str]) -> dict[str, Any] | None:
             f"the manifest is lost; repeat the command of scripts/prepare.py, which writes what is missing"
         )
     return None
+
+
+def source_of(manifest: Mapping[str, Any]) -> str | None:
+    """Where the text of a prepared folder is from, as text; stored, even one file counts as `1 files`."""
+    source = manifest.get("source")
+    return "1 file" if source == "1 files" else source
 
 
 def load_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:

@@ -57,7 +57,9 @@ def raise_problems(problems: Sequence[str | None], way_out: str) -> None:
     lines = real[:SHOWN_PROBLEMS]
     if len(real) > SHOWN_PROBLEMS:
         lines.append(f"... and {len(real) - SHOWN_PROBLEMS} more")
-    raise DataError("\n".join(lines) + f"; {way_out}")
+    text = "\n".join(lines)
+    before, _, said = text.rpartition("; ")
+    raise DataError(f"{before if before and way_out.startswith(said) else text}; {way_out}")
 
 
 def read_json(path: Path, way_out: str = "restore the file") -> dict[str, Any]:

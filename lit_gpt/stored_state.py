@@ -48,6 +48,21 @@ def flops_behind(state: Mapping[str, Any]) -> Flops:
     return Flops(**state["flops"]) + Flops(**state.get("parent_flops", {}))
 
 
+FLOPS = {"paper": "flops_total", "model": "flops_model", "palm": "flops_palm"}
+"""Convention -> its key in growth.json, as in metrics.jsonl."""
+
+
+def flops_entries(flops: Flops) -> dict[str, float]:
+    """What growth.json says of the FLOPs behind a model."""
+    return {key: getattr(flops, convention) for convention, key in FLOPS.items()}
+
+
+def flops_with(provenance: Mapping[str, Any], more: Flops) -> dict[str, float]:
+    """The entries that growth.json has already, with those of a growth added."""
+    known = {convention: key for convention, key in FLOPS.items() if provenance.get(key) is not None}
+    return {key: provenance[key] + getattr(more, convention) for convention, key in known.items()}
+
+
 def encode_rng(rng: dict[str, Any] | None) -> bytes | None:
     """The content of a file of random states; raises ValueError for what could not be read back safely."""
     if rng is None:

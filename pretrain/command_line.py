@@ -151,10 +151,12 @@ def parse(argv: list[str]) -> Invocation:
     settings = [_read_yaml(path) for path in files]
     problems = [f"{path}: {p}" for path, read in zip(files, settings, strict=True) for p in unknown_key_problems(read)]
     problems += _flag_problems(flags)
+    given = {} if problems else settings_of(flags)
+    problems += [f"flags: {problem}" for problem in unknown_key_problems(given)]
     if problems:
         raise ValueError("\n".join(problems))
     merged: dict[str, Any] = {}
-    for values in [*settings, settings_of(flags)]:
+    for values in [*settings, given]:
         merged = merge(merged, values)
     return Invocation(config_of(merged), **dict.fromkeys(switches, True))
 

@@ -373,7 +373,8 @@ def unknown_key_problems(values: Mapping[str, Any], section: type = RunConfig, w
     problems = []
     for key, value in values.items():
         if key not in known:
-            problems.append(f"{where}{unknown_key(str(key), list(known))}")
+            more = "; pretrain --stages.help explains all" if section is StageConfig else ""
+            problems.append(f"{where}{unknown_key(str(key), list(known))}{more}")
         elif known[key] is not None and isinstance(value, Mapping):
             problems += unknown_key_problems(value, known[key], f"{where}{key}: ")
         elif isinstance(value, list) and (section, key) in LISTS:

@@ -18,6 +18,7 @@ from grow.grown import GrownOptimizer, GrownWeights
 from grow.learned import BETAS, LearnedGrowth
 from grow.masks import mask_scales
 from grow.operators import needs_data
+from grow.plan_text import describe_growth
 from grow.record import growth_record
 from grow.registry import BATCH_SIZE
 from grow.tensors import WithNoise
@@ -64,7 +65,7 @@ def _with_teacher(run: Run, stage: Stage, model: GPT, state: TrainState) -> Dist
     path = stage.teaching.path or _parent(run, stage, state)
     config = stage.teaching.config
     teacher = _build(run, config, read_weights(path), frozen=parameter_shapes(config))
-    say(f"teacher: {path}, {stage.teaching.weight:g} of the loss for {stage.teaching.steps:,} steps")
+    say(f"teacher: {path}, weight {stage.teaching.weight:g} of the loss for {stage.teaching.steps:,} steps")
     return Distillation(model, teacher, stage.teaching.weight)
 
 
@@ -137,17 +138,14 @@ def _grown(run: Run, stage: Stage, trained: Trained, state: TrainState) -> Train
             step_count=state.step_count,
             tokens=state.parent_tokens + state.tokens,
             flops_total=state.total_flops.paper,
-            growth_flops=made.flops.paper,
+            growth_flops=made.flops,
         )
     )
     state.flops += made.flops
     state.flops_computed += made.flops.paper
     grown = set_up(run, stage, made.weights, state)
     load_trainable_state(grown, moments)
-    say(
-        f"growth: {made.plan.operator} {made.plan.src.n_layer} -> {made.plan.dst.n_layer} layers, "
-        f"R_c {made.plan.connection_rate}, optimizer state: {stage.optimizer_policy}"
-    )
+    say(f"growth: {made.plan.operator} {describe_growth(made.plan)}, optimizer state: {stage.optimizer_policy}")
     return grown
 
 

@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from grow.plan import GrowthPlan
-from lit_gpt.checkpoint import TRAINING, detect_form, latest, read_config, read_exchange, read_training
+from grow.registry import OPERATORS
+from lit_gpt.checkpoint import TRAINING, detect_form, find_checkpoint, latest, read_config, read_exchange, read_training
 from lit_gpt.config import Config
 from lit_gpt.data_order import PROPORTIONAL
 from lit_gpt.errors import DataError
+from lit_gpt.flops import Flops
 from lit_gpt.legacy_order import LEGACY
 from lit_gpt.packed_data import describe_overlap
 from pretrain.config import RunConfig
 from pretrain.corpus import Corpus
 from pretrain.data import TrainData
 from pretrain.data_config import ORDER_SETTINGS, DataConfig, SegmentConfig, data_problems
+from pretrain.state import TrainState
 
 FROM_CHECKPOINT = "init_from"
 
@@ -42,7 +45,7 @@ def parent_state(config: RunConfig) -> dict[str, Any]:
     """What `init_from` says of itself: state.json, or growth.json of an exchange form; a foreign one says nothing."""
     if config.init_from is None:
         return {}
-    source = Path(config.init_from)
+    source = find_checkpoint(config.init_from)
     if detect_form(source) == TRAINING:
         return read_training(source, verify=False).state
     return read_exchange(source).provenance or {}
@@ -62,6 +65,47 @@ def growth_behind(config: RunConfig, own: Mapping[str, Any] | None) -> GrowthPla
     return GrowthPlan.from_dict(history[-1]["plan"]) if history else None
 
 
+def trainable_notes(config: RunConfig, own: Mapping[str, Any] | None) -> list[str]:
+    """A line for the log if the growth behind `init_from` has a paper that trains less of the model than this run.
+
+    own: state.json of the run's own last checkpoint, if it has one.
+    """
+    history = [] if own is not None else parent_state(config).get("history", [])
+    op = OPERATORS.get(history[-1]["operator"]) if history else None
+    if op is None or op.trainable == "all" or config.stages[0].trainable != "auto":
+        return []
+    return [
+        f"init_from was grown by {op.name}, whose paper then trains {op.trained} alone; this run trains everything. "
+        f"For the former give the first stage trainable: {op.trainable}, for the latter trainable: all"
+    ]
+
+
+def inherit_history(state: TrainState, provenance: Mapping[str, Any]) -> list[str]:
+    """Take over what growth.json of an exchange form says of the models behind it; a foreign folder says nothing.
+
+    Returns:
+        A line for the log if it says less of the FLOPs than there must have been.
+    """
+    state.history = list(provenance.get("history", []))
+    at_growth = state.history[-1] if state.history else {}  # training may have gone on since
+    tokens, total = (provenance.get(key, at_growth.get(key)) for key in ("tokens", "flops_total"))
+    keys = ("growth_flops", "growth_flops_model", "growth_flops_palm")
+    growths = Flops(*(sum(each.get(key, 0) for each in state.history) for key in keys))
+    model, palm = (provenance.get(key) for key in ("flops_model", "flops_palm"))
+    state.parent_tokens = tokens or 0
+    state.parent_flops = Flops(
+        growths.paper if total is None else total,
+        growths.model if model is None else model,
+        growths.palm if palm is None else palm,
+    )
+    if not total or None not in (model, palm):
+        return []
+    return [
+        f"warning: init_from tells its {total:.4g} FLOPs in the paper's convention alone; flops_model and flops_palm "
+        f"count from here on"
+    ]
+
+
 def origin_model(config: RunConfig, own: Mapping[str, Any] | None) -> Config | None:
     """The model of `init_from`, where model.name asks for its sizes; None where the settings name their own.
 
@@ -76,7 +120,7 @@ def origin_model(config: RunConfig, own: Mapping[str, Any] | None) -> Config | N
         raise ValueError(f"model.name {FROM_CHECKPOINT} takes the sizes of init_from, which is not given; give it")
     if own is not None and own["stage"] == 1:
         return Config.from_dict(own["model_config"])
-    return read_config(config.init_from)
+    return read_config(find_checkpoint(config.init_from))
 
 
 def fits_rows(found: Config, wanted: Config) -> bool:

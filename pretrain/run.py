@@ -17,13 +17,13 @@ from typing import Any
 import torch
 import yaml
 
-from grow.layer_map import layer_texts
 from grow.plan import SYMMETRY, differing_sizes
 from grow.registry import SIZES
 from lit_gpt.atomic import write_atomically
 from lit_gpt.checkpoint import (
     TrainingCheckpoint,
     detect_form,
+    find_checkpoint,
     manifest_sha256,
     read_config,
     read_exchange,
@@ -32,7 +32,7 @@ from lit_gpt.checkpoint import (
 )
 from lit_gpt.config import Config
 from lit_gpt.errors import DataError
-from lit_gpt.flops import Flops, count_parameters, flops_per_token
+from lit_gpt.flops import count_parameters, flops_per_token
 from lit_gpt.legacy import is_legacy
 from lit_gpt.model import InitialWeights
 from pretrain.checkpointing import RunCheckpoints, check_settings
@@ -53,14 +53,17 @@ from pretrain.origin import (
     first_position,
     fits_rows,
     growth_behind,
+    inherit_history,
     mask_notes,
     origin_model,
     own_state,
     parent_state,
+    trainable_notes,
     with_saved_name,
 )
 from pretrain.parallel import check_world, choose_compute, describe_world, device_type, is_sharded, launch
 from pretrain.signals import StopSignal
+from pretrain.stage_text import stage_lines
 from pretrain.stages import Stage, plan_stages
 from pretrain.state import TrainState
 from pretrain.training import Run, Trained, stage_flops, tokens_per_step
@@ -204,7 +207,7 @@ def preflight(invocation: Invocation, world: World = ALONE, auto_skips: tuple[tu
     )
     samples = config.batch.global_batch_size * sum(stage.steps for stage in stages)
     epoch_lines = check_epochs(train, position, position + samples)
-    lines = [*train.notes, *epoch_lines, *validation_lines, *corpus.notes]
+    lines = [*trainable_notes(config, own), *train.notes, *epoch_lines, *validation_lines, *corpus.notes]
     return Plan(config, stages, corpus, train, position, samples, validation, lines, own, auto_skips)
 
 
@@ -264,12 +267,10 @@ def describe(plan: Plan) -> None:
     for stage, line in zip(plan.stages, describe_stages(plan.stages, plan.config), strict=True):
         flops = stage_flops(plan.config, stage).paper
         say(f"{line}, {count_parameters(stage.config):,} parameters, {flops:.3g} FLOPs")
-        say(f"  {', '.join(f'{key}={value}' for key, value in stage.config.to_dict().items())}")
-        if stage.plan is not None:
-            layers = " ".join(layer_texts(stage.plan.layer_map, **stage.plan.marks))
-            say(f"  grown by {stage.plan.operator}, layer map {layers}, R_c {stage.plan.connection_rate}")
-            if stage.plan.stays_symmetric:
-                sys.stderr.write(f"warning: stage {stage.name!r}: {SYMMETRY}; use other shares, or noise\n")
+        for detail in stage_lines(stage):
+            say(f"  {detail}")
+        if stage.plan is not None and stage.plan.stays_symmetric:
+            sys.stderr.write(f"warning: stage {stage.name!r}: {SYMMETRY}; use other shares, or noise\n")
 
 
 @contextmanager
@@ -312,12 +313,13 @@ def start(this_run: Run, stage: Stage, state: TrainState) -> Trained:
     config = this_run.config
     if config.init_from is None:
         return set_up(this_run, stage, InitialWeights(stage.config, config.seed), state)
-    source = Path(config.init_from)
+    source = find_checkpoint(config.init_from)
     trained = set_up(this_run, stage, read_weights(source), state)
     if detect_form(source) == "training" and not is_legacy(source):  # those of other tools start with a new optimizer
         inherit(trained, state, read_training(source))
     else:
-        inherit_history(state, read_exchange(source).provenance or {})
+        for line in inherit_history(state, read_exchange(source).provenance or {}):
+            sys.stderr.write(f"{line}\n")
     say(f"weights from {source}, data from sample {state.position:,}")
     return trained
 
@@ -328,7 +330,7 @@ def check_init_from(config: RunConfig, stage: Stage, fresh: bool) -> None:
     Raises:
         ValueError: naming every size that differs. DataError, OSError: it cannot be read.
     """
-    source = Path(config.init_from or "")
+    source = find_checkpoint(config.init_from or "")
     if fresh and Path(config.out_dir).resolve() in source.resolve().parents:
         raise ValueError(
             f"--fresh would delete init_from={source}, which lies in the run's folder; move one of the two"
@@ -349,15 +351,6 @@ def check_init_from(config: RunConfig, stage: Stage, fresh: bool) -> None:
             + "\nAdapt `model`, or grow the checkpoint first (grow apply SRC DST); for another vocabulary, prepare the "
             + "data with the checkpoint's tokenizer (scripts/prepare.py --tokenizer PATH)"
         )
-
-
-def inherit_history(state: TrainState, provenance: dict[str, Any]) -> None:
-    """Take over what growth.json of an exchange form says of the models behind it; a foreign folder says nothing."""
-    state.history = list(provenance.get("history", []))
-    at_growth = state.history[-1] if state.history else {}  # training may have gone on since
-    tokens, total = (provenance.get(key, at_growth.get(key)) for key in ("tokens", "flops_total"))
-    growths = sum(each.get("growth_flops", 0) for each in state.history)
-    state.parent_tokens, state.parent_flops = tokens or 0, Flops(paper=growths if total is None else total)
 
 
 def inherit(trained: Trained, state: TrainState, parent: TrainingCheckpoint) -> None:

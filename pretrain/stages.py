@@ -17,7 +17,7 @@ from grow.registry import LEARN_STEPS, SIZES
 from grow.sizes import resized
 from grow.trainable import trainable_parameters
 from lit_gpt.axes import parameter_shapes
-from lit_gpt.checkpoint import read_config
+from lit_gpt.checkpoint import find_checkpoint, read_config
 from lit_gpt.config import Config
 from pretrain.config import OptimizerConfig, RunConfig, ScheduleConfig, StageConfig, parse_token_count
 from pretrain.optim import learning_rate
@@ -158,7 +158,9 @@ def _stage(
         mask=_mask(settings, plan, steps),
         teaching=_teaching(settings, plan, config, steps, before),
         learning=_learning(plan, steps),
-        reference=None if plan is None or plan.reference is None else Path(str(settings.options["reference"])),
+        reference=None
+        if plan is None or plan.reference is None
+        else find_checkpoint(str(settings.options["reference"])),
     )
     if stage.teaching is not None and not stage.taught_steps():
         raise ValueError(
@@ -206,11 +208,12 @@ def _options(settings: StageConfig) -> dict[str, Any]:
     named = [name for name in settings.options if name in ("n_layer", *SIZES, "factor", "layer_map")]
     if named:
         raise ValueError(f"options holds {', '.join(named)}; sizes and layer_map stand beside `options`")
-    if {"batch_size", "data"} & {*settings.options}:
-        raise ValueError("options holds batch_size or data; a stage grows from the batches of its own run")
+    read = [name for name in settings.options if name in ("batch_size", "data")]
+    if read:
+        raise ValueError(f"options holds {' and '.join(read)}; a stage grows from the batches of its own run")
     options = dict(settings.options)
     if "reference" in options:
-        options["reference"] = read_reference(str(options["reference"]))
+        options["reference"] = read_reference(find_checkpoint(str(options["reference"])))
     return options
 
 
@@ -233,7 +236,11 @@ def _stage_steps(settings: StageConfig, config: Config, global_batch_size: int) 
     else:
         tokens_per_step = global_batch_size * config.block_size
         steps = parse_token_count(settings.max_tokens or 0) // tokens_per_step
-        rule = f"max_tokens={settings.max_tokens} is less than one step of {tokens_per_step:,} tokens"
+        rule = (
+            f"max_tokens={settings.max_tokens} is less than one step of {tokens_per_step:,} tokens "
+            f"(batch.global_batch_size={global_batch_size} samples of block_size={config.block_size}); "
+            f"give more tokens, or lower one of the two"
+        )
     if steps < 1:
         raise ValueError(rule)
     return steps
@@ -279,9 +286,9 @@ def _teaching(
         if given:
             raise ValueError(f"{', '.join(given)} has no effect without distill_weight; give it or remove them")
         return None
-    path = None if settings.teacher is None else Path(settings.teacher)
+    path = None if settings.teacher is None else find_checkpoint(settings.teacher)
     if path is None and before is None:
-        raise ValueError("distill_weight in the first stage needs a teacher: give the path of a checkpoint")
+        raise ValueError("distill_weight in the first stage has no stage before it to learn from; give teacher: PATH")
     teacher = read_config(path) if path is not None else before.config
     if teacher.padded_vocab_size != config.padded_vocab_size:
         raise ValueError(

@@ -34,6 +34,7 @@ from prep.plan import (
     publish_plan,
     units_of,
     warn,
+    withdrawn_on_error,
     without_left_overs,
 )
 from prep.pool import run_units
@@ -214,8 +215,9 @@ def prepare(args: argparse.Namespace, out: Path) -> None:
         return
     out.mkdir(parents=True, exist_ok=True)
     with locked(out, shared=args.task is not None), without_left_overs(out):
-        publish_plan(out, plan, args)
-        tokenizer = place_tokenizer(args, plan, files, out)
+        with withdrawn_on_error(out, args):
+            publish_plan(out, plan, args)
+            tokenizer = place_tokenizer(args, plan, files, out)
         units = units_of(plan, files, out, tokenizer, skip_bad_files=args.on_bad_file == "skip")
         if args.plan_only:
             tell(args, outline(plan, units), lambda: report_units(out, units))

@@ -106,7 +106,8 @@ def summary(report: dict[str, Any], folder: Path) -> str:
     widths = [max(len(line[i]) for line in [head, *rows]) for i in range(len(head))]
     table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in [head, *rows]]
     headline = report["headline"]
-    lines = [headline["sentence"], headline["detail"], f"{headline['number']} {headline['label']}.", *headline["more"]]
+    number = [] if headline["verdict"] == "none" else [f"{headline['number']} {headline['label']}."]
+    lines = [headline["sentence"], headline["detail"], *number, *headline["more"]]
     return (
         "\n".join([*lines, "", *(line.rstrip() for line in table), "", report["claim"], str(folder / "report.html")])
         + "\n"

@@ -15,6 +15,7 @@ from grow.report.compare import Comparisons
 from grow.report.gather import Gathered, TrainedModel
 from grow.report.headline import claim, definitions, headline, notes
 from lit_gpt.config import Config
+from lit_gpt.packed_dataset import source_of
 
 FORMAT = 1
 FINAL = ("end", "before_growth", "every")  # moments whose last evaluation is that of the finished model
@@ -169,7 +170,7 @@ def _corpora(models: Sequence[TrainedModel]) -> list[dict[str, Any]]:
             found[name, fingerprint] = {
                 "name": name,
                 "folder": model.train_folders.get(name),
-                "source": manifest.get("source"),
+                "source": source_of(manifest),
                 "fingerprint": fingerprint,
                 "corpus_sha256": manifest.get("corpus_sha256"),
                 "tokens": train.get("tokens"),

@@ -8,6 +8,7 @@ from typing import Any
 from grow.report import text
 from grow.report.compare import Comparison, Comparisons
 from grow.report.gather import Gathered, TrainedModel
+from lit_gpt.packed_dataset import source_of
 
 EVEN = 0.005  # speed-ups below half a per cent are called none
 CURVE_NAMES = {"train": "training", "validation": "validation"}
@@ -106,11 +107,13 @@ def _as_sentence(reason: str) -> str:
 def claim(models: Sequence[TrainedModel]) -> str:
     """What the result does not show."""
     seeds = sorted({str(model.state["seed"]) for model in models if model.state.get("seed") is not None})
-    corpora = sorted({said.get("source") or name for model in models for name, said in model.corpora.items()})
-    sizes = [text.count(model.parameters) for model in models if model.parameters]
+    corpora = sorted({source_of(said) or name for model in models for name, said in model.corpora.items()})
+    sizes = list(dict.fromkeys(text.count(model.parameters) for model in models if model.parameters))
     seed = f"One seed ({seeds[0]})" if len(seeds) == 1 else "One run of each"
     corpus = f"one corpus ({', '.join(corpora)})" if corpora else "one corpus"
     size = f"one size ({sizes[0]} parameters)" if sizes else "one size"
+    if len(sizes) > 1:
+        size = f"sizes of {', '.join(sizes[:-1])} and {sizes[-1]} parameters"
     return (
         f"{seed}, {corpus}, {size}: this is what happened here. Another seed, corpus or size may give another number, "
         f"and nothing more is claimed."

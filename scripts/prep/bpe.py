@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -49,12 +50,20 @@ def train_bpe(
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = str(error).splitlines()[-1]
         raise DataError(
-            f"the corpus does not suit a tokenizer of {vocab_size} pieces ({reason}); "
+            f"the corpus does not suit a tokenizer of {vocab_size} pieces: {_reason(str(error))}; "
             f"change --vocab-size, or use --tokenizer bytes"
         ) from error
     write_atomically(path, model.getvalue())
+
+
+def _reason(message: str) -> str:
+    """What the trainer's error says of the sizes that work, without its source lines."""
+    if found := re.search(r"\d+ vs (\d+)", message):
+        return f"its characters and bytes alone take {found[1]}, the smallest that works"
+    if found := re.search(r"value <= (\d+)", message):
+        return f"its text has pieces for {found[1]}, the largest that works"
+    return message.splitlines()[-1]
 
 
 def _sampled_lines(files: list[InputFile], reading: Reading, skip_bad_files: bool) -> list[str]:

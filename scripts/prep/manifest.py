@@ -11,7 +11,7 @@ import numpy as np
 
 from lit_gpt.atomic import write_atomically
 from lit_gpt.errors import DataError
-from lit_gpt.packed_dataset import HEADER, MANIFEST, read_header, token_dtype
+from lit_gpt.packed_dataset import HEADER, MANIFEST, read_header, source_of, token_dtype
 from lit_gpt.tokenizer import Tokenizer
 from prep.corpus import SPLIT_BUCKETS, InputFile, kinds_of
 from prep.plan import warn
@@ -120,11 +120,12 @@ def _check_totals(splits: dict[str, dict[str, Any]], units: list[Unit], needed: 
 
 def report(out: Path, manifest: dict[str, Any], tokenizer: Tokenizer | None, files: list[InputFile]) -> None:
     kind = manifest["tokenizer"]
-    source = f"{manifest['source']} ({kinds_of(files)})"
+    source = f"{source_of(manifest)} ({kinds_of(files)})"
     print(f"{out}: {source}; tokenizer {kind['kind']} with {kind['vocab_size']} ids ({manifest['dtype']})")
     for name, split in manifest["splits"].items():
         per_token = f", {split['bytes_per_token']:.2f} bytes/token" if split["tokens"] else ""
-        counts = f"{split['documents']} documents, {split['tokens']} tokens in {len(split['files'])} files"
+        counts = f"{split['documents']} documents, {split['tokens']} tokens in {len(split['files'])} "
+        counts += "file" if len(split["files"]) == 1 else "files"
         print(f"  {name}: {counts}{per_token}")
     notable = {key: n for key, n in manifest["counters"].items() if n and key != "rows"}
     if notable:

@@ -185,6 +185,18 @@ def publish_plan(out: Path, plan: dict[str, Any], args: argparse.Namespace) -> N
         write_atomically(path, to_json(plan))
 
 
+@contextlib.contextmanager
+def withdrawn_on_error(out: Path, args: argparse.Namespace) -> Iterator[None]:
+    """Remove a plan that was written in vain: no tokenizer came of it. Tasks leave it, their neighbours may need it."""
+    had_plan = (out / PLAN).is_file()
+    try:
+        yield
+    except (ValueError, DataError):
+        if args.task is None and not had_plan:
+            (out / PLAN).unlink(missing_ok=True)
+        raise
+
+
 def _write_once(path: Path, data: bytes) -> None:
     """Write a file completely, or leave the one that another process was faster to write."""
     whole = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")

@@ -337,7 +337,7 @@ def test_a_model_that_is_to_learn_from_a_teacher_starts_like_any_new_one():
 
     grown = grow_weights(plan, toy_weights(src, dtype=torch.float64))
 
-    assert GrowthPlan.from_dict(plan.to_dict()) == plan and function_of(plan) == "no"
+    assert GrowthPlan.from_dict(plan.to_dict()) == plan and function_of(plan) == "nothing"
     assert all(torch.equal(weight, init_tensor(name, plan.dst, 5).double()) for name, weight in grown.items())
 
 
@@ -405,7 +405,7 @@ def test_operators_in_width_preserve_what_the_registry_says(name, n_query_groups
     before = logits(src, weights, torch.float64)
     gap = (logits(plan.dst, grow_weights(plan, weights), torch.float64) - before).abs().max()
 
-    assert function_of(plan) == operator(name).function
+    assert function_of(plan) == operator(name).function.removesuffix(" (width only)")
     assert bool(gap <= 1e-10 * before.abs().max()) is operator(name).preserves
 
 
@@ -466,14 +466,14 @@ def test_published_residual_rules_do_not_pass_for_preserving(residual, adjust_ep
     ("name", "request_", "message"),
     [
         ("split-width", {}, "how large is the grown model"),
-        ("split-width", {"n_layer": 4, "factor": 2}, "split-width takes .*and not n_layer.*that take n_layer: stack"),
+        ("split-width", {"n_layer": 4, "factor": 2}, "grows width only, but n_layer goes 2 -> 4; .*lemon"),
         ("stack", {"n_embd": 32}, "stack takes n_layer, factor, layer_map, and not n_embd.*split-width"),
-        ("lemon", {"factor": 2}, "and not factor"),
+        ("lemon", {"factor": 2, "n_embd": 32}, "both give sizes"),
         ("lemon", {"n_layer": 1, "n_embd": 32}, "cannot shrink 2 layers to 1"),
         ("hypercloning", {"n_embd": 24}, "needs a whole factor"),
         ("hypercloning", {"factor": 2, "residual": "Z"}, "and not residual"),
         ("split-width", {"factor": 2, "residual": "Q"}, "unknown rule 'Q'"),
-        ("split-width", {"factor": 2, "colour": "red"}, "and not colour.*that take colour: none"),
+        ("split-width", {"factor": 2, "colour": "red"}, "unknown option colour; split-width takes .*noise"),
         ("zero-width", {"n_embd": 18}, "breaks head_size=4"),
     ],
 )

@@ -144,7 +144,7 @@ def test_the_receipt_names_the_reference_and_a_training_form_grows_too(large, tm
         (6, {}, "the 5 layers of the reference large a source of 2 layers grows to 3 to 5, and not to 6"),
         (2, {}, "grows to 3 to 5, and not to 2; ask for one of these, or leave the reference out"),
         (4, {"n_layer": 2}, "the reference large has 2 layers, and the source has 2 already"),
-        (4, {"n_embd": 32, "head_size": 4}, "has other layers than the source: n_embd is 32, not 16"),
+        (4, {"n_embd": 32, "head_size": 4}, "does not fit the source: n_embd is 32, not 16"),
         (4, {"vocab_size": 18, "padded_vocab_size": 18}, "vocab_size is 18, not 20; padded_vocab_size is 18, not 20"),
         (4, {"rope_base": 5e5}, "rope_base is 500000.0, not 10000.0"),
     ],

@@ -15,6 +15,7 @@ from benchmarks.operators_after_growth import Growth, first_layers, growths_of, 
 from grow.apply import grow_checkpoint, make_weights
 from grow.operators import OPERATORS, function_of
 from grow.plan import GrowthPlan
+from grow.registry import PRESERVING
 from grow.samples import Samples
 from lit_gpt.checkpoint import read_exchange
 from lit_gpt.config import Config
@@ -131,7 +132,7 @@ def test_the_text_in_these_tests_is_the_known_one(source, exchange, greedy_ids, 
 
 def preserving() -> list[Growth]:
     """Of every operator that can keep the function of the whole model one growth that does."""
-    growths = [each for each in GROWTHS if each.n_layer_src is None and function_of(each.plan(CONFIG)) != "no"]
+    growths = [each for each in GROWTHS if each.n_layer_src is None and function_of(each.plan(CONFIG)) in PRESERVING]
     return list({growth.operator: growth for growth in growths}.values())
 
 
