@@ -40,6 +40,7 @@ from pretrain.config import RunConfig, StageConfig, to_plain
 from pretrain.corpus import Corpus, model_config_for, read_corpus
 from pretrain.data import TrainData, check_epochs, open_train_data, open_validation_sets
 from pretrain.growth import load_trainable_state, set_up
+from pretrain.heartbeat import HEARTBEAT_FILE
 from pretrain.held_out import ValidationSet
 from pretrain.loggers import EVALS_FILE, METRICS_FILE, TENSORBOARD_FOLDER, NoLog, RunLog, say
 from pretrain.loop import describe_stages, train_in_stages
@@ -56,9 +57,10 @@ from pretrain.origin import (
     with_saved_name,
 )
 from pretrain.parallel import check_world, choose_compute, describe_world, device_type, launch
-from pretrain.signals import StopSignal
+from pretrain.signals import StopSignal, marked
 from pretrain.stages import Stage, plan_stages
 from pretrain.state import TrainState
+from pretrain.time_limit import find_limits
 from pretrain.training import Run, Trained, stage_flops, tokens_per_step
 from pretrain.world import ALONE, World, connected, find_world, in_turn
 
@@ -108,7 +110,8 @@ def run(invocation: Invocation, command: list[str]) -> None:
             in_turn(world, lambda: held.enter_context(run_folder(out_dir, invocation.fresh)))
         else:
             in_turn(world, lambda: None)
-        train(plan, world, command)
+        with marked(out_dir, world):
+            train(plan, world, command)
 
 
 def train(plan: Plan, world: World, command: list[str]) -> None:
@@ -139,10 +142,16 @@ def train(plan: Plan, world: World, command: list[str]) -> None:
     if world.size > 1:
         say(f"processes: {describe_world(config.parallel, world)}")
     stage = stages[state.grown_into_stage - 1]  # the one whose model there is: the next may still learn to grow
-    with StopSignal() as stop:
+    with StopSignal(find_limits(config.stop, world)) as stop:
         kept_stage = 0 if checkpoint is None else state.stage  # nothing stays of a run killed before its first save
         log = (
-            RunLog(out_dir, stage=kept_stage, step=state.step_count, tensorboard=config.logging.tensorboard)
+            RunLog(
+                out_dir,
+                stage=kept_stage,
+                step=state.step_count,
+                tensorboard=config.logging.tensorboard,
+                owed=state.validation_owed,
+            )
             if world.is_first
             else NoLog()
         )
@@ -194,7 +203,8 @@ def scratch_config(config: RunConfig, stages: list[Stage]) -> RunConfig:
 
 
 def is_finished(state: TrainState, stages: list[Stage]) -> bool:
-    return state.stage == len(stages) and state.stage_step >= stages[-1].steps
+    """Whether nothing is left to do, not even to measure."""
+    return state.stage == len(stages) and state.stage_step >= stages[-1].steps and state.validation_owed is None
 
 
 def open_stream(
@@ -268,7 +278,7 @@ def remove_run(out_dir: Path) -> None:
     """Delete what an earlier run left; other files in the folder stay."""
     for name in ("checkpoints", TENSORBOARD_FOLDER):
         shutil.rmtree(out_dir / name, ignore_errors=True)
-    for name in (METRICS_FILE, EVALS_FILE, CONFIG_FILE):
+    for name in (METRICS_FILE, EVALS_FILE, CONFIG_FILE, HEARTBEAT_FILE):
         (out_dir / name).unlink(missing_ok=True)
 
 

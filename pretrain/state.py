@@ -34,6 +34,8 @@ class TrainState:
     loss_sum: float = 0.0
     loss_count: int = 0
     """Losses since the last log line."""
+    validation_owed: str | None = None
+    """Why the validation was measured that a stop cut short; it is made up for first."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """One record per growth, oldest first."""
 
