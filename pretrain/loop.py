@@ -41,6 +41,7 @@ def train_in_stages(run: Run, trained: Trained, state: TrainState) -> Trained:
                 fit(run, stage, trained, state, until=stage.first_step)
             run.log.alive("growing", state)
             trained = enter_stage(run, stage, trained, state)
+            state.validation_owed = "after_growth" if stage.is_grown else "start"
         fit(run, stage, trained, state, until=stage.steps)
     return trained
 
@@ -50,10 +51,8 @@ def fit(run: Run, stage: Stage, trained: Trained, state: TrainState, *, until: i
     if state.stage_step >= until and state.validation_owed is None:
         return
     set_masks(stage, trained, state.stage_step)
-    first = "after_growth" if stage.is_grown else "start"
-    due = state.validation_owed or (first if state.stage_step == stage.first_step else None)
-    if due is not None:
-        validate(run, stage, trained, state, due)
+    if state.validation_owed is not None:
+        validate(run, stage, trained, state, state.validation_owed)
     if state.stage_step < until:
         train_until(run, stage, trained, state, until)
         if until < stage.steps:

@@ -130,7 +130,7 @@ def train(plan: Plan, world: World, command: list[str]) -> None:
     }
     checkpoints = RunCheckpoints(out_dir, config.checkpoints, metadata, world)
     checkpoint = checkpoints.resume()
-    state = resumed_state(checkpoint.state, config, plan.train) if checkpoint else TrainState(position=plan.position)
+    state = resumed_state(checkpoint.state, config, plan.train) if checkpoint else new_state(plan)
     if is_finished(state, stages):
         say(f"{out_dir} is finished: {state.step_count:,} steps. --fresh starts over")
         return
@@ -200,6 +200,11 @@ def scratch_config(config: RunConfig, stages: list[Stage]) -> RunConfig:
     if last.continue_schedule:
         own["warmup_steps"] = stages[-1].schedule.warmup_steps  # that of the schedule's first stage
     return dataclasses.replace(config, stages=[StageConfig("scratch", max_steps=steps, **own)])
+
+
+def new_state(plan: Plan) -> TrainState:
+    """Before the first step."""
+    return TrainState(position=plan.position, validation_owed="start")
 
 
 def is_finished(state: TrainState, stages: list[Stage]) -> bool:

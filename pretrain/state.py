@@ -35,7 +35,7 @@ class TrainState:
     loss_count: int = 0
     """Losses since the last log line."""
     validation_owed: str | None = None
-    """Why the validation was measured that a stop cut short; it is made up for first."""
+    """`when` of a validation that is due before the next step: a stage's first, or one that a stop cut short."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """One record per growth, oldest first."""
 
