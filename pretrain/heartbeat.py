@@ -13,6 +13,8 @@ from typing import Any
 
 HEARTBEAT_FILE = "heartbeat.json"
 EVERY_SECS = 3.0
+ENDED = "ended"
+"""What a run does last, when it is not killed."""
 JOB_VARIABLE = "SLURM_JOB_ID"
 
 
@@ -32,14 +34,16 @@ class Heartbeat:
         self._clock = clock
         self._owner = {"pid": os.getpid(), "host": socket.gethostname(), "job": env.get(JOB_VARIABLE)}
         self._doing, self._written = "", -EVERY_SECS
+        self._facts: dict[str, Any] = {}
 
     def beat(self, doing: str, **facts: Any) -> None:
-        """The run is alive and does this. facts: what else the file says."""
+        """The run is alive and does this. facts: what else the file says, from now on."""
         now = self._clock()
+        self._facts |= facts
         if doing == self._doing and now - self._written < EVERY_SECS:
             return
         self._doing, self._written = doing, now
-        record = {"time": now, "doing": doing, **facts, **self._owner}
+        record = {"time": now, "doing": doing, **self._facts, **self._owner}
         temporary = self._path.with_name(f".{self._path.name}.tmp")
         with suppress(OSError):
             temporary.write_text(json.dumps(record) + "\n", encoding="utf-8")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from grow.curves import EVALS_FILE, METRICS_FILE
 from lit_gpt.atomic import write_atomically
-from pretrain.heartbeat import Heartbeat
+from pretrain.heartbeat import ENDED, Heartbeat
 
 if TYPE_CHECKING:
     from lightning_fabric.loggers import TensorBoardLogger
@@ -105,6 +105,7 @@ class RunLog:
         self._heartbeat.beat(doing, step=state.step_count, stage=state.stage, stage_step=state.stage_step)
 
     def close(self) -> None:
+        self._heartbeat.beat(ENDED)
         if self._tensorboard is None:
             return
         try:

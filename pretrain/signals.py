@@ -17,6 +17,8 @@ from pretrain.world import World
 
 REQUEUE = "REQUEUE"
 """File in a run's folder: it stopped with a checkpoint before it was done. Batch scripts queue their job again."""
+STOPPED_FILE = "PRETRAIN_STOPPED"
+"""Environment variable: a file to write in that case, by which a launcher that loses exit codes is told."""
 
 
 class StopRequested(Exception):
@@ -88,8 +90,9 @@ def marked(out_dir: Path, world: World, env: Mapping[str, str] = os.environ) -> 
     try:
         yield
     except StopRequested as stop:
-        if world.size > 1 and world.is_first:
-            marker.write_text(f"{stop}\n", encoding="utf-8")
+        if world.is_first:
+            for path in [marker] * (world.size > 1) + [Path(env[name]) for name in (STOPPED_FILE,) if env.get(name)]:
+                path.write_text(f"{stop}\n", encoding="utf-8")
         if not _looks_like_an_end(world, env):
             raise
         if world.is_first:

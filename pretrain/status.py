@@ -7,6 +7,7 @@ import dataclasses
 import fcntl
 import json
 import re
+import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from grow.curves import METRICS_FILE
 from lit_gpt.atomic import MANIFEST, directory_problems, read_manifest
 from lit_gpt.errors import EXIT_OK, DataError
 from pretrain.config import parse_token_count
-from pretrain.heartbeat import read_heartbeat
+from pretrain.heartbeat import ENDED, read_heartbeat
 
 LOCK_FILE = "run.lock"
 STATE_FILE = "state.json"
@@ -86,9 +87,10 @@ def status_of(run: str | Path, now: float | None = None) -> Status:
     metrics, beat = _last_record(folder / METRICS_FILE), read_heartbeat(folder)
     checkpoint, saved = _last_checkpoint(folder / "checkpoints", now)
     finished = saved is not None and _is_finished(saved)
-    owner = _owner(folder / LOCK_FILE, beat)
     silent = None if beat is None else max(0.0, now - beat["time"])
-    stuck = owner is not None and silent is not None and silent > _patience(beat, metrics)
+    is_quiet = silent is not None and silent > _patience(beat, metrics)
+    owner = _owner(folder / LOCK_FILE, beat) or (None if is_quiet else _owner_elsewhere(beat))
+    stuck = owner is not None and is_quiet
     state = "finished" if finished and owner is None else "stuck" if stuck else "running" if owner else "stopped"
     step = beat.get("step") if beat is not None and owner is not None else None
     return Status(
@@ -182,6 +184,13 @@ def _owner(lock_file: Path, beat: Mapping[str, Any] | None) -> Owner | None:
     beat = beat or {}
     known = int(pid[0]) if pid and pid[0].isdecimal() else None
     return Owner(known, beat.get("host"), beat.get("job"))
+
+
+def _owner_elsewhere(beat: Mapping[str, Any] | None) -> Owner | None:
+    """Of a run on another machine, whose lock may not be seen here."""
+    if beat is None or beat["doing"] == ENDED or beat.get("host") == socket.gethostname():
+        return None
+    return Owner(beat.get("pid"), beat.get("host"), beat.get("job"))
 
 
 def describe(status: Status) -> list[str]:

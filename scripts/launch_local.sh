@@ -4,7 +4,7 @@
 #   bash scripts/launch_local.sh --config FILE [--section.key value ...]
 #
 # Ctrl-C, SIGTERM and SIGUSR1 let the run save and end with 75, whatever time that takes; a second Ctrl-C or SIGTERM
-# ends it at once. Exit codes are those of pretrain; 1 where torchrun gave up.
+# ends it at once. Exit codes: 0 done, 75 stopped with a checkpoint saved, else torchrun's 1 (the message says why).
 #
 #   PROCESSES      how many (default: as many as there are GPUs, else 1)
 #   MAX_RESTARTS   how often all are started again from the last checkpoint when one dies (default 0)
@@ -29,7 +29,8 @@ trap 'rm -f "$PRETRAIN_STOPPED"' EXIT
 
 # torchrun would pass a signal on and kill what has not ended 30 s later; and from a terminal all would hear it twice.
 # So it has a process group of its own, and the processes are asked to stop without it.
-agent= asked=
+agent='' asked=''
+# shellcheck disable=SC2317 # the traps call it
 ask() {
   [ -n "$agent" ] || exit "$1"
   if [ -n "$asked" ] && [ "$2" = urgent ]; then

@@ -42,8 +42,6 @@ if [ ! -e "$GROWN/MANIFEST.json" ]; then
   grow_once "$BASE" "$GROWN" --operator "$OPERATOR" --factor "$FACTOR"
 fi
 
-export MODEL_NAME METHOD OUT_DIR TRAIN_DATA_DIR GLOBAL_BATCH_SIZE MICRO_BATCH_SIZE
-export LEARNING_RATE MIN_LR MAX_STEP WARMUP_STEPS
 # the same training as a base's, from other weights
 set -- --init_from "$GROWN" "$@"
 source "$root/scripts/slurm/base_model.sh"

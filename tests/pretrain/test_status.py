@@ -86,6 +86,16 @@ def test_slow_steps_are_waited_for(held):
     assert status_of(held, now=2100.0).state == "stuck"
 
 
+def test_a_run_on_another_machine_whose_lock_is_not_seen_lives_as_long_as_it_says_so(copied):
+    shutil.rmtree(copied / "checkpoints" / "stage-02" / "step-0000000014")
+    beat = {"time": 1000.0, "doing": "training", "step": 13, "host": "node-7", "pid": 5, "job": None}
+    (copied / HEARTBEAT_FILE).write_text(json.dumps(beat))
+    assert (status_of(copied, now=1100.0).state, status_of(copied, now=1100.0).owner.host) == ("running", "node-7")
+    assert status_of(copied, now=1200.0).state == "stopped"
+    (copied / HEARTBEAT_FILE).write_text(json.dumps(beat | {"doing": "ended"}))
+    assert status_of(copied, now=1001.0).state == "stopped"
+
+
 def test_a_folder_without_a_run_is_an_error(tmp_path, monkeypatch, capsys):
     from pretrain.__main__ import main
 
