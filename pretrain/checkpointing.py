@@ -35,6 +35,7 @@ FREE_TO_CHANGE = (
     "checkpoints",
     "parallel",
     "activation_checkpointing",
+    "stop",
     "batch.micro_batch_size",
     "validation",
     "out_dir",
@@ -112,6 +113,10 @@ class RunCheckpoints:
             replace=True,  # what is there already was found damaged on resume
         )
         self._remove_superseded(path)
+
+    def holds(self, state: TrainState) -> bool:
+        """Whether the last checkpoint is of this moment."""
+        return self.last == checkpoint_path(self.folder, state.stage, state.step_count)
 
     def resume(self) -> TrainingCheckpoint | None:
         """The newest valid checkpoint, None when there is none; those passed over go with the next save."""

@@ -57,7 +57,8 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="pretrain",
         description="Train a model in one or more stages, growing it between two stages. Repeat the command to resume.",
-        epilog="Token files, and which of them a step trained on: pretrain data --help",
+        epilog="Token files, and which of them a step trained on: pretrain data --help. How a run is doing: "
+        "pretrain status RUN. The validation loss of a checkpoint: pretrain validate CHECKPOINT.",
         exit_on_error=False,
     )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file; may be given several times")

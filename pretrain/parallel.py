@@ -17,7 +17,7 @@ from lit_gpt.config import Config
 from lit_gpt.kernels.products import cpu_multiplies_bf16
 from lit_gpt.model import GPT
 from pretrain.config import ParallelConfig, RunConfig
-from pretrain.world import World
+from pretrain.world import World, device_index
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -56,12 +56,7 @@ def launch(config: RunConfig, world: World) -> Fabric:
     from lightning_fabric.plugins.environments import LightningEnvironment
 
     accelerator = device_type(config)
-    device = [world.local_rank] if accelerator == "cuda" else 1
-    if accelerator == "cuda" and torch.cuda.device_count() < world.local_size:
-        raise ValueError(
-            f"{world.local_size} processes on this node and {torch.cuda.device_count()} CUDA devices; start one "
-            f"process per device (srun --ntasks-per-node, torchrun --nproc-per-node)"
-        )
+    device = [device_index(world, torch.cuda.device_count())] if accelerator == "cuda" else 1
     # each process is one to Fabric, also under SLURM: it would look for srun and start a process group of its own
     fabric = Fabric(accelerator=accelerator, devices=device, precision="32-true", plugins=[LightningEnvironment()])
     fabric.launch()

@@ -42,6 +42,7 @@ from pretrain.corpus import Corpus, model_config_for, read_corpus
 from pretrain.data import TrainData, check_epochs, open_train_data, open_validation_sets
 from pretrain.growth import load_trainable_state, set_up
 from pretrain.guards import Diverged, GivenUp
+from pretrain.heartbeat import HEARTBEAT_FILE
 from pretrain.held_out import ValidationSet
 from pretrain.loggers import EVALS_FILE, METRICS_FILE, TENSORBOARD_FOLDER, NoLog, RunLog, say
 from pretrain.loop import describe_divergence, describe_stages, skipped_positions, train_in_stages
@@ -62,10 +63,11 @@ from pretrain.origin import (
     with_saved_name,
 )
 from pretrain.parallel import check_world, choose_compute, describe_world, device_type, is_sharded, launch
-from pretrain.signals import StopSignal
+from pretrain.signals import StopSignal, marked
 from pretrain.stage_text import stage_lines
 from pretrain.stages import Stage, plan_stages
 from pretrain.state import TrainState
+from pretrain.time_limit import find_limits
 from pretrain.training import Run, Trained, stage_flops, tokens_per_step
 from pretrain.world import ALONE, World, connected, find_world, in_turn
 
@@ -118,16 +120,25 @@ def run(invocation: Invocation, command: list[str]) -> None:
             in_turn(world, lambda: held.enter_context(run_folder(out_dir, invocation.fresh)))
         else:
             in_turn(world, lambda: None)
-        while True:
-            try:
-                return train(plan, world, command)
-            except GivenUp as end:
-                if end.skip is None or len(plan.auto_skips) >= plan.config.guards.rollbacks:
-                    raise
-                say(f"warning: {end}\nback to the last checkpoint, without these samples")
-                again = dataclasses.replace(invocation, fresh=False)
-                skips = (*plan.auto_skips, end.skip)
-                plan = in_turn(world, lambda again=again, skips=skips: preflight(again, world, skips))
+        with marked(out_dir, world):
+            train_until_done(plan, invocation, world, command)
+
+
+def train_until_done(plan: Plan, invocation: Invocation, world: World, command: list[str]) -> None:
+    """Train, and where the run diverges and may do so, go back and round the samples.
+
+    Raises:
+        GivenUp: it diverged once more than it may.
+    """
+    while True:
+        try:
+            return train(plan, world, command)
+        except GivenUp as end:
+            if end.skip is None or len(plan.auto_skips) >= plan.config.guards.rollbacks:
+                raise
+            say(f"warning: {end}\nback to the last checkpoint, without these samples")
+            again, skips = dataclasses.replace(invocation, fresh=False), (*plan.auto_skips, end.skip)
+            plan = in_turn(world, lambda again=again, skips=skips: preflight(again, world, skips))
 
 
 def train(plan: Plan, world: World, command: list[str]) -> None:
@@ -147,7 +158,7 @@ def train(plan: Plan, world: World, command: list[str]) -> None:
     }
     checkpoints = RunCheckpoints(out_dir, config.checkpoints, metadata, world)
     checkpoint = checkpoints.resume()
-    state = resumed_state(checkpoint.state, config, plan.train) if checkpoint else TrainState(position=plan.position)
+    state = resumed_state(checkpoint.state, config, plan.train) if checkpoint else new_state(plan)
     if is_finished(state, stages):
         say(f"{out_dir} is finished: {state.step_count:,} steps. --fresh starts over")
         return
@@ -159,10 +170,16 @@ def train(plan: Plan, world: World, command: list[str]) -> None:
     if world.size > 1:
         say(f"processes: {describe_world(config.parallel, world)}")
     stage = stages[state.grown_into_stage - 1]  # the one whose model there is: the next may still learn to grow
-    with StopSignal() as stop:
+    with StopSignal(find_limits(config.stop, world)) as stop:
         kept_stage = 0 if checkpoint is None else state.stage  # nothing stays of a run killed before its first save
         log = (
-            RunLog(out_dir, stage=kept_stage, step=state.step_count, tensorboard=config.logging.tensorboard)
+            RunLog(
+                out_dir,
+                stage=kept_stage,
+                step=state.step_count,
+                tensorboard=config.logging.tensorboard,
+                owed=state.validation_owed,
+            )
             if world.is_first
             else NoLog()
         )
@@ -229,8 +246,14 @@ def scratch_config(config: RunConfig, stages: list[Stage]) -> RunConfig:
     return dataclasses.replace(config, stages=[StageConfig("scratch", max_steps=steps, **own)])
 
 
+def new_state(plan: Plan) -> TrainState:
+    """Before the first step."""
+    return TrainState(position=plan.position, validation_owed="start")
+
+
 def is_finished(state: TrainState, stages: list[Stage]) -> bool:
-    return state.stage == len(stages) and state.stage_step >= stages[-1].steps
+    """Whether nothing is left to do, not even to measure."""
+    return state.stage == len(stages) and state.stage_step >= stages[-1].steps and state.validation_owed is None
 
 
 def open_stream(
@@ -304,7 +327,7 @@ def remove_run(out_dir: Path) -> None:
     """Delete what an earlier run left; other files in the folder stay."""
     for name in ("checkpoints", TENSORBOARD_FOLDER):
         shutil.rmtree(out_dir / name, ignore_errors=True)
-    for name in (METRICS_FILE, EVALS_FILE, CONFIG_FILE):
+    for name in (METRICS_FILE, EVALS_FILE, CONFIG_FILE, HEARTBEAT_FILE):
         (out_dir / name).unlink(missing_ok=True)
 
 

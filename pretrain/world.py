@@ -157,11 +157,11 @@ def find_world(env: Mapping[str, str] = os.environ) -> World:
         )
     if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
         return _slurm_step(env)
-    tasks = env.get("SLURM_NTASKS", "1")
-    if "SLURM_JOB_ID" in env and tasks.isdecimal() and int(tasks) > 1:
+    tasks, nodes = (_count(env.get(name)) for name in ("SLURM_NTASKS", "SLURM_JOB_NUM_NODES"))
+    if "SLURM_JOB_ID" in env and max(tasks, nodes) > 1:
         raise ValueError(
-            f"this is an allocation of {tasks} SLURM tasks, and pretrain was started outside a step, where it would be "
-            f"one process that waits for the others; start it with srun: srun python -m pretrain ..."
+            f"this is an allocation of {nodes} node(s) and {tasks} SLURM task(s), and pretrain was started outside a "
+            f"step, where it would be one process that has to do all; start it with srun: srun python -m pretrain ..."
         )
     if int(env.get("WORLD_SIZE") or 1) > 1:
         return _by_hand(env)
@@ -171,25 +171,46 @@ def find_world(env: Mapping[str, str] = os.environ) -> World:
 def _slurm_step(env: Mapping[str, str]) -> World:
     """A task of a step; SLURM's names for the job, and not those for the step, would be wrong in a part of a job."""
     size = _number(env, "SLURM_STEP_NUM_TASKS")
-    local_size = _tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or "1")
-    if size > 1 and size % local_size:
+    per_node = env.get("SLURM_STEP_TASKS_PER_NODE") or str(size)
+    local_sizes = {int(count) for count in re.findall(r"(\d+)(?:\(x\d+\))?", per_node)}  # of SLURM's 2(x3),1
+    if len(local_sizes) != 1:
         raise ValueError(
-            f"the step has {size} tasks, and not equally many on every node "
-            f"({env.get('SLURM_STEP_TASKS_PER_NODE')}); give srun --ntasks-per-node"
+            f"the step has {size} tasks, and not equally many on every node ({per_node}); give srun --ntasks-per-node"
         )
     return World(
         rank=_number(env, "SLURM_PROCID"),
         size=size,
         local_rank=_number(env, "SLURM_LOCALID"),
-        local_size=min(local_size, size),
+        local_size=local_sizes.pop(),
         launcher="srun",
         attempt=int(env.get("SLURM_RESTART_COUNT", 0)),
     )
 
 
-def _tasks_per_node(text: str) -> int:
-    """The largest of SLURM's `2(x3),1`."""
-    return max(int(count) for count in re.findall(r"(\d+)(?:\(x\d+\))?", text))
+def _count(text: str | None) -> int:
+    return int(text) if text and text.isdecimal() else 1
+
+
+def device_index(world: World, visible: int, env: Mapping[str, str] = os.environ) -> int:
+    """Which of the CUDA devices that this process sees is its own.
+
+    Raises:
+        ValueError: there are fewer devices than processes.
+    """
+    if world.local_size <= visible:
+        return world.local_rank
+    if visible == 1 and world.launcher == "srun" and _binds_devices(env):
+        return 0  # each task sees another one
+    raise ValueError(
+        f"{world.local_size} processes on this node and {visible} CUDA device(s); start one process per device "
+        f"(srun --ntasks-per-node, torchrun --nproc-per-node)"
+    )
+
+
+def _binds_devices(env: Mapping[str, str]) -> bool:
+    """Whether SLURM shows every task devices of its own; the names changed over its versions."""
+    named = ("SLURM_GPUS_PER_TASK", "SLURM_GPU_BIND")
+    return any(env.get(name) for name in named) or "gpu" in env.get("SLURM_TRES_PER_TASK", "")
 
 
 def _by_hand(env: Mapping[str, str]) -> World:
@@ -231,11 +252,11 @@ def connected(
     from torch.distributed.distributed_c10d import _set_pg_timeout  # torchtitan's way too: there is no public one
 
     try:
-        store = _store(world, env)
+        store = dist.PrefixStore(f"attempt-{world.attempt}", _store(world, env))
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "cpu:gloo"
         dist.init_process_group(
             backend,
-            store=dist.PrefixStore(f"attempt-{world.attempt}", store),
+            store=store,
             rank=world.rank,
             world_size=world.size,
             timeout=timedelta(seconds=MEETING_SECS),
@@ -243,8 +264,11 @@ def connected(
         world.barrier()
         _set_pg_timeout(timedelta(seconds=COLLECTIVE_SECS))
     except RuntimeError as error:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        why = str(error).splitlines()[0]
         raise ValueError(
-            f"process {world.rank} of {world.size} could not meet the others within {MEETING_SECS} s: {error}; "
+            f"process {world.rank} of {world.size} could not meet the others within {MEETING_SECS} s ({why}); "
             f"see whether all of them run, and whether MASTER_ADDR and MASTER_PORT reach the first"
         ) from error
     try:
@@ -261,7 +285,9 @@ def _store(world: World, env: Mapping[str, str]) -> Store:
     if world.size == 1:
         return dist.HashStore()
     if env.get(STORE_FILE):
-        return dist.FileStore(env[STORE_FILE], world.size)
+        store = dist.FileStore(env[STORE_FILE], world.size)
+        store.set_timeout(timeout)
+        return store
     address, port = _meeting_point(world, env)
     try:
         socket.getaddrinfo(address, port)
