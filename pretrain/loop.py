@@ -68,9 +68,10 @@ def fit(run: Run, stage: Stage, trained: Trained, state: TrainState, *, until: i
             every = config.validation.every_steps
             if every and state.step_count % every == 0:
                 validate(run, stage, trained, state, "every")
+            run.checkpoints.poll()
             stopping = run.world.any(run.stop.received is not None)  # any process may have got the signal
             if stopping or state.step_count % config.checkpoints.every_steps == 0:
-                save(run, stage, trained, state)
+                save(run, stage, trained, state, periodic=not stopping)
             if stopping:
                 raise StopRequested(f"stopped by {run.stop.received or 'another process'}; repeat the command to go on")
     if until < stage.steps:
@@ -224,12 +225,13 @@ def validate(run: Run, stage: Stage, trained: Trained, state: TrainState, when: 
         say(f"validation {validation_set.name} ({stage.name}, {when}): {result.nats_per_token:.4f} nats per token{bpb}")
 
 
-def save(run: Run, stage: Stage, trained: Trained, state: TrainState) -> None:
-    """Write a checkpoint of this moment."""
+def save(run: Run, stage: Stage, trained: Trained, state: TrainState, *, periodic: bool = False) -> None:
+    """Write a checkpoint of this moment; a periodic one maybe while training goes on."""
     run.checkpoints.save(
         trained.model,
         trained.optimizer.optimizer,
         state,
+        periodic=periodic,
         learning=learned_so_far(trained),
         model_config=trained.model.config.to_dict(),
         stage_name=stage.name,

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from grow.layer_map import layer_texts
@@ -34,7 +33,8 @@ from lit_gpt.config import Config
 from lit_gpt.errors import DataError
 from lit_gpt.flops import Flops, count_parameters, flops_per_token
 from lit_gpt.model import InitialWeights
-from pretrain.checkpointing import RunCheckpoints, check_settings
+from pretrain.changed_settings import check_settings
+from pretrain.checkpointing import RunCheckpoints, restore_random_states
 from pretrain.command_line import Invocation
 from pretrain.config import RunConfig, StageConfig, to_plain
 from pretrain.corpus import Corpus, model_config_for, read_corpus
@@ -125,7 +125,7 @@ def train(plan: Plan, world: World, command: list[str]) -> None:
         "separator_id": plan.train.separator_id,
         "compute": {"precision": compute.precision, "compile": compute.compile, "reason": compute.reason},
     }
-    checkpoints = RunCheckpoints(out_dir, config.checkpoints, metadata, world)
+    checkpoints = RunCheckpoints(out_dir, config.checkpoints, metadata, world, fabric.device.type)
     checkpoint = checkpoints.resume()
     state = resumed_state(checkpoint.state, config, plan.train) if checkpoint else TrainState(position=plan.position)
     if is_finished(state, stages):
@@ -149,7 +149,8 @@ def train(plan: Plan, world: World, command: list[str]) -> None:
         this_run = Run(config, stages, fabric, world, compute, plan.train, plan.validation, checkpoints, log, stop)
         trained = start(this_run, stage, state) if checkpoint is None else resume(this_run, stage, checkpoint, state)
         try:
-            train_in_stages(this_run, trained, state)
+            with checkpoints:
+                train_in_stages(this_run, trained, state)
         finally:
             log.close()
     say(f"done: {state.step_count:,} steps, {state.tokens:,} tokens; last checkpoint {checkpoints.last}")
@@ -351,7 +352,7 @@ def resume(this_run: Run, stage: Stage, checkpoint: TrainingCheckpoint, state: T
     trained = set_up(this_run, stage, checkpoint.model, state)
     load_trainable_state(trained, checkpoint.optimizer)
     if checkpoint.rng is not None:
-        torch.set_rng_state(checkpoint.rng["torch"])
+        restore_random_states(checkpoint.rng)
     last = this_run.checkpoints.last
     assert last is not None
     say(f"resumed from {last} ({manifest_sha256(last)[:12]})")
