@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import fcntl
 import os
 import shutil
 import sys
@@ -30,7 +29,6 @@ from lit_gpt.checkpoint import (
     read_weights,
 )
 from lit_gpt.config import Config
-from lit_gpt.errors import DataError
 from lit_gpt.flops import Flops, count_parameters, flops_per_token
 from lit_gpt.model import InitialWeights
 from pretrain.changed_settings import check_settings
@@ -56,6 +54,7 @@ from pretrain.origin import (
     with_saved_name,
 )
 from pretrain.parallel import check_world, choose_compute, describe_world, device_type, launch
+from pretrain.run_lock import run_lock
 from pretrain.signals import StopSignal
 from pretrain.stages import Stage, plan_stages
 from pretrain.state import TrainState
@@ -105,7 +104,7 @@ def run(invocation: Invocation, command: list[str]) -> None:
             return
         out_dir = Path(plan.config.out_dir)
         if world.is_first:
-            in_turn(world, lambda: held.enter_context(run_folder(out_dir, invocation.fresh)))
+            in_turn(world, lambda: held.enter_context(run_folder(out_dir, invocation.fresh, invocation.take_over)))
         else:
             in_turn(world, lambda: None)
         train(plan, world, command)
@@ -239,7 +238,7 @@ def describe(plan: Plan) -> None:
 
 
 @contextmanager
-def run_folder(out_dir: Path, fresh: bool) -> Iterator[None]:
+def run_folder(out_dir: Path, fresh: bool, take_over: bool = False) -> Iterator[None]:
     """Make the folder, hold its lock, and refuse early what would only fail at the first save.
 
     Raises:
@@ -248,18 +247,7 @@ def run_folder(out_dir: Path, fresh: bool) -> Iterator[None]:
     out_dir.mkdir(parents=True, exist_ok=True)
     if not os.access(out_dir, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, "the run folder cannot be written", str(out_dir))
-    with (out_dir / "run.lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system drops it with the process, however it dies
-        except BlockingIOError as error:
-            lock.seek(0)
-            owner = lock.read().strip() or "unknown"
-            raise DataError(
-                f"another process ({owner}) trains in {out_dir}; wait for it, stop it, or choose another out_dir"
-            ) from error
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
+    with run_lock(out_dir, take_over=take_over):
         if fresh:
             remove_run(out_dir)
         yield
