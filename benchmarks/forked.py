@@ -9,9 +9,11 @@ import multiprocessing
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 from pretrain.world import STORE_FILE
 
@@ -59,25 +61,38 @@ class Started:
 
 def start(arguments: list[str], size: int, folder: Path) -> Started:
     """`pretrain` with these arguments as `size` processes; their output goes to files in a new `folder`."""
+    return start_function(_pretrain, (arguments,), size, folder)
+
+
+def start_function(function: Callable[..., None], arguments: tuple[Any, ...], size: int, folder: Path) -> Started:
+    """A function of a module as `size` processes that find each other; their output goes to files in a new `folder`."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     folder.mkdir(parents=True)
+    for rank in range(size):
+        (folder / f"{rank}.out").touch()
+        (folder / f"{rank}.err").touch()
     processes = [
-        context.Process(target=_pretrain, args=(arguments, rank, size, folder), daemon=True) for rank in range(size)
+        context.Process(target=_run, args=(function, arguments, rank, size, folder), daemon=True)
+        for rank in range(size)
     ]
     for process in processes:
         process.start()
     return Started(processes, folder)
 
 
-def _pretrain(arguments: list[str], rank: int, size: int, folder: Path) -> None:
+def _run(function: Callable[..., None], arguments: tuple[Any, ...], rank: int, size: int, folder: Path) -> None:
     for descriptor, suffix in ((1, "out"), (2, "err")):
-        file = os.open(folder / f"{rank}.{suffix}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        file = os.open(folder / f"{rank}.{suffix}", os.O_WRONLY | os.O_APPEND)
         os.dup2(file, descriptor)
         os.close(file)
     if size > 1:
         own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, STORE_FILE: folder / "store"}
         os.environ.update({name: str(value) for name, value in own.items()})
+    function(*arguments)
+
+
+def _pretrain(arguments: list[str]) -> None:
     sys.argv = ["pretrain", *arguments]
     from pretrain.__main__ import main
 
