@@ -21,8 +21,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from lit_gpt.atomic import CHUNK_BYTES, crc32_text
 from lit_gpt.copying import link_or_copy, start_writeback
-from lit_gpt.lazy_tensors import LazyTensors, TensorSpec
-from lit_gpt.sharded import StoredTensors, single_process
+from lit_gpt.lazy_tensors import LazyTensors, TensorSpec, is_shared
+from lit_gpt.processes import ONE_PROCESS, Processes
+from lit_gpt.sharded import StoredTensors, plain_errors
 
 SUFFIX = ".distcp"
 WEIGHTS_PREFIX = "model."
@@ -66,37 +67,50 @@ def write_tensors(
     *,
     on_tensor: Callable[[str, Tensor], None] = lambda name, tensor: None,
     before_copy: Callable[[int], None] = lambda n_bytes: None,
+    processes: Processes = ONE_PROCESS,
 ) -> dict[str, str]:
     """Write `tensors` of any shape, dtype and device into `directory`: weights, all else, and the metadata.
 
     Weights have files of their own, so that a checkpoint grown by reference need not keep the moments of its parent.
+    Of several processes each writes the parts that it holds; what all of them hold whole, one of them writes.
 
     Args:
         directory: an empty directory.
         tensors: name -> tensor; each is read once, one after the other, but for those that are referenced.
         references: tensors that are not written; the files that hold them are linked, or copied where links are not
             possible.
-        on_tensor: called with each tensor as it is written.
+        on_tensor: called with each tensor, or this process's part of it, as it is written.
         before_copy: called with the size of a file before it is copied for want of a link.
+        processes: that write the same tensors together; one alone may reference others.
 
     Returns:
-        File name -> crc32, as text, of every file but the metadata.
+        File name -> crc32, as text, of every file that this process wrote or linked, but for the metadata.
 
     Raises:
-        OSError: the file system refused.
+        OSError: the file system refused, on whichever process.
     """
+    assert references is None or processes.size == 1, "links are made by one process"
     linked = [] if references is None else references.files()
     for name in linked:
         link_or_copy(references.source.directory / name, directory / name, before_copy)
     referenced = {} if references is None else references.names
-    planned = {name: _meta(tensors.spec(name)) for name in tensors if name not in referenced}
+    planned = {name: _planned(tensors.spec(name)) for name in tensors if name not in referenced}
     writer = _Writer(directory, references, set(linked))
-    with single_process():
-        dcp.save(planned, storage_writer=writer, planner=_Planner(tensors, on_tensor), no_dist=True)
+    with plain_errors():
+        dcp.save(
+            planned,
+            storage_writer=writer,
+            planner=_Planner(tensors, on_tensor),
+            process_group=processes.group,
+            no_dist=processes.size == 1,
+        )
     return {**{name: references.crc32[name] for name in linked}, **writer.crc32}
 
 
-def _meta(spec: TensorSpec) -> Tensor:
+def _planned(spec: TensorSpec) -> Tensor:
+    """What dcp plans with: a tensor without storage, but for one whose parts only it knows itself."""
+    if spec.shared is not None:
+        return spec.shared
     return torch.empty(spec.shape, dtype=spec.dtype, device="meta")
 
 
@@ -110,6 +124,8 @@ class _Planner(dcp.DefaultSavePlanner):
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
         tensor = self._tensors[index.fqn].detach()
+        if is_shared(tensor):
+            tensor = tensor.to_local()
         self._on_tensor(index.fqn, tensor)
         return tensor
 

@@ -187,6 +187,11 @@ class CheckpointConfig:
     """Newest checkpoints that stay; a growth parent and a stage's end always do."""
     keep_every_steps: int = 0
     """Checkpoints at multiples of this stay too; 0: none."""
+    async_save: bool | None = None
+    """Copy periodic checkpoints in memory and write them while training goes on. Default: on several processes, and on
+    CUDA; a single CPU process would train and write on the same cores, and needs its memory."""
+    on_failure: Literal["stop", "continue"] = "stop"
+    """What a periodic checkpoint that cannot be written does to the run. The last one of a stage always stops it."""
 
 
 @dataclass(frozen=True)

@@ -104,8 +104,9 @@ def after_step(run: Run, stage: Stage, trained: Trained, state: TrainState) -> N
     every = run.config.validation.every_steps
     if every and state.step_count % every == 0:
         validate(run, stage, trained, state, "every")
+    run.checkpoints.poll()
     if state.step_count % run.config.checkpoints.every_steps == 0:
-        save(run, stage, trained, state)
+        save(run, stage, trained, state, periodic=True)
 
 
 def step_rows(run: Run, batches: Iterator[np.ndarray]) -> list[np.ndarray] | None:
@@ -303,8 +304,8 @@ def is_interrupted(run: Run, state: TrainState) -> bool:
     return run.world.any(run.stop.requested())
 
 
-def save(run: Run, stage: Stage, trained: Trained, state: TrainState) -> None:
-    """Write a checkpoint of this moment."""
+def save(run: Run, stage: Stage, trained: Trained, state: TrainState, *, periodic: bool = False) -> None:
+    """Write a checkpoint of this moment; a periodic one maybe while training goes on."""
     state.guard = trained.guard.to_dict()
     run.log.alive("saving", state)
     with run.stop.saving():
@@ -312,6 +313,7 @@ def save(run: Run, stage: Stage, trained: Trained, state: TrainState) -> None:
             trained.model,
             trained.optimizer.optimizer,
             state,
+            periodic=periodic,
             learning=learned_so_far(trained),
             model_config=trained.model.config.to_dict(),
             stage_name=stage.name,

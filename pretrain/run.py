@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import fcntl
 import os
 import shutil
 import sys
@@ -14,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from grow.plan import SYMMETRY, differing_sizes
@@ -31,11 +29,11 @@ from lit_gpt.checkpoint import (
     read_weights,
 )
 from lit_gpt.config import Config
-from lit_gpt.errors import DataError
 from lit_gpt.flops import count_parameters, flops_per_token
 from lit_gpt.legacy import is_legacy
 from lit_gpt.model import InitialWeights
-from pretrain.checkpointing import RunCheckpoints, check_settings
+from pretrain.changed_settings import check_settings
+from pretrain.checkpointing import RunCheckpoints, restore_random_states
 from pretrain.command_line import Invocation
 from pretrain.config import RunConfig, StageConfig, to_plain
 from pretrain.corpus import Corpus, model_config_for, read_corpus
@@ -63,6 +61,7 @@ from pretrain.origin import (
     with_saved_name,
 )
 from pretrain.parallel import check_world, choose_compute, describe_world, device_type, is_sharded, launch
+from pretrain.run_lock import run_lock
 from pretrain.signals import StopSignal, marked
 from pretrain.stage_text import stage_lines
 from pretrain.stages import Stage, plan_stages
@@ -117,7 +116,7 @@ def run(invocation: Invocation, command: list[str]) -> None:
             return
         out_dir = Path(plan.config.out_dir)
         if world.is_first:
-            in_turn(world, lambda: held.enter_context(run_folder(out_dir, invocation.fresh)))
+            in_turn(world, lambda: held.enter_context(run_folder(out_dir, invocation.fresh, invocation.take_over)))
         else:
             in_turn(world, lambda: None)
         with marked(out_dir, world):
@@ -156,7 +155,7 @@ def train(plan: Plan, world: World, command: list[str]) -> None:
         "auto_skips": [list(skip) for skip in plan.auto_skips],
         "compute": {"precision": compute.precision, "compile": compute.compile, "reason": compute.reason},
     }
-    checkpoints = RunCheckpoints(out_dir, config.checkpoints, metadata, world)
+    checkpoints = RunCheckpoints(out_dir, config.checkpoints, metadata, world, fabric.device.type)
     checkpoint = checkpoints.resume()
     state = resumed_state(checkpoint.state, config, plan.train) if checkpoint else new_state(plan)
     if is_finished(state, stages):
@@ -186,7 +185,8 @@ def train(plan: Plan, world: World, command: list[str]) -> None:
         this_run = Run(config, stages, fabric, world, compute, plan.train, plan.validation, checkpoints, log, stop)
         trained = start(this_run, stage, state) if checkpoint is None else resume(this_run, stage, checkpoint, state)
         try:
-            train_in_stages(this_run, trained, state)
+            with checkpoints:
+                train_in_stages(this_run, trained, state)
         except Diverged as found:
             positions = skipped_positions(config, state, found)
             raise GivenUp(describe_divergence(this_run, state, found), plan.train.stretch(*positions)) from found
@@ -297,7 +297,7 @@ def describe(plan: Plan) -> None:
 
 
 @contextmanager
-def run_folder(out_dir: Path, fresh: bool) -> Iterator[None]:
+def run_folder(out_dir: Path, fresh: bool, take_over: bool = False) -> Iterator[None]:
     """Make the folder, hold its lock, and refuse early what would only fail at the first save.
 
     Raises:
@@ -306,18 +306,7 @@ def run_folder(out_dir: Path, fresh: bool) -> Iterator[None]:
     out_dir.mkdir(parents=True, exist_ok=True)
     if not os.access(out_dir, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, "the run folder cannot be written", str(out_dir))
-    with (out_dir / "run.lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system drops it with the process, however it dies
-        except BlockingIOError as error:
-            lock.seek(0)
-            owner = lock.read().strip() or "unknown"
-            raise DataError(
-                f"another process ({owner}) trains in {out_dir}; wait for it, stop it, or choose another out_dir"
-            ) from error
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
+    with run_lock(out_dir, take_over=take_over):
         if fresh:
             remove_run(out_dir)
         yield
@@ -404,7 +393,7 @@ def resume(this_run: Run, stage: Stage, checkpoint: TrainingCheckpoint, state: T
     trained = set_up(this_run, stage, checkpoint.model, state)
     load_trainable_state(trained, checkpoint.optimizer)
     if checkpoint.rng is not None:
-        torch.set_rng_state(checkpoint.rng["torch"])
+        restore_random_states(checkpoint.rng)
     last = this_run.checkpoints.last
     assert last is not None
     say(f"resumed from {last} ({manifest_sha256(last)[:12]})")

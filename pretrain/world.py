@@ -12,7 +12,7 @@ import socket
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -44,6 +44,8 @@ class World:
     """single, torchrun, srun or environment (RANK and WORLD_SIZE set by hand)."""
     attempt: int = 0
     """How often the processes were started again under the same launcher."""
+    group: Any = None
+    """Whose collectives are used; None: those of the group of all, which belong to the main thread."""
 
     @property
     def is_first(self) -> bool:
@@ -62,7 +64,7 @@ class World:
         import torch.distributed as dist
 
         answer = torch.tensor(int(flag))
-        dist.all_reduce(answer, op=dist.ReduceOp.MAX, group=cpu_group())
+        dist.all_reduce(answer, op=dist.ReduceOp.MAX, group=self.group)
         return bool(answer)
 
     def sum(self, table: np.ndarray) -> np.ndarray:
@@ -73,7 +75,7 @@ class World:
         import torch.distributed as dist
 
         total = torch.from_numpy(table.copy())
-        dist.all_reduce(total, group=cpu_group())
+        dist.all_reduce(total, group=self.group)
         return total.numpy()
 
     def mean_(self, value: Tensor) -> Tensor:
@@ -92,7 +94,7 @@ class World:
         import torch.distributed as dist
 
         values = [value]
-        dist.broadcast_object_list(values, src=0, group=cpu_group())
+        dist.broadcast_object_list(values, src=0, group=self.group)
         return values[0]
 
     def gather(self, value: Any) -> list[Any]:
@@ -102,12 +104,20 @@ class World:
         import torch.distributed as dist
 
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=cpu_group())
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def barrier(self) -> None:
         """Wait until all processes are here."""
         self.any(False)
+
+    def apart(self) -> World:
+        """The same processes with collectives of their own, on the CPU, for a thread; every process must ask."""
+        if self.size == 1:
+            return self
+        import torch.distributed as dist
+
+        return replace(self, group=dist.new_group(backend="gloo", timeout=timedelta(seconds=COLLECTIVE_SECS)))
 
 
 ALONE = World()
@@ -131,13 +141,6 @@ def in_turn(world: World, work: Callable[[], T]) -> T:
     if code is not None:
         raise SystemExit(code)
     return work()
-
-
-def cpu_group() -> Any:
-    """The group of all processes; tensors on the CPU go through its gloo backend."""
-    import torch.distributed as dist
-
-    return dist.group.WORLD
 
 
 def find_world(env: Mapping[str, str] = os.environ) -> World:
