@@ -63,6 +63,14 @@ def test_they_parse(root: Path, script: str):
     subprocess.run(["bash", "-n", str(root / "scripts" / "slurm" / script)], check=True)
 
 
+def test_shellcheck_finds_nothing(root: Path):
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed")
+    scripts = [*(root / "scripts" / "slurm").glob("*.sh"), root / "scripts" / "launch_local.sh"]
+    done = subprocess.run(["shellcheck", "-x", *scripts], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
 def test_the_base_is_trained_with_the_papers_settings_which_flags_replace(run):
     status, (call,), _ = run("base_model.sh", "--precision", "bf16", TRAIN_DATA_DIR="data", MAX_STEP="10")
     assert status == 0
