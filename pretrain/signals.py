@@ -29,17 +29,24 @@ class StopSignal:
     """Context manager that remembers a signal instead of dying of it, and knows the limits of time.
 
     A second SIGINT or SIGTERM exits at once; batch systems send SIGUSR1 and SIGUSR2 as warnings, as often as they like.
+    In a SLURM job SIGTERM is no more than that either: at the time limit slurmd and srun send one each (seen with
+    22.05), and SIGKILL follows anyway.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-    URGENT = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self, limits: tuple[TimeLimit, ...] = (), clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        limits: tuple[TimeLimit, ...] = (),
+        clock: Callable[[], float] = time.monotonic,
+        env: Mapping[str, str] = os.environ,
+    ) -> None:
         self.received: str | None = None
         """What asked first."""
         self.save_secs = 0.0
         """What the longest save took."""
         self._limits, self._clock = limits, clock
+        self._urgent = (signal.SIGINT,) if "SLURM_JOB_ID" in env else (signal.SIGINT, signal.SIGTERM)
         self._urged = False
         self._before: dict[signal.Signals, Any] = {}
 
@@ -66,9 +73,9 @@ class StopSignal:
         self.save_secs = max(self.save_secs, self._clock() - started)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        if number in self.URGENT and self._urged:
+        if number in self._urgent and self._urged:
             sys.exit(128 + number)
-        self._urged = self._urged or number in self.URGENT
+        self._urged = self._urged or number in self._urgent
         if self.received is None:
             self.received = signal.Signals(number).name
             sys.stderr.write(f"\n{self.received}: saving at the next step; again to exit without saving\n")

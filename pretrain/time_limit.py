@@ -56,7 +56,7 @@ def job_secs_left(env: Mapping[str, str] = os.environ) -> float | None:
     """How long SLURM's job still has; None outside a job, without a limit, and when SLURM does not answer."""
     if "SLURM_JOB_ID" not in env:
         return None
-    if env.get("SLURM_JOB_END_TIME", "").isdecimal():  # since SLURM 22.05.9 or so
+    if env.get("SLURM_JOB_END_TIME", "").isdecimal():  # SLURM 22.05 does not say it, later ones do
         return int(env["SLURM_JOB_END_TIME"]) - time.time()
     try:
         asked = ["squeue", "--noheader", "--jobs", env["SLURM_JOB_ID"], "--format", "%L"]

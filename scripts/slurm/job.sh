@@ -41,8 +41,9 @@ train() {
 # go_on_later OUT_DIR: queue this job again, unless somebody cancelled it. Does not return.
 go_on_later() {
   rm -f "$1/REQUEUE"
-  if [ -n "$heard" ] && scontrol --oneliner show job "$SLURM_JOB_ID" | grep -q ' JobState=CANCELLED '; then
-    echo "cancelled; the run has saved, submit it again to go on"
+  # SLURM sends SIGTERM to this shell too when it ends the job. A cancelled job could be queued again, but nobody wants it
+  if [ -n "$heard" ] && ! scontrol --oneliner show job "$SLURM_JOB_ID" | grep -q ' Reason=TimeLimit '; then
+    echo "the job was cancelled; the run has saved, submit it again to go on"
     exit 75
   fi
   if scontrol requeue "$SLURM_JOB_ID"; then

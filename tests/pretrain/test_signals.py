@@ -27,14 +27,24 @@ def test_the_first_signal_is_remembered(first, capsys):
 
 
 def test_a_second_urgent_signal_exits_at_once():
-    with StopSignal(), pytest.raises(SystemExit) as exit_:
+    with StopSignal(env={}), pytest.raises(SystemExit) as exit_:
         send(signal.SIGTERM)
         send(signal.SIGINT)
     assert exit_.value.code == 128 + signal.SIGINT
 
 
+def test_the_two_sigterms_of_slurm_at_the_time_limit_do_not_keep_a_run_from_saving():
+    with StopSignal(env={"SLURM_JOB_ID": "7"}) as stop:
+        send(signal.SIGTERM)
+        send(signal.SIGTERM)
+        assert stop.received == "SIGTERM"
+        send(signal.SIGINT)
+        with pytest.raises(SystemExit):
+            send(signal.SIGINT)
+
+
 def test_a_warning_may_come_twice_and_does_not_count_as_the_first_urgent_signal():
-    with StopSignal() as stop:
+    with StopSignal(env={}) as stop:
         for number in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGUSR1):
             send(number)
         assert stop.received == "SIGUSR1"
