@@ -38,12 +38,8 @@ class BackgroundWork:
         """Whether it has ended on every process; every process must ask."""
         return not self._world.any(self._thread.is_alive())
 
-    def wait(self) -> None:
-        """Until it has ended here."""
-        self._thread.join()
-
     def result(self) -> None:
-        """Wait for it, and raise what it raised."""
-        self.wait()
+        """Wait until it has ended here, and raise what it raised."""
+        self._thread.join()
         if self._error is not None:
             raise self._error

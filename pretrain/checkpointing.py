@@ -6,7 +6,6 @@ import copy
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,9 +83,7 @@ class RunCheckpoints:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """What is being written becomes complete, unless somebody is in a hurry."""
         if self._saving is not None and not (kind and issubclass(kind, SystemExit | KeyboardInterrupt)):
-            self._saving[1].wait()
-            with suppress(Exception):
-                self._collect(stop=False)
+            self._collect(stop=False)
 
     def save(
         self,

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,13 @@ from benchmarks.forked import Started, start, start_function
 from grow.apply import grow_checkpoint
 from grow.grown import GrownOptimizer, GrownWeights
 from grow.operators import plan_growth
+from lit_gpt import atomic, checkpoint, checkpoint_folder
 from lit_gpt.axes import parameter_shapes
 from lit_gpt.checkpoint import latest, prune_temporaries, read_config, read_training, verify
 from lit_gpt.lazy_tensors import fill_from, spec_of
+from pretrain import checkpointing
 from pretrain.checkpointing import RunCheckpoints
-from pretrain.config import CheckpointConfig, ParallelConfig
+from pretrain.config import CheckpointConfig, OptimizerConfig, ParallelConfig
 from pretrain.optim import build_optimizer, load_named_state, named_state
 from pretrain.parallel import Compute, build_model, whole
 from pretrain.state import TrainState
@@ -42,8 +45,6 @@ FP32 = Compute("fp32", "none", "")
 
 def shared_model(world: World, weights: dict[str, torch.Tensor] | None = None) -> tuple[Any, Any]:
     """A toy model that the processes share, and its optimizer after one step, so that it has moments."""
-    from pretrain.config import OptimizerConfig
-
     weights = toy_weights(CONFIG) if weights is None else weights
     model = build_model(CONFIG, weights, FP32, ParallelConfig(), world, device=torch.device("cpu"))
     optimizer = build_optimizer(model, OptimizerConfig())
@@ -106,7 +107,7 @@ def grow_into_parts(world: World, folder: Path) -> None:
         plan = plan_growth(operator, CONFIG, **({"n_layer": 3} if operator == "llama-pro" else {"factor": 2}))
         weights, moments = GrownWeights(plan, source.model), GrownOptimizer(plan, source.optimizer, policy)
         grown = build_model(plan.dst, weights, FP32, ParallelConfig(), world, device=torch.device("cpu"))
-        state = build_optimizer(grown, checkpoints_optimizer())
+        state = build_optimizer(grown, OptimizerConfig())
         load_named_state(grown, state, moments)
         for name, tensor in gathered(grown, state).items():
             kind, _, rest = name.partition(".")
@@ -114,17 +115,7 @@ def grow_into_parts(world: World, folder: Path) -> None:
             assert torch.equal(tensor, weights[rest] if kind == "model" else moments[name][slot]), (operator, rest)
 
 
-def checkpoints_optimizer() -> Any:
-    from pretrain.config import OptimizerConfig
-
-    return OptimizerConfig()
-
-
 def change_while_written(world: World, folder: Path) -> None:
-    import threading
-
-    from pretrain import checkpointing
-
     changed = threading.Event()
     write = checkpointing.write_training
 
@@ -156,36 +147,33 @@ def change_while_written(world: World, folder: Path) -> None:
 
 def fail_on_one_process(world: World, folder: Path) -> None:
     """The disk of the second process is full, in the foreground and in the background, under both policies."""
-    from lit_gpt import checkpoint
-
     model, optimizer = shared_model(world)
     write = checkpoint.write_synced
-    for policy in ("continue", "stop"):
-        for periodic_in_background in (False, True):
-            run = folder / f"{policy}-{periodic_in_background}"
-            checkpoints = checkpoints_in(run, world, on_failure=policy, async_save=periodic_in_background)
-            checkpoints.save(model, optimizer, TrainState(step_count=1))
-            good = checkpoints.last
-            if world.rank == 1:
-                checkpoint.write_synced = full_disk
-            try:
-                checkpoints.save(model, optimizer, TrainState(step_count=2), periodic=True)
-                while checkpoints._saving is not None:
-                    checkpoints.poll()
-                stopped = None
-            except OSError as error:
-                stopped = error.errno
-            except SystemExit as leaving:
-                stopped = leaving.code
-            checkpoint.write_synced = write
-            expected = {"continue": [None, None], "stop": [errno.ENOSPC, 3]}[policy]
-            assert world.gather(stopped) == expected, (policy, periodic_in_background)
-            assert checkpoints.last == good and latest(run / "checkpoints", deep=True) == good
-            world.barrier()
-            assert {path.name for path in good.parent.iterdir()} == {good.name}
-            checkpoints.save(model, optimizer, TrainState(step_count=3))
-            assert checkpoints.last.name.endswith("3") and verify(checkpoints.last) == []
-            world.barrier()
+    for policy, in_background in (("continue", True), ("stop", True), ("stop", False)):
+        run = folder / f"{policy}-{in_background}"
+        checkpoints = checkpoints_in(run, world, on_failure=policy, async_save=in_background)
+        checkpoints.save(model, optimizer, TrainState(step_count=1))
+        good = checkpoints.last
+        if world.rank == 1:
+            checkpoint.write_synced = full_disk
+        try:
+            checkpoints.save(model, optimizer, TrainState(step_count=2), periodic=True)
+            while checkpoints._saving is not None:
+                checkpoints.poll()
+            stopped = None
+        except OSError as error:
+            stopped = error.errno
+        except SystemExit as leaving:
+            stopped = leaving.code
+        checkpoint.write_synced = write
+        expected = {"continue": [None, None], "stop": [errno.ENOSPC, 3]}[policy]
+        assert world.gather(stopped) == expected, (policy, in_background)
+        assert checkpoints.last == good and latest(run / "checkpoints", deep=True) == good
+        world.barrier()
+        assert {path.name for path in good.parent.iterdir()} == {good.name}
+        checkpoints.save(model, optimizer, TrainState(step_count=3))
+        assert checkpoints.last.name.endswith("3") and verify(checkpoints.last) == []
+        world.barrier()
 
 
 def full_disk(path: Path, data: bytes) -> None:
@@ -338,8 +326,6 @@ def test_a_folder_on_a_read_only_file_system_is_refused_before_the_first_step(of
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch, capsys):
-    from lit_gpt import atomic
-
     model, optimizer = shared_model(World())
     checkpoints = checkpoints_in(tmp_path, World(), on_failure="continue")
     checkpoints.save(model, optimizer, TrainState(step_count=1))
@@ -352,8 +338,58 @@ def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch
     assert prune_temporaries(checkpoints.folder) == []
 
 
+def test_a_single_process_may_write_in_the_background_too(tmp_path):
+    model, optimizer = shared_model(World())
+    with checkpoints_in(tmp_path, World(), async_save=True) as checkpoints:
+        checkpoints.save(model, optimizer, TrainState(step_count=1), periodic=True)
+    assert_stored(checkpoints.last, gathered(model, optimizer))
+
+
+def test_a_single_cpu_process_writes_in_the_foreground_unless_told_otherwise(tmp_path):
+    model, optimizer = shared_model(World())
+    checkpoints = checkpoints_in(tmp_path, World())
+    checkpoints.save(model, optimizer, TrainState(step_count=1), periodic=True)
+    assert checkpoints.last is not None
+
+
+def test_two_processes_share_the_checking_and_agree(of_two):
+    """Each looks at some of the files, together at all of them."""
+    path = latest(of_two / "checkpoints")
+    files = read_training(path).manifest["files"]
+    looked_at: list[str] = []
+
+    class Half(World):
+        def gather(self, value):
+            return [value]
+
+    def note(directory, manifest, **_):
+        looked_at.extend(manifest["files"])
+        return []
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint_folder, "directory_problems", note)
+        for rank in range(2):
+            assert checkpoint_folder.reason_to_skip(path, deep=True, processes=Half(rank=rank, size=2)) is None
+    assert sorted(looked_at) == sorted(files)
+
+
+@pytest.mark.slow
+def test_a_growth_that_is_being_learned_goes_on_to_the_bit_on_two_processes(prepared, tmp_path):
+    stages = [
+        {"name": "base", "n_layer": 1, "max_steps": 3},
+        {"name": "grown", "operator": "ligo", "options": {"learn_steps": 3}, "max_steps": 6},
+    ]
+    keep = {"every_steps": 1, "keep_every_steps": 1}
+    whole_run = settings_of(tmp_path / "whole", prepared, stages=stages, checkpoints=keep)
+    assert run_on(2, whole_run, tmp_path / "first").wait() == [0, 0]
+    run = cut_back(tmp_path / "whole", tmp_path / "run", 2, 5)
+    again = run_on(2, settings_of(run, prepared, stages=stages, checkpoints=keep), tmp_path / "second")
+    assert again.wait() == [0, 0] and "resumed from" in again.output()
+    assert_same_end(run, tmp_path / "whole")
+
+
 @pytest.mark.slow
 def test_kills_at_every_moment_lose_nothing(tmp_path):
-    kills = kill_sweep.sweep(tmp_path, 6, [], 600, tmp_path / "result.json")
-    assert len(kills) == 6 and [kill for kill in kills if not kill_sweep.is_good(kill)] == []
-    assert json.loads((tmp_path / "result.json").read_text())["summary"]["kills"] == 6
+    kills = kill_sweep.sweep(tmp_path, 5, [], 900, tmp_path / "result.json")
+    assert len(kills) == 5 and [kill for kill in kills if not kill_sweep.is_good(kill)] == []
+    assert json.loads((tmp_path / "result.json").read_text())["summary"]["kills"] == 5
