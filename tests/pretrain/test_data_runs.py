@@ -6,7 +6,6 @@ import json
 import signal
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +18,7 @@ from lit_gpt.tokenizer import Tokenizer
 from pretrain.checkpointing import changed_settings
 from pretrain.command_line import config_of, merge
 from pretrain.config import BatchConfig, DataConfig, to_plain
+from pretrain.world import World
 from tests.pretrain.conftest import BLOCK_SIZE, write_prepared
 from tests.pretrain.test_data import CONFIG, foreign, opened
 
@@ -193,7 +193,7 @@ def test_ranks_together_read_the_same_global_batches(tmp_path, world_size, micro
     batch = BatchConfig(global_batch_size=6, micro_batch_size=micro_batch_size)
     shares = []
     for rank in range(world_size):
-        with train.batches(5, 4, batch, SimpleNamespace(global_rank=rank, world_size=world_size)) as rows:
+        with train.batches(5, 4, batch, World(rank, world_size)) as rows:
             shares.append(np.concatenate(list(rows)).reshape(4, 6 // world_size, CONFIG.block_size + 1))
     together = np.concatenate(shares, axis=1).reshape(24, -1)
     assert np.array_equal(together, train.packed.read(np.arange(5, 29)))
