@@ -14,8 +14,8 @@ import torch
 from benchmarks.operators_after_growth import Growth, first_layers, growths_of, model_of, samples_of
 from grow.apply import grow_checkpoint, make_weights
 from grow.operators import OPERATORS, function_of
-from grow.registry import PRESERVING
 from grow.plan import GrowthPlan
+from grow.registry import PRESERVING
 from grow.samples import Samples
 from lit_gpt.checkpoint import read_exchange
 from lit_gpt.config import Config
