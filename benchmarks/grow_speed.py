@@ -3,8 +3,9 @@
 Run `python -m benchmarks.grow_speed`; it writes results/grow_speed.json. At its default sizes it needs some 30 GB of
 disk and half an hour; `--n-layer 4 --n-embd 1024` is a small run. Every measurement is a process of its own, in turns
 over the repeats; medians are compared. The source is read once before each measurement, so that it is in the page cache
-for all of them, what it wrote the last time is removed, so that each finds as much memory free as it will write, and
-everything that is still to be written is written out. The first copy and the first growth do not count.
+for all of them, everything that is still to be written is written out, and what cp and growth wrote the last time is
+removed, so that both find as much memory free as they will write. The first copy and the first growth do not count.
+`load` is how many processes of the whole machine wanted a core: above their number, seconds say little.
 """
 
 from __future__ import annotations
@@ -98,10 +99,17 @@ def measure_here(name: str, src: Path, dst: Path) -> None:
     """Print what one measurement took, imports not counted, as JSON."""
     run = MEASURED[name]()
     import_rss_bytes = _memory("VmRSS")
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), _cpu_secs()
     run(src, dst)
-    secs = time.perf_counter() - start
-    print(json.dumps({"secs": secs, "import_rss_bytes": import_rss_bytes, "peak_rss_bytes": _memory("VmHWM")}))
+    took = {"secs": time.perf_counter() - start, "cpu_secs": _cpu_secs() - cpu_start}
+    memory = {"import_rss_bytes": import_rss_bytes, "peak_rss_bytes": _memory("VmHWM")}
+    print(json.dumps({**took, **memory, "load": os.getloadavg()[0]}))
+
+
+def _cpu_secs() -> float:
+    """Of this process and of those that it started and waited for, in the kernel too."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def _memory(key: str) -> int:
@@ -211,6 +219,8 @@ def run_all(folder: Path, n_layer: int, n_embd: int, repeats: int) -> dict[str, 
                 continue
             samples[name].append(measure(name, src, dst))
             sys.stderr.write(f"{repeat + 1}/{repeats} {name}: {samples[name][-1]['secs']:.2f} s\n")
+            if dst not in (grown, folder / "copied"):
+                _remove(dst)  # or its pages would push those of the sources out
     return {
         "written_bytes": sum(file.stat().st_size for file in grown.glob("*.safetensors")),
         "read_bytes": {name: _size(path) for name, path in sources.items()},
@@ -266,7 +276,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--n-layer", type=int, default=24, help=f"of the grown model, a multiple of {FACTOR}")
     parser.add_argument("--n-embd", type=int, default=2048, help="of the grown model, e.g. 1024 or 2048")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--directory", type=Path, help="for the checkpoints; a temporary one here by default")
     parser.add_argument("--measure", nargs=3, metavar=("NAME", "SRC", "DST"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -295,7 +305,8 @@ def report(summary: dict[str, Any]) -> None:
     for name, each in summary["medians"].items():
         ratio = f", {summary['over_cp'][name]:.2f} of cp" if name in summary["over_cp"] else ""
         print(
-            f"{name}: {each['secs']:.2f} s{ratio}, {each['peak_rss_bytes'] / 1e6:.0f} MB at most, "
+            f"{name}: {each['secs']:.2f} s{ratio}, {each['cpu_secs']:.2f} s of CPU, at a load of {each['load']:.0f}; "
+            f"{each['peak_rss_bytes'] / 1e6:.0f} MB at most, "
             f"{each['import_rss_bytes'] / 1e6:.0f} MB of that after the imports"
         )
     for goal, kept in summary["kept"].items():

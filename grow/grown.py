@@ -14,7 +14,7 @@ from grow.plan import OPTIMIZER_POLICIES, GrowthPlan
 from grow.tensors import grown_moments, grown_weight
 from lit_gpt.axes import EMBEDDING, parameter_shapes
 from lit_gpt.errors import DataError
-from lit_gpt.lazy_tensors import CastWeights, LazyTensors, Renamed, TensorSpec, spec_of
+from lit_gpt.lazy_tensors import CastWeights, LazyTensors, Renamed, TensorSpec, fill_from, spec_of
 
 OptimizerState = Mapping[str, Mapping[str, Tensor]]
 """Parameter name -> "exp_avg", "exp_avg_sq" (shaped like the parameter) and "step" (a scalar)."""
@@ -45,6 +45,14 @@ class GrownWeights(LazyTensors):
         self._weights = weights if dtype is None else CastWeights(weights, dtype)
         self._reference = reference
         self._fused = FusedLayers(plan)
+        self._copied = copied_parameters(plan) if dtype is None else {}
+
+    def fill(self, name: str, target: Tensor) -> None:
+        """Of a parameter that is one of the source as it is, no more is read than belongs into `target`."""
+        if name in self._copied:
+            fill_from(self._weights, self._copied[name], target)
+        else:
+            super().fill(name, target)
 
     def __getitem__(self, name: str) -> Tensor:
         return grown_weight(self._plan, name, self._weights, fused=self._fused, reference=self._reference)
@@ -86,12 +94,18 @@ class GrownOptimizer(Mapping[str, LazyTensors]):
         self._sources = {} if policy == "reset" else plan.sources()
         firsts = {source: name for name, source in reversed(self._sources.items())}
         self._first_copies = set(firsts.values())
+        self._copies = self.copies()
 
     def __getitem__(self, name: str) -> LazyTensors:
         if name not in self._sources:
             raise KeyError(name)
         return GrownSlots(
-            self._plan, name, self._state, from_zero=self._is_forgotten(name), first_copies=self._old_only
+            self._plan,
+            name,
+            self._state,
+            from_zero=self._is_forgotten(name),
+            first_copies=self._old_only,
+            copied=self._copies.get(name),
         )
 
     def __iter__(self) -> Iterator[str]:
@@ -118,13 +132,29 @@ class GrownSlots(LazyTensors):
     """Slot -> tensor of the optimizer state of one parameter of the grown model, made on every access."""
 
     def __init__(
-        self, plan: GrowthPlan, name: str, state: OptimizerState, *, from_zero: bool, first_copies: bool
+        self,
+        plan: GrowthPlan,
+        name: str,
+        state: OptimizerState,
+        *,
+        from_zero: bool,
+        first_copies: bool,
+        copied: str | None = None,
     ) -> None:
         self._plan = plan
         self._name = name
         self._state = state
         self._options = {"from_zero": from_zero, "first_copies": first_copies}
         self._like = next(iter(state.values()))
+        self._copied = copied
+        """The parameter of the source whose state this is, bit for bit, if it is one's."""
+
+    def fill(self, slot: str, target: Tensor) -> None:
+        """Of a copy, no more is read than belongs into `target`."""
+        if self._copied is None:
+            super().fill(slot, target)
+        else:
+            fill_from(self._state[self._copied], slot, target)
 
     def __getitem__(self, slot: str) -> Tensor:
         return grown_moments(self._plan, self._name, _OneSlot(self._state, slot), **self._options)[slot]

@@ -70,7 +70,14 @@ def mask_scales(plan: GrowthPlan, openness: Mapping[str, float]) -> dict[str, Te
     Returns:
         Parameter name -> fp32 factor that broadcasts over the weight: (rows, 1), (1, columns) or (rows, columns).
         Parameters that nothing masks are left out.
+
+    Raises:
+        ValueError: a model that would undo the masks.
     """
+    if plan.dst.norm_placement == "after":
+        raise ValueError(
+            f"masks scale what attention and MLP write, and {plan.dst.family} norms it afterwards; grow without a mask"
+        )
     outputs, proj_inputs = _new_outputs(plan, openness)
     scales = {}
     for name, shape in parameter_shapes(plan.dst).items():

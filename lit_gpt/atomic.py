@@ -12,19 +12,22 @@ import re
 import secrets
 import shutil
 import socket
+import time
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from glob import escape
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lit_gpt.errors import DataError
+from lit_gpt.processes import ONE_PROCESS, Processes, first
 
 MANIFEST = "MANIFEST.json"
 MANIFEST_FORMAT = 1
 CHUNK_BYTES = 1 << 22
+VISIBLE_SECS = 120  # that long a file of another node may take to appear
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.lit-(?P<kind>tmp|old)-[0-9a-f]{8}")
 
 _FULL_DISK = re.compile(r"No space left|os error (28|122)|unexpected pos")  # of C, of Rust, of PyTorchFileWriter
@@ -42,7 +45,12 @@ class Known:
 
 @contextmanager
 def atomic_directory(
-    path: str | Path, form: str = "", *, replace: bool = False, known: Known | None = None
+    path: str | Path,
+    form: str = "",
+    *,
+    replace: bool = False,
+    known: Known | None = None,
+    processes: Processes = ONE_PROCESS,
 ) -> Iterator[Path]:
     """Build a directory under a temporary name beside `path`; publish it when the block ends without an error.
 
@@ -55,26 +63,45 @@ def atomic_directory(
         replace: whether a directory that is there already may go. It goes after the new one is complete; a kill
             between the two renames leaves it for `prune_temporaries` to put back.
         known: what need not be read for the manifest; the block fills it.
+        processes: that build it together. The first one makes and publishes the directory; the block of each must
+            have fsynced what it wrote, and must raise on all of them or on none.
 
     Raises:
         FileExistsError: `path` exists, is not an empty directory, and `replace` is False.
     """
     path = Path(path)
-    _check_target(path, replace)
     missing = [parent for parent in path.parents if not parent.exists()]
-    temporary = _temporary_name(path, "tmp")
+    is_first, temporary = processes.rank == 0, None
     try:
-        _make_directory(temporary)
-        with _locked(temporary):
+        temporary = first(processes, lambda: _make_temporary(path, replace))
+        with _locked(temporary) if is_first else nullcontext():
             yield temporary
-            _write_manifest(temporary, form, known)
-            _publish(temporary, path)
+            first(processes, lambda: _complete(temporary, path, form, known))
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        for parent in missing:  # innermost first
-            with suppress(OSError):  # not made, or another process uses it by now
-                parent.rmdir()
+        if is_first:
+            _withdraw(temporary, missing)
         raise
+
+
+def _make_temporary(path: Path, replace: bool) -> Path:
+    _check_target(path, replace)
+    temporary = _temporary_name(path, "tmp")
+    _make_directory(temporary)
+    return temporary
+
+
+def _withdraw(temporary: Path | None, missing: list[Path]) -> None:
+    """Remove what an attempt that failed has made: the temporary, and parents that were not there before."""
+    if temporary is not None:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for parent in missing:  # innermost first
+        with suppress(OSError):  # not made, or another process uses it by now
+            parent.rmdir()
+
+
+def _complete(temporary: Path, path: Path, form: str, known: Known | None) -> None:
+    _write_manifest(temporary, form, known)
+    _publish(temporary, path)
 
 
 def _make_directory(temporary: Path) -> None:
@@ -126,16 +153,37 @@ def write_atomically(path: str | Path, data: bytes) -> None:
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        write_synced(temporary, data)
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         error.filename = error.filename or str(path)  # a failed write does not say where
         raise
     sync_directory(path.parent)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a new file and see it on the disk."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def await_file(path: Path, size: int | None = None) -> None:
+    """Wait until this process sees what another one wrote; network file systems may take a while.
+
+    Raises:
+        OSError: it is still not there, or not of this size.
+    """
+    deadline = time.monotonic() + VISIBLE_SECS
+    while not path.is_file() or (size is not None and path.stat().st_size != size):
+        if time.monotonic() > deadline:
+            what = (
+                f"another process wrote it, and it is not here {VISIBLE_SECS} s later; do all nodes share the folder?"
+            )
+            raise OSError(errno.EIO, what, str(path))
+        time.sleep(0.05)
 
 
 @contextmanager
@@ -220,10 +268,7 @@ def full_disk_as_os_error(path: str | Path) -> Iterator[None]:
 def _write_manifest(directory: Path, form: str, known: Known | None = None) -> None:
     target = directory / MANIFEST
     target.unlink(missing_ok=True)
-    with target.open("wb") as file:
-        file.write(render_manifest(manifest_of(directory, form, sync=True, known=known)))
-        file.flush()
-        os.fsync(file.fileno())
+    write_synced(target, render_manifest(manifest_of(directory, form, sync=True, known=known)))
 
 
 def manifest_of(directory: Path, form: str, *, sync: bool = False, known: Known | None = None) -> dict[str, Any]:

@@ -7,10 +7,9 @@ Training form is a directory of torch.distributed.checkpoint files with flat nam
 from __future__ import annotations
 
 import errno
-import logging
 import math
-import re
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -22,7 +21,9 @@ from lit_gpt.atomic import (
     MANIFEST,
     Known,
     atomic_directory,
+    await_file,
     check_free_space,
+    crc32_text,
     directory_problems,
     file_problem,
     full_disk_as_os_error,
@@ -31,8 +32,10 @@ from lit_gpt.atomic import (
     read_manifest,
     render_manifest,
     unlisted_files,
+    write_synced,
 )
 from lit_gpt.axes import parameter_shapes
+from lit_gpt.checkpoint_folder import TRAINING, checkpoint_path, find_checkpoint, latest, training_manifest
 from lit_gpt.config import Config
 from lit_gpt.errors import DataError
 from lit_gpt.exchange import (
@@ -48,6 +51,7 @@ from lit_gpt.legacy import is_legacy, legacy_file, read_legacy
 from lit_gpt.packed_dataset import MANIFEST as PREPARED
 from lit_gpt.packed_dataset import PLAN
 from lit_gpt.problems import bounded_shapes, raise_problems, read_json, shape_problems
+from lit_gpt.processes import ONE_PROCESS, Processes, first, together
 from lit_gpt.stored_state import EARLIER, check_open, encode_rng, encode_state, read_rng
 from lit_gpt.tokenizer import file_sha256
 
@@ -79,17 +83,14 @@ __all__ = [
     "write_training",
 ]
 
-TRAINING = "training"
 STATE = "state.json"
-RNG = "rng-00000.pt"
+RNG = "rng-{:05d}.pt"  # of each process
+FIRST_RNG = RNG.format(0)
 FINITE = "finite"  # in the manifest: all weights were finite numbers when they were written
 PARTS = (".distcp", ".safetensors", ".pt")  # of another checkpoint, if the manifest does not list them
 OVERHEAD_BYTES = 4096  # per tensor, for its header and its share of the metadata
 
 GIVE = "give a directory in training form, a Hugging Face folder, or a .pth or .bin file of torch.save"
-_STAGE_AND_STEP = re.compile(r"stage-(\d+)/step-(\d+)")
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,7 @@ def write_training(
     *,
     replace: bool = False,
     references: References | None = None,
+    processes: Processes = ONE_PROCESS,
 ) -> Path:
     """Write a training form; all or nothing. Dtypes are kept, tensors may be on any device.
 
@@ -147,26 +149,23 @@ def write_training(
         path: the directory to make.
         model: parameter name -> tensor, exactly the parameters of state["model_config"].
         optimizer: parameter name -> slot -> tensor: a scalar, or of the parameter's shape. May be empty.
-        state: what state.json shall hold; JSON values only.
-        rng: random states: tensors, numbers, strings, lists, tuples and dicts of them.
+        state: what state.json shall hold; JSON values only. That of the first process counts.
+        rng: random states of this process: tensors, numbers, strings, lists, tuples and dicts of them.
         replace: whether a directory that is there already may go.
         references: tensors that are those of another checkpoint; its files are linked in, and the tensors not read.
+        processes: that write it together: each its parts of shared tensors, and its random states.
 
     Raises:
         ValueError: state or rng hold what cannot be stored.
         DataError: the tensors are not those of the configuration.
-        OSError: `path` exists already, cannot be written, or the disk is full.
+        OSError: `path` exists already, cannot be written, or the disk is full; on whichever process.
     """
     from lit_gpt.sharded_writer import write_tensors
 
     path = Path(path)
     stored_state, stored_rng = encode_state(state), encode_rng(rng)
     tensors = _under_stored_names(model, optimizer)
-    specs = {name: tensors.spec(name) for name in tensors}
-    shapes = {name: spec.shape for name, spec in specs.items()}
-    raise_problems(_tensor_problems(_config_in(state), shapes, str(path)), "nothing was written")
-    referenced = {} if references is None else references.names
-    check_free_space(path, sum(spec.n_bytes + OVERHEAD_BYTES for name, spec in specs.items() if name not in referenced))
+    first(processes, lambda: _check_before_writing(path, tensors, state, references))
     known = Known(notes={FINITE: references is None or references.finite})
 
     def note_finite(name: str, tensor: Tensor) -> None:
@@ -175,21 +174,53 @@ def write_training(
 
     with (
         full_disk_as_os_error(path),
-        atomic_directory(path, TRAINING, replace=replace, known=known) as directory,
+        atomic_directory(path, TRAINING, replace=replace, known=known, processes=processes) as directory,
     ):
-        known.crc32.update(
-            write_tensors(
-                directory,
-                tensors,
-                references,
-                on_tensor=note_finite,
-                before_copy=lambda n_bytes: check_free_space(path, n_bytes),
-            )
+        crc32 = write_tensors(
+            directory,
+            tensors,
+            references,
+            on_tensor=note_finite,
+            before_copy=lambda n_bytes: check_free_space(path, n_bytes),
+            processes=processes,
         )
-        (directory / STATE).write_bytes(stored_state)
-        if stored_rng is not None:
-            (directory / RNG).write_bytes(stored_rng)
+        files = {RNG.format(processes.rank): stored_rng, STATE: stored_state if processes.rank == 0 else None}
+        crc32 |= together(processes, lambda: _write_files(directory, files))[processes.rank]
+        _join(directory, known, crc32, processes)
+    if processes.size > 1:
+        together(processes, lambda: await_file(path / MANIFEST))
     return path
+
+
+def _write_files(directory: Path, files: Mapping[str, bytes | None]) -> dict[str, str]:
+    """Write small files, those that there are; returns their crc32."""
+    present = {name: data for name, data in files.items() if data is not None}
+    for name, data in present.items():
+        write_synced(directory / name, data)
+    return {name: crc32_text(zlib.crc32(data)) for name, data in present.items()}
+
+
+def _join(directory: Path, known: Known, crc32: dict[str, str], processes: Processes) -> None:
+    """Put together what the manifest takes from each process, and see that the first one sees all of it."""
+    sizes = {name: (directory / name).stat().st_size for name in crc32}
+    for other_crc32, other_sizes, finite in processes.gather((crc32, sizes, known.notes[FINITE])):
+        known.crc32.update(other_crc32)
+        known.notes[FINITE] = known.notes[FINITE] and finite
+        sizes |= other_sizes
+
+    def await_all() -> None:
+        for name, size in sizes.items():
+            await_file(directory / name, size)
+
+    first(processes, await_all)
+
+
+def _check_before_writing(path: Path, tensors: Renamed, state: dict[str, Any], references: References | None) -> None:
+    specs = {name: tensors.spec(name) for name in tensors}
+    shapes = {name: spec.shape for name, spec in specs.items()}
+    raise_problems(_tensor_problems(_config_in(state), shapes, str(path)), "nothing was written")
+    referenced = {} if references is None else references.names
+    check_free_space(path, sum(spec.n_bytes + OVERHEAD_BYTES for name, spec in specs.items() if name not in referenced))
 
 
 def _under_stored_names(model: Mapping[str, Tensor], optimizer: Mapping[str, Mapping[str, Tensor]]) -> Renamed:
@@ -200,11 +231,14 @@ def _under_stored_names(model: Mapping[str, Tensor], optimizer: Mapping[str, Map
     return Renamed(places)
 
 
-def read_training(path: str | Path, *, verify: bool = True, verify_up_to_bytes: float = math.inf) -> TrainingCheckpoint:
+def read_training(
+    path: str | Path, *, verify: bool = True, verify_up_to_bytes: float = math.inf, rank: int = 0
+) -> TrainingCheckpoint:
     """Open a training form, or a legacy file as one.
 
     Args:
         path: the directory, or the file.
+        rank: whose random states are wanted; one that did not save any gets those of the first process.
         verify: whether the crc32 of every file is checked first; sizes are checked in any case.
         verify_up_to_bytes: the crc32 of larger files is not.
 
@@ -217,7 +251,7 @@ def read_training(path: str | Path, *, verify: bool = True, verify_up_to_bytes: 
         stored = _under_stored_names(legacy.model, legacy.optimizer)
         return TrainingCheckpoint(legacy.model, legacy.optimizer, legacy.state, None, stored, {"files": {}})
     directory = Path(path)
-    manifest = _training_manifest(directory)
+    manifest = training_manifest(directory)
     problems = directory_problems(directory, manifest, deep=verify, deep_up_to_bytes=verify_up_to_bytes)
     raise_problems(problems, EARLIER)
     state = read_json(directory / STATE, EARLIER)
@@ -225,7 +259,8 @@ def read_training(path: str | Path, *, verify: bool = True, verify_up_to_bytes: 
     tensors = _stored_tensors(directory, manifest)
     shapes = {name: tensors.spec(name).shape for name in tensors}
     raise_problems(_tensor_problems(config, shapes, str(directory)), EARLIER)
-    rng = read_rng(directory / RNG) if RNG in manifest["files"] else None
+    stored_rng = next((name for name in (RNG.format(rank), FIRST_RNG) if name in manifest["files"]), None)
+    rng = None if stored_rng is None else read_rng(directory / stored_rng)
     model = Renamed({name: (tensors, stored_name(name)) for name in parameter_shapes(config)})
     return TrainingCheckpoint(model, _optimizer_of(tensors), state, rng, tensors, manifest)
 
@@ -272,15 +307,6 @@ def _stored_tensors(directory: Path, manifest: dict[str, Any]) -> StoredTensors:
     return StoredTensors(directory, {name: entry["size"] for name, entry in manifest["files"].items()})
 
 
-def _training_manifest(directory: Path) -> dict[str, Any]:
-    manifest = read_manifest(directory)
-    if manifest["form"] != TRAINING:
-        raise DataError(
-            f"{directory} is {manifest['form'] or 'not a checkpoint'}, not training form; give a checkpoint"
-        )
-    return manifest
-
-
 def detect_form(path: str | Path) -> str:
     """TRAINING or EXCHANGE: a legacy file is read as either, by whether it has an optimizer's state.
 
@@ -321,7 +347,7 @@ def read_config(path: str | Path) -> Config:
     directory = Path(path)
     if is_legacy(directory) or detect_form(directory) == EXCHANGE:
         return read_exchange_config(directory)
-    raise_problems([file_problem(directory, _training_manifest(directory), STATE, deep=True)], EARLIER)
+    raise_problems([file_problem(directory, training_manifest(directory), STATE, deep=True)], EARLIER)
     return _stored_config(directory, read_json(directory / STATE, EARLIER))
 
 
@@ -372,57 +398,3 @@ def manifest_sha256(path: str | Path) -> str:
         read_manifest(directory)
         return sha256((directory / MANIFEST).read_bytes()).hexdigest()
     return sha256(render_manifest(manifest_of(directory, EXCHANGE))).hexdigest()
-
-
-def checkpoint_path(checkpoints_dir: str | Path, stage: int, step: int) -> Path:
-    """Where the checkpoint of a (1-based) stage and a step belongs."""
-    return Path(checkpoints_dir) / f"stage-{stage:02d}" / f"step-{step:010d}"
-
-
-def warn_skipped(path: Path, reason: str) -> None:
-    """What `latest` does with a checkpoint that it skips, unless told otherwise."""
-    logger.warning("skipped a checkpoint that is not valid: %s: %s", path, reason)
-
-
-def latest(
-    checkpoints_dir: str | Path, *, deep: bool = False, on_skip: Callable[[Path, str], None] = warn_skipped
-) -> Path | None:
-    """The valid checkpoint of the highest (stage, step), None if there is none.
-
-    Args:
-        checkpoints_dir: holds stage-NN/step-NNNNNNNNNN directories.
-        deep: compute the crc32 of every file; otherwise the manifest's digest and all sizes have to be right.
-        on_skip: called with the path and the reason for every later checkpoint that is not valid.
-    """
-    for path in _newest_first(Path(checkpoints_dir)):
-        try:
-            raise_problems(directory_problems(path, _training_manifest(path), deep=deep), "an earlier one is tried")
-            return path
-        except (DataError, OSError) as error:
-            on_skip(path, str(error))
-    return None
-
-
-def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that a path means: itself, or the latest one of a run folder.
-
-    Raises:
-        DataError: a run folder without a valid checkpoint.
-    """
-    folder = Path(path) / "checkpoints"
-    if not folder.is_dir():
-        return Path(path)
-    found = latest(folder)
-    if found is None:
-        raise DataError(f"{folder} holds no valid checkpoint; give the path of one, or let the run save first")
-    return found
-
-
-def _newest_first(checkpoints_dir: Path) -> list[Path]:
-    """By number: sorted by name, step 1000000 would come before step 960000 where digits run out."""
-    found = []
-    for path in checkpoints_dir.glob("stage-*/step-*"):
-        numbers = _STAGE_AND_STEP.fullmatch(f"{path.parent.name}/{path.name}")
-        if numbers is not None and path.is_dir():
-            found.append((int(numbers[1]), int(numbers[2]), path))
-    return [path for _, _, path in sorted(found, reverse=True)]

@@ -29,13 +29,14 @@ from lit_gpt.legacy_writer import write_legacy
 from lit_gpt.llama2c import checkpoint_file, is_llama2c, read_llama2c, rewrite_tokenizer
 from lit_gpt.parity import agreement, batches, fits_in_memory, has_transformers, our_model, their_model
 from lit_gpt.stored_state import check_open, flops_behind, flops_entries, tokens_behind
-from lit_gpt.tokenizer import FILE_NAMES, file_sha256
+from lit_gpt.tokenizer import FILE_NAMES, Tokenizer, file_sha256
 from lit_gpt.versions import versions
 
 TO = ("exchange", "legacy")
 PARITY = ("auto", "always", "never")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 RECEIPT = ".receipt.json"
+BYTES = "bytes"  # as `Tokenizer.load` has it
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,27 @@ def _training_source(path: Path) -> Source:
     stored = tuple(f"model.{name}" for name in training.model)
     files = tuple(each for each in sorted(path.iterdir()) if each.is_file())
     provenance |= {"converted_from": {"format": "training form", "folder": path.name}}
-    return Source("training form", read_config(path), training.model, stored, files, None, provenance, counters)
+    place = tokenizer_place(path, state)
+    return Source("training form", read_config(path), training.model, stored, files, place, provenance, counters)
+
+
+def tokenizer_place(path: Path, state: Mapping[str, Any]) -> Path | None:
+    """Where a checkpoint's tokenizer is: beside it, or where its run had it from; None if it is not there any more.
+
+    Args:
+        path: the checkpoint.
+        state: what it says of itself: the settings of its run, and which tokenizer that was.
+    """
+    data = (state.get("run_config") or {}).get("data") or {}
+    train = data.get("train") or {}
+    trained_on = list(train.values()) if isinstance(train, dict) else [train]
+    named = [data["tokenizer"]] if data.get("tokenizer") else []
+    for place in (path if path.is_dir() else path.parent, *map(Path, [*trained_on, *named])):
+        if place.is_file() or str(place) == BYTES or any((place / name).is_file() for name in FILE_NAMES):
+            found = Tokenizer.load(place)
+            if found.fingerprint == (state.get("tokenizer") or {}).get("sha256", found.fingerprint):
+                return place
+    return None
 
 
 def left_out(source: Source) -> list[str]:

@@ -6,12 +6,11 @@ import errno
 import os
 import shutil
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 STEP_BYTES = 1 << 26  # in one call to the kernel: signals are served in between
 BUFFER_BYTES = 1 << 20  # where the kernel does not copy
-FLUSH_BYTES = 1 << 26  # written before the disk is told to begin; the best of 64 MB, 256 MB and never, if not by much
 _CANNOT = frozenset(
     {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM, errno.EACCES, errno.EMLINK}
 )
@@ -86,38 +85,13 @@ def link_or_copy(src: Path, dst: Path, before_copy: Callable[[int], None] = lamb
     return False
 
 
-class Flusher:
-    """Has what was written so far put on the disk by a thread, while more is being written.
+def start_writeback(descriptor: int, offset: int, n_bytes: int) -> None:
+    """Have the disk begin with bytes that were just written, instead of idling until the file is complete.
 
-    Without it the disk idles until the file is complete and the writer waits for all of it then.
+    This is advice that a system may not know; it waits for nothing and makes nothing durable, which takes an fsync.
     """
-
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1)
-        self._running: Future[None] | None = None
-        self._unflushed_bytes = 0
-
-    def __enter__(self) -> Flusher:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._pool.shutdown()
-
-    def wrote(self, descriptor: int, n_bytes: int) -> None:
-        """Tell of bytes written to an open file.
-
-        Raises:
-            OSError: bytes written earlier did not reach the disk.
-        """
-        self._unflushed_bytes += n_bytes
-        if self._unflushed_bytes < FLUSH_BYTES or (self._running is not None and not self._running.done()):
-            return
-        self.wait()
-        self._unflushed_bytes = 0
-        self._running = self._pool.submit(getattr(os, "fdatasync", os.fsync), descriptor)
-
-    def wait(self) -> None:
-        """Until nothing is under way; call it before a file is closed."""
-        if self._running is not None:
-            running, self._running = self._running, None
-            running.result()
+    advise = getattr(os, "posix_fadvise", None)  # not on macOS
+    if advise is not None:
+        with suppress(OSError):
+            # Linux starts to write dirty pages of the range, and drops from memory only those that are written already
+            advise(descriptor, offset, n_bytes, os.POSIX_FADV_DONTNEED)

@@ -14,7 +14,6 @@ from torch import Tensor
 from lit_gpt.atomic import crc32_text
 from lit_gpt.axes import parameter_shapes
 from lit_gpt.config import Config
-from lit_gpt.copying import Flusher
 from lit_gpt.errors import DataError
 from lit_gpt.exchange_files import INDEX, MODEL, LitWeights, ScannedTensor
 from lit_gpt.hf import family_of, hf_names, hf_shapes, to_hf
@@ -90,9 +89,9 @@ def write_shards(
         OSError: the disk is full, or another fault of the file system.
     """
     names = _file_names(len(shards))
-    with Flusher() as flusher, ExitStack() as stack:
+    with ExitStack() as stack:
         files = [
-            stack.enter_context(SafetensorsWriter(directory / name, shard, flusher))
+            stack.enter_context(SafetensorsWriter(directory / name, shard))
             for name, shard in zip(names, shards, strict=True)
         ]
         file_of = {name: file for file, shard in zip(files, shards, strict=True) for name, _ in shard}

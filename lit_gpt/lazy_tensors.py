@@ -22,6 +22,8 @@ class TensorSpec:
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device = torch.device("cpu")
+    shared: Tensor | None = None
+    """The tensor itself if processes share it (a DTensor): it alone knows which part is here."""
 
     @property
     def n_bytes(self) -> int:
@@ -35,6 +37,10 @@ class LazyTensors(Mapping[str, Tensor]):
     def spec(self, name: str) -> TensorSpec:
         """What `self[name]` will be; reads and makes nothing."""
 
+    def fill(self, name: str, target: Tensor) -> None:
+        """Copy `self[name]` into a tensor of its shape, or into the part of it that this process holds."""
+        fill_(target, self[name])
+
     def __contains__(self, name: object) -> bool:
         """By name alone: Mapping's own makes the tensor to find out."""
         return any(name == each for each in self)
@@ -45,7 +51,34 @@ def spec_of(tensors: Mapping[str, Tensor], name: str) -> TensorSpec:
     if isinstance(tensors, LazyTensors):
         return tensors.spec(name)
     tensor = tensors[name]
-    return TensorSpec(tuple(tensor.shape), tensor.dtype, tensor.device)
+    return TensorSpec(tuple(tensor.shape), tensor.dtype, tensor.device, tensor if is_shared(tensor) else None)
+
+
+def is_shared(tensor: Tensor) -> bool:
+    """Whether this process holds a part of the tensor only."""
+    if type(tensor) in (Tensor, torch.nn.Parameter):
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def fill_(target: Tensor, whole: Tensor) -> None:
+    """Copy a whole tensor into another, or into the part of it that this process holds; nothing is communicated."""
+    if is_shared(target):
+        from torch.distributed.tensor import distribute_tensor
+
+        local = whole.to(device=target.device, dtype=target.dtype)
+        whole = distribute_tensor(local, target.device_mesh, target.placements, src_data_rank=None)
+    target.copy_(whole)
+
+
+def fill_from(tensors: Mapping[str, Tensor], name: str, target: Tensor) -> None:
+    """Copy `tensors[name]` into a tensor of its shape. A lazy mapping need not read more than what belongs there."""
+    if isinstance(tensors, LazyTensors):
+        tensors.fill(name, target)
+    else:
+        fill_(target, tensors[name])
 
 
 class Renamed(LazyTensors):
@@ -70,6 +103,9 @@ class Renamed(LazyTensors):
 
     def spec(self, name: str) -> TensorSpec:
         return spec_of(*self._places[name])
+
+    def fill(self, name: str, target: Tensor) -> None:
+        fill_from(*self._places[name], target)
 
 
 class CastWeights(LazyTensors):

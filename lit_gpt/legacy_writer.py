@@ -19,7 +19,7 @@ from torch import Tensor
 from lit_gpt.atomic import CHUNK_BYTES, check_free_space, sync_directory
 from lit_gpt.axes import EMBEDDING, HEAD, parameter_shapes
 from lit_gpt.config import Config
-from lit_gpt.copying import Flusher
+from lit_gpt.copying import start_writeback
 from lit_gpt.errors import DataError
 from lit_gpt.lazy_tensors import spec_of
 from lit_gpt.pickles import STORAGES
@@ -81,7 +81,7 @@ def write_pickle(path: Path, content: Mapping[str, Any]) -> None:
     pickler = _Pickler(buffer)
     pickler.dump(content)
     name = "archive"
-    with path.open("xb") as file, Flusher() as flusher, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+    with path.open("xb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr(f"{name}/data.pkl", buffer.getvalue())
         archive.writestr(f"{name}/byteorder", "little")
         for key, tensor in enumerate(pickler.tensors):
@@ -89,12 +89,12 @@ def write_pickle(path: Path, content: Mapping[str, Any]) -> None:
             with archive.open(f"{name}/data/{key}", "w", force_zip64=True) as entry:
                 content = memoryview(value.view(torch.uint8).numpy())
                 for start in range(0, content.nbytes, CHUNK_BYTES):  # the checksum leaves a chunk in the cache
+                    before = file.tell()
                     entry.write(content[start : start + CHUNK_BYTES])
-                    flusher.wrote(file.fileno(), CHUNK_BYTES)
+                    start_writeback(file.fileno(), before, CHUNK_BYTES)
             del value, content  # before the next one is read
         archive.writestr(f"{name}/version", "3\n")
         archive.close()
-        flusher.wait()
         file.flush()
         os.fsync(file.fileno())
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
 READ_AHEAD_ROWS = 256
 CHUNKS_AHEAD = 2  # finished ones that may wait for the loop
 LOCATED_ROWS = 4096  # their places are computed in one call
+ASK_AFTER_SECS = 0.5  # a wait that takes longer may be interrupted
+
+
+class WaitInterrupted(Exception):
+    """Nobody waits for the rows any longer."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,13 @@ class Prefetcher:
     context manager; until then nobody else may read from `packed`.
     """
 
-    def __init__(self, packed: PackedData, share: Share, read_ahead_rows: int = READ_AHEAD_ROWS) -> None:
+    def __init__(
+        self,
+        packed: PackedData,
+        share: Share,
+        read_ahead_rows: int = READ_AHEAD_ROWS,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> None:
         if read_ahead_rows < 1:
             raise ValueError(f"read_ahead_rows={read_ahead_rows} must be at least 1")
         self._micro_batch_size = share.micro_batch_size
@@ -78,6 +90,7 @@ class Prefetcher:
         self._thread: threading.Thread | None = None
         self._chunk = np.empty((0, 0), dtype=np.int64)
         self._row = 0
+        self._interrupted = interrupted
         self._error: BaseException | None = None
 
     def __iter__(self) -> Prefetcher:
@@ -91,9 +104,12 @@ class Prefetcher:
         return batch
 
     def close(self) -> None:
-        """End the thread, once the chunk that it is reading is there. The iterator is of no use afterwards."""
+        """End the thread, once the chunk that it is reading is there. The iterator is of no use afterwards.
+
+        A thread whose chunk was not waited for is not waited for here either.
+        """
         self._reader.end()
-        if self._thread is not None:
+        if self._thread is not None and not isinstance(self._error, WaitInterrupted):
             self._thread.join()
         self._chunk, self._row = np.empty((0, 0), dtype=np.int64), 0
         self._error = self._error or ValueError("the prefetcher is closed")
@@ -117,12 +133,21 @@ class Prefetcher:
             # a daemon, so that a program that fails elsewhere is not kept from ending
             self._thread = threading.Thread(target=self._reader.run, name="read-ahead", daemon=True)
             self._thread.start()
-        chunk = self._reader.chunks.get()
+        chunk = self._wait()
         self._reader.free.release()
         if isinstance(chunk, BaseException):
             self._error = chunk
             raise chunk
         return chunk
+
+    def _wait(self) -> np.ndarray | BaseException:
+        while True:
+            try:
+                return self._reader.chunks.get(timeout=ASK_AFTER_SECS)
+            except Empty:
+                if self._interrupted():
+                    self._error = WaitInterrupted()
+                    raise self._error from None
 
 
 class _Reader:
@@ -169,14 +194,16 @@ def batches(
     rank: int = 0,
     world_size: int = 1,
     read_ahead_rows: int = READ_AHEAD_ROWS,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> Prefetcher:
     """The micro-batches of `steps` steps from position `start` on, for one rank: an iterator to be closed.
 
     Step t takes the positions [start + t * global_batch_size, start + (t + 1) * global_batch_size), the rank its
-    rank-th part of them. Rows are read read_ahead_rows at a time, rounded up to whole micro-batches.
+    rank-th part of them. Rows are read read_ahead_rows at a time, rounded up to whole micro-batches. `interrupted` is
+    asked again and again while rows do not come; the iterator raises WaitInterrupted when it says so.
 
     Raises:
         ValueError: sizes that do not divide; the message has the sizes that would.
     """
     share = Share(start, steps, global_batch_size, micro_batch_size, rank, world_size)
-    return Prefetcher(packed, share, read_ahead_rows)
+    return Prefetcher(packed, share, read_ahead_rows, interrupted)

@@ -10,7 +10,6 @@ import json
 import os
 import zlib
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -20,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lit_gpt.checksum import combined_crc32
-from lit_gpt.copying import Flusher, copy_range, write_at
+from lit_gpt.copying import copy_range, start_writeback, write_at
 from lit_gpt.errors import DataError
 from lit_gpt.lazy_tensors import TensorSpec
 
@@ -105,12 +104,10 @@ class SafetensorsWriter:
         path: the file to make.
         specs: name and what it will be, for every tensor. Those of wider dtypes come first in the file, so that every
             one is aligned to its entries; else the order is kept.
-        flusher: is told of everything that is written.
     """
 
-    def __init__(self, path: Path, specs: Sequence[tuple[str, TensorSpec]], flusher: Flusher) -> None:
+    def __init__(self, path: Path, specs: Sequence[tuple[str, TensorSpec]]) -> None:
         self._specs = dict(specs)
-        self._flusher = flusher
         ordered = sorted(specs, key=lambda each: -each[1].dtype.itemsize)
         header, self._entries = _layout(ordered)
         self._crc32: dict[str, int] = {}
@@ -121,8 +118,6 @@ class SafetensorsWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        with suppress(OSError):  # `finish` has reported it, or another error is on its way
-            self._flusher.wait()
         self._file.close()
 
     def write(self, name: str, tensor: Tensor) -> None:
@@ -135,14 +130,14 @@ class SafetensorsWriter:
             chunk = view[start : start + CHUNK_BYTES]
             crc32 = zlib.crc32(chunk, crc32)
             write_at(self._file.fileno(), chunk, offset + start)
-            self._flusher.wrote(self._file.fileno(), chunk.nbytes)
+        start_writeback(self._file.fileno(), offset, view.nbytes)
         self._crc32[name] = crc32
 
     def copy(self, name: str, descriptor: int, offset: int, crc32: int) -> None:
         """Copy one tensor, whose crc32 is known, from a place in an open file."""
         entry = self._entries[name]
         copy_range(descriptor, self._file.fileno(), offset, entry.offset, entry.n_bytes)
-        self._flusher.wrote(self._file.fileno(), entry.n_bytes)
+        start_writeback(self._file.fileno(), entry.offset, entry.n_bytes)
         self._crc32[name] = crc32
 
     def finish(self) -> int:
@@ -150,7 +145,6 @@ class SafetensorsWriter:
         missing = self._entries.keys() - self._crc32.keys()
         assert not missing, f"never written: {sorted(missing)}"
         write_at(self._file.fileno(), self._header, 0)
-        self._flusher.wait()
         os.fsync(self._file.fileno())
         self._file.close()
         parts = [(self._crc32[name], entry.n_bytes) for name, entry in self._entries.items()]

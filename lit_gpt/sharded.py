@@ -1,4 +1,4 @@
-"""Tensors read from torch.distributed.checkpoint files, one process. Importing this costs 0.7 s: import it late."""
+"""Tensors read from torch.distributed.checkpoint files, each by itself. Importing this costs 0.7 s: import it late."""
 
 from __future__ import annotations
 
@@ -41,8 +41,11 @@ DTYPES = frozenset(name for name in dir(torch) if isinstance(getattr(torch, name
 
 
 @contextmanager
-def single_process() -> Iterator[None]:
-    """Keep dcp from warning that there is one process, and from raising what `except Exception` does not catch."""
+def plain_errors() -> Iterator[None]:
+    """Keep dcp from warning that there is one process, and from raising what `except Exception` does not catch.
+
+    What failed on any process is raised on every one.
+    """
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
@@ -71,15 +74,19 @@ class StoredTensors(LazyTensors):
 
     def __getitem__(self, name: str) -> Tensor:
         entry = self._entries[name]
+        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+        self.fill(name, tensor)
+        return tensor
+
+    def fill(self, name: str, target: Tensor) -> None:
+        """Read a tensor into another, of any dtype and device; of a DTensor, the parts that this process holds."""
         try:
-            tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-            with single_process():
-                dcp.load({name: tensor}, storage_reader=self._reader, no_dist=True)
+            with plain_errors():
+                dcp.load({name: target.detach()}, storage_reader=self._reader, no_dist=True)
         except Exception as error:
             raise DataError(
                 f"{name} cannot be read from {self.directory}: {error}; use an earlier checkpoint"
             ) from error
-        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)

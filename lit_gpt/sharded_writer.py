@@ -6,7 +6,7 @@ import dataclasses
 import queue
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -20,9 +20,10 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from lit_gpt.atomic import CHUNK_BYTES, crc32_text
-from lit_gpt.copying import Flusher, link_or_copy
-from lit_gpt.lazy_tensors import LazyTensors, TensorSpec
-from lit_gpt.sharded import StoredTensors, single_process
+from lit_gpt.copying import link_or_copy, start_writeback
+from lit_gpt.lazy_tensors import LazyTensors, TensorSpec, is_shared
+from lit_gpt.processes import ONE_PROCESS, Processes
+from lit_gpt.sharded import StoredTensors, plain_errors
 
 SUFFIX = ".distcp"
 WEIGHTS_PREFIX = "model."
@@ -66,38 +67,50 @@ def write_tensors(
     *,
     on_tensor: Callable[[str, Tensor], None] = lambda name, tensor: None,
     before_copy: Callable[[int], None] = lambda n_bytes: None,
+    processes: Processes = ONE_PROCESS,
 ) -> dict[str, str]:
     """Write `tensors` of any shape, dtype and device into `directory`: weights, all else, and the metadata.
 
     Weights have files of their own, so that a checkpoint grown by reference need not keep the moments of its parent.
+    Of several processes each writes the parts that it holds; what all of them hold whole, one of them writes.
 
     Args:
         directory: an empty directory.
         tensors: name -> tensor; each is read once, one after the other, but for those that are referenced.
         references: tensors that are not written; the files that hold them are linked, or copied where links are not
             possible.
-        on_tensor: called with each tensor as it is written.
+        on_tensor: called with each tensor, or this process's part of it, as it is written.
         before_copy: called with the size of a file before it is copied for want of a link.
+        processes: that write the same tensors together; one alone may reference others.
 
     Returns:
-        File name -> crc32, as text, of every file but the metadata.
+        File name -> crc32, as text, of every file that this process wrote or linked, but for the metadata.
 
     Raises:
-        OSError: the file system refused.
+        OSError: the file system refused, on whichever process.
     """
+    assert references is None or processes.size == 1, "links are made by one process"
     linked = [] if references is None else references.files()
     for name in linked:
         link_or_copy(references.source.directory / name, directory / name, before_copy)
     referenced = {} if references is None else references.names
-    planned = {name: _meta(tensors.spec(name)) for name in tensors if name not in referenced}
-    with Flusher() as flusher:
-        writer = _Writer(directory, references, set(linked), flusher)
-        with single_process():
-            dcp.save(planned, storage_writer=writer, planner=_Planner(tensors, on_tensor), no_dist=True)
+    planned = {name: _planned(tensors.spec(name)) for name in tensors if name not in referenced}
+    writer = _Writer(directory, references, set(linked))
+    with plain_errors():
+        dcp.save(
+            planned,
+            storage_writer=writer,
+            planner=_Planner(tensors, on_tensor),
+            process_group=processes.group,
+            no_dist=processes.size == 1,
+        )
     return {**{name: references.crc32[name] for name in linked}, **writer.crc32}
 
 
-def _meta(spec: TensorSpec) -> Tensor:
+def _planned(spec: TensorSpec) -> Tensor:
+    """What dcp plans with: a tensor without storage, but for one whose parts only it knows itself."""
+    if spec.shared is not None:
+        return spec.shared
     return torch.empty(spec.shape, dtype=spec.dtype, device="meta")
 
 
@@ -111,6 +124,8 @@ class _Planner(dcp.DefaultSavePlanner):
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
         tensor = self._tensors[index.fqn].detach()
+        if is_shared(tensor):
+            tensor = tensor.to_local()
         self._on_tensor(index.fqn, tensor)
         return tensor
 
@@ -118,10 +133,10 @@ class _Planner(dcp.DefaultSavePlanner):
 class _Writer(dcp.FileSystemWriter):
     """One thread: tensors are fetched one by one, except for 10 MB ahead where a GPU may be copied from meanwhile."""
 
-    def __init__(self, directory: Path, references: References | None, taken: set[str], flusher: Flusher) -> None:
+    def __init__(self, directory: Path, references: References | None, taken: set[str]) -> None:
         super().__init__(directory, single_file_per_rank=True, sync_files=True, overwrite=False)
         self.crc32: dict[str, str] = {}
-        self.fs = _FileSystem(self.crc32, flusher)
+        self.fs = _FileSystem(self.crc32)
         self._references = references
         self._taken = taken
 
@@ -157,9 +172,8 @@ class _Writer(dcp.FileSystemWriter):
 class _FileSystem(FileSystem):
     """Computes the crc32 of data files while they are written."""
 
-    def __init__(self, crc32: dict[str, str], flusher: Flusher) -> None:
+    def __init__(self, crc32: dict[str, str]) -> None:
         self._crc32 = crc32
-        self._flusher = flusher
 
     @contextmanager
     def create_stream(self, path: Path, mode: str) -> Iterator[Any]:
@@ -167,23 +181,19 @@ class _FileSystem(FileSystem):
             if mode != "wb" or path.suffix != SUFFIX:
                 yield stream
                 return
-            counting = _CountingStream(stream, self._flusher)
-            try:
-                yield counting
-            finally:
-                with suppress(OSError):  # `close` has reported it, or another error is on its way
-                    self._flusher.wait()
+            counting = _CountingStream(stream)
+            yield counting
         self._crc32[path.name] = crc32_text(counting.crc32)
 
 
 class _CountingStream:
     """A file that is written from front to back, as far as torch's writers use one, and its crc32."""
 
-    def __init__(self, stream: IO[bytes], flusher: Flusher) -> None:
+    def __init__(self, stream: IO[bytes]) -> None:
         self.crc32 = 0
         self._stream = stream
-        self._flusher = flusher
-        self.tell, self.flush, self.fileno = stream.tell, stream.flush, stream.fileno
+        self.tell, self.flush = stream.tell, stream.flush
+        self.fileno, self.close = stream.fileno, stream.close
 
     def write(self, data: bytes | memoryview) -> int:
         view = memoryview(data).cast("B")
@@ -191,9 +201,6 @@ class _CountingStream:
             chunk = view[start : start + CHUNK_BYTES]
             self.crc32 = zlib.crc32(chunk, self.crc32)
             self._stream.write(chunk)
-            self._flusher.wrote(self.fileno(), chunk.nbytes)
+        if view.nbytes >= CHUNK_BYTES:
+            start_writeback(self.fileno(), self.tell() - view.nbytes, view.nbytes)
         return view.nbytes
-
-    def close(self) -> None:
-        self._flusher.wait()
-        self._stream.close()

@@ -18,6 +18,14 @@ def _main() -> int:
         from pretrain.data_command import main as data_main
 
         return data_main(argv[1:])
+    if argv[:1] == ["status"]:
+        from pretrain.status import main as status_main
+
+        return status_main(argv[1:])
+    if argv[:1] == ["validate"]:
+        from pretrain.validate_command import main as validate_main
+
+        return validate_main(argv[1:])
     from pretrain.command_line import build_parser, parse
 
     if not argv:

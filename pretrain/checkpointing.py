@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,63 +14,76 @@ import torch
 from torch import Tensor
 
 from lit_gpt.atomic import remove_directory
-from lit_gpt.checkpoint import (
-    TrainingCheckpoint,
-    checkpoint_path,
-    latest,
-    manifest_sha256,
-    prune_temporaries,
-    read_training,
-    write_training,
-)
+from lit_gpt.checkpoint import TrainingCheckpoint, checkpoint_path, prune_temporaries, read_training, write_training
+from lit_gpt.checkpoint_folder import newest_first, reason_to_skip
+from lit_gpt.errors import DataError, exit_code, explain
 from lit_gpt.model import GPT
+from lit_gpt.processes import first
 from lit_gpt.versions import versions
-from pretrain.config import LISTS, CheckpointConfig, RunConfig, known_keys, to_plain
+from pretrain.background import BackgroundWork
+from pretrain.config import CheckpointConfig
+from pretrain.loggers import say
 from pretrain.optim import named_state
-from pretrain.parallel import whole
 from pretrain.state import TrainState
-from pretrain.world import ALONE, World, in_turn
-
-# Settings that may change between two sittings of a run: they do not touch what is trained on what
-# (what the data holds is checked by its fingerprint, wherever it lies, and its order up to here by the data object)
-FREE_TO_CHANGE = (
-    "logging",
-    "checkpoints",
-    "parallel",
-    "activation_checkpointing",
-    "batch.micro_batch_size",
-    "validation",
-    "out_dir",
-    "data.train",
-    "data.validation",
-    "data.tokenizer",
-    "data.weights",
-    "data.segments",
-    "data.skips",
-    "data.max_epochs",
-    "data.allow_order_change",
-)
-
+from pretrain.world import ALONE, World
 
 LEARNING = "learning"
 """Beside the random states: mixing matrices and their moments, by name."""
 
 
+@dataclass(frozen=True)
+class Content:
+    """What a checkpoint holds: of tensors that processes share, this one's parts."""
+
+    model: Mapping[str, Tensor]
+    optimizer: Mapping[str, Mapping[str, Tensor]]
+    state: dict[str, Any]
+    rng: dict[str, Any]
+
+
 class RunCheckpoints:
-    """Writes the checkpoints of one run and removes those that need not stay."""
+    """Writes the checkpoints of one run and removes those that need not stay. Every process makes the same calls.
+
+    Args:
+        out_dir: the run's folder.
+        settings: when and how.
+        metadata: parts of state.json that do not change during the run.
+        world: the processes.
+        device_type: of what trains, cpu or cuda.
+    """
 
     def __init__(
-        self, out_dir: Path, settings: CheckpointConfig, metadata: dict[str, Any], world: World = ALONE
+        self,
+        out_dir: Path,
+        settings: CheckpointConfig,
+        metadata: dict[str, Any],
+        world: World = ALONE,
+        device_type: str = "cpu",
     ) -> None:
         self.folder = out_dir / "checkpoints"
         self.world = world
         self.settings = settings
         self.metadata = metadata
-        """Parts of state.json that do not change during the run."""
         self.last: Path | None = None
+        """The newest one that is complete."""
         self.learning: dict[str, Any] | None = None
         """What the checkpoint that the run resumed from says of a growth that was being learned."""
+        self._device_type = device_type
         self._passed_over: list[Path] = []
+        self._saving: tuple[Path, BackgroundWork] | None = None
+        in_background = settings.async_save
+        if in_background is None:
+            in_background = world.size > 1 or device_type == "cuda"
+        self._staging = Staging(device_type == "cuda") if in_background else None
+        self._apart = world.apart() if in_background else world
+
+    def __enter__(self) -> RunCheckpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """What is being written becomes complete, unless somebody is in a hurry."""
+        if self._saving is not None and not (kind and issubclass(kind, SystemExit | KeyboardInterrupt)):
+            self._collect(stop=False)
 
     def save(
         self,
@@ -75,62 +91,114 @@ class RunCheckpoints:
         optimizer: torch.optim.Optimizer,
         state: TrainState,
         *,
+        periodic: bool = False,
         learning: dict[str, Any] | None = None,
         **changing: Any,
-    ) -> str:
-        """Write a checkpoint of this moment; returns the sha256 of its manifest.
-
-        `learning` is what a growth that is being learned has learned so far; `changing` goes into state.json.
-        """
-        path = checkpoint_path(self.folder, state.stage, state.step_count)
-        weights = {name: whole(tensor) for name, tensor in model.state_dict().items()}
-        moments = {
-            name: {slot: whole(tensor) for slot, tensor in slots.items()}
-            for name, slots in named_state(model, optimizer).items()
-        }
-        in_turn(self.world, lambda: self._write(path, weights, moments, state, learning, changing))
-        self.last = path
-        return manifest_sha256(path)
-
-    def _write(
-        self,
-        path: Path,
-        weights: dict[str, Tensor],
-        moments: dict[str, dict[str, Tensor]],
-        state: TrainState,
-        learning: dict[str, Any] | None,
-        changing: dict[str, Any],
     ) -> None:
-        if not self.world.is_first:
+        """Write a checkpoint of this moment; one that is not periodic is complete when this returns.
+
+        Args:
+            model: its weights.
+            optimizer: its moments.
+            state: where the run stands.
+            periodic: whether the run goes on, so that it may be written meanwhile, or, by policy, not at all.
+            learning: what a growth that is being learned has learned so far.
+            changing: goes into state.json.
+
+        Raises:
+            DataError, OSError: it, or by policy the one before, could not be written; those before are intact.
+        """
+        started = time.perf_counter()
+        self._collect(stop=periodic)  # one at a time
+        path = checkpoint_path(self.folder, state.stage, state.step_count)
+        content = Content(
+            model.state_dict(),
+            named_state(model, optimizer),
+            {"format": 1, **self.metadata, **changing, **state.to_dict(), "versions": versions()},
+            random_states(self._device_type) | ({} if learning is None else {LEARNING: learning}),
+        )
+        if periodic and self._staging is not None:
+            copied = self._staging.copy(content)
+            self._saving = path, BackgroundWork(lambda: self._write(path, copied, self._apart), self.world)
+            say(f"checkpoint {_short(path)}: training stood {time.perf_counter() - started:.3f} s while it was copied")
             return
+        try:
+            self._write(path, content, self.world)
+        except (DataError, OSError) as error:
+            self._report(path, error, stop=not periodic or self.settings.on_failure == "stop")
+            return
+        self._saved(path, f"training stood {time.perf_counter() - started:.3f} s")
+
+    def poll(self) -> None:
+        """See whether what is being written is complete; raises, like `save`, if it failed. Cheap: for every step."""
+        if self._saving is not None and self._saving[1].is_done():
+            self._collect(stop=True)
+
+    def _collect(self, *, stop: bool) -> None:
+        """Wait for what is being written; with `stop`, its failure may end the run."""
+        if self._saving is None:
+            return
+        (path, work), self._saving = self._saving, None
+        try:
+            work.result()
+        except (DataError, OSError) as error:
+            self._report(path, error, stop=stop and self.settings.on_failure == "stop")
+            return
+        self._saved(path, f"written in {work.seconds:.2f} s while training went on")
+
+    def _saved(self, path: Path, how: str) -> None:
+        self.last = path
+        say(f"checkpoint {_short(path)} saved, {how}")
+
+    def _report(self, path: Path, error: Exception, *, stop: bool) -> None:
+        """Every process gets the same error; the first one speaks for all."""
+        if stop:
+            raise error if self.world.is_first else SystemExit(exit_code(error))
+        if self.world.is_first:
+            kept = f"the last one is {self.last}" if self.last else "there is none before it"
+            sys.stderr.write(f"warning: checkpoint {path} could not be saved: {explain(error)}. Going on; {kept}\n")
+
+    def _write(self, path: Path, content: Content, world: World) -> None:
         write_training(
             path,
-            model=weights,
-            optimizer=moments,
-            state={"format": 1, **self.metadata, **changing, **state.to_dict(), "versions": versions()},
-            rng={"torch": torch.get_rng_state(), **({} if learning is None else {LEARNING: learning})},
+            model=content.model,
+            optimizer=content.optimizer,
+            state=content.state,
+            rng=content.rng,
             replace=True,  # what is there already was found damaged on resume
+            processes=world,
         )
-        self._remove_superseded(path)
+        first(world, lambda: self._remove_superseded(path))
+
+    def holds(self, state: TrainState) -> bool:
+        """Whether the last checkpoint is of this moment."""
+        return self.last == checkpoint_path(self.folder, state.stage, state.step_count)
 
     def resume(self) -> TrainingCheckpoint | None:
         """The newest valid checkpoint, None when there is none; those passed over go with the next save."""
-        self.last = self.world.broadcast(in_turn(self.world, self._find))
-        checkpoint = None if self.last is None else read_training(self.last, verify=False)
-        if checkpoint is not None and checkpoint.rng is not None:
+        self.last = self._find()
+        if self.last is None:
+            return None
+        checkpoint = read_training(self.last, verify=False, rank=self.world.rank)
+        if checkpoint.rng is not None:
             self.learning = checkpoint.rng.get(LEARNING)
         return checkpoint
 
     def _find(self) -> Path | None:
-        """Looked for, and read through, by the first process alone."""
-        if not self.world.is_first:
-            return None
-        prune_temporaries(self.folder)
-        return latest(self.folder, deep=True, on_skip=self._pass_over)
+        """All processes read through it together, each some of its files."""
 
-    def _pass_over(self, path: Path, reason: str) -> None:
-        sys.stderr.write(f"warning: {path} is passed over: {reason}\n")
-        self._passed_over.append(path)
+        def candidates() -> list[Path]:
+            prune_temporaries(self.folder)
+            return newest_first(self.folder)
+
+        for path in first(self.world, candidates):
+            reason = reason_to_skip(path, deep=True, processes=self.world)
+            if reason is None:
+                return path
+            if self.world.is_first:
+                sys.stderr.write(f"warning: {path} is passed over: {reason}\n")
+            self._passed_over.append(path)
+        return None
 
     def _remove_superseded(self, written: Path) -> None:
         """Keep the newest of this stage, multiples of keep_every_steps, and every earlier stage's last one."""
@@ -145,53 +213,38 @@ class RunCheckpoints:
             remove_directory(path)
 
 
-def changed_settings(saved: dict[str, Any], config: RunConfig) -> list[str]:
-    """One line for every setting that differs from the checkpoint's and decides what is trained on what."""
-    differences = _differences("", _completed(saved, RunConfig), to_plain(config))
-    return [
-        f"{key}: {before!r} in the checkpoint, {after!r} now"
-        for key, before, after in differences
-        if not any(key == free or key.startswith(f"{free}.") for free in FREE_TO_CHANGE)
-    ]
+class Staging:
+    """Copies in memory, in buffers that stay for the next copy; pinned where a GPU is copied from."""
 
+    def __init__(self, cuda: bool) -> None:
+        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-def _completed(saved: dict[str, Any], section: type) -> dict[str, Any]:
-    """Saved settings with the defaults of those that did not exist yet when they were saved."""
-    completed = dict(saved)
-    sections = known_keys(section)
-    for field in dataclasses.fields(section):
-        inner = sections[field.name]
-        if field.name not in saved and field.default is not dataclasses.MISSING:
-            completed[field.name] = dataclasses.asdict(field.default) if inner else field.default
-        elif field.name not in saved and field.default_factory is not dataclasses.MISSING:
-            completed[field.name] = field.default_factory()
-        elif inner and field.name in saved:
-            completed[field.name] = _completed(saved[field.name], inner)
-        elif (section, field.name) in LISTS and saved[field.name] is not None:
-            completed[field.name] = [_completed(item, LISTS[section, field.name][1]) for item in saved[field.name]]
-    return completed
-
-
-def _differences(key: str, before: Any, after: Any) -> list[tuple[str, Any, Any]]:
-    """(dotted key, value before, value after) of every leaf in which two trees of settings differ."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        parts = [(f"{key}.{k}" if key else k, before.get(k), after.get(k)) for k in sorted({*before, *after})]
-    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
-        parts = [(f"{key}[{n}]", b, a) for n, (b, a) in enumerate(zip(before, after, strict=True), 1)]
-    else:
-        return [] if before == after else [(key, before, after)]
-    return [leaf for part in parts for leaf in _differences(*part)]
-
-
-def check_settings(saved: dict[str, Any], config: RunConfig) -> None:
-    """Refuse to resume under settings that would make it another run.
-
-    Raises:
-        ValueError: naming every setting that differs.
-    """
-    lines = changed_settings(saved, config)
-    if lines:
-        raise ValueError(
-            "\n".join([f"{config.out_dir} holds a run with other settings:", *(f"  {line}" for line in lines)])
-            + "\nUse the old settings to resume, another --out_dir, or --fresh to start over"
+        self._stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
+            )
         )
+
+    def copy(self, content: Content) -> Content:
+        """The same content, which training does not change any more; until the next copy."""
+        tensors = self._stager.stage({"model": dict(content.model), "optimizer": dict(content.optimizer)})
+        return Content(tensors["model"], tensors["optimizer"], content.state, copy.deepcopy(content.rng))
+
+
+def random_states(device_type: str) -> dict[str, Any]:
+    """Of this process's generators."""
+    states: dict[str, Any] = {"torch": torch.get_rng_state()}
+    if device_type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def restore_random_states(states: Mapping[str, Any]) -> None:
+    """The inverse of `random_states`; one of a device that is not used now has no effect."""
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _short(path: Path) -> str:
+    return f"{path.parent.name}/{path.name}"

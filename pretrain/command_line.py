@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 SWITCHES = {
     "dry_run": "print sizes, FLOPs and the plan, then stop",
     "fresh": "delete the run folder's earlier run first",
+    "take_over": "train in a folder whose lock is held by a process that you know to be gone",
     "scratch": "train the last stage's model from its first step, for the FLOPs of all stages together: the baseline",
 }
 
@@ -37,6 +38,7 @@ class Invocation:
     dry_run: bool = False
     fresh: bool = False
     scratch: bool = False
+    take_over: bool = False
 
 
 def normalise(argv: list[str]) -> list[str]:
@@ -57,7 +59,8 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="pretrain",
         description="Train a model in one or more stages, growing it between two stages. Repeat the command to resume.",
-        epilog="Token files, and which of them a step trained on: pretrain data --help",
+        epilog="Token files, and which of them a step trained on: pretrain data --help. How a run is doing: "
+        "pretrain status RUN. The validation loss of a checkpoint: pretrain validate CHECKPOINT.",
         exit_on_error=False,
     )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file; may be given several times")

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from lit_gpt.config import Config, unknown_key
 from pretrain.data_config import DataConfig, SegmentConfig, data_problems
+from pretrain.time_limit import parse_duration
 
 TOKEN_SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 _TOKEN_COUNT = re.compile(r"(\d+(?:\.\d+)?(?:e\d+)?)\s*([kmbt]?)", re.IGNORECASE)
@@ -186,6 +187,11 @@ class CheckpointConfig:
     """Newest checkpoints that stay; a growth parent and a stage's end always do."""
     keep_every_steps: int = 0
     """Checkpoints at multiples of this stay too; 0: none."""
+    async_save: bool | None = None
+    """Copy periodic checkpoints in memory and write them while training goes on. Default: on several processes, and on
+    CUDA; a single CPU process would train and write on the same cores, and needs its memory."""
+    on_failure: Literal["stop", "continue"] = "stop"
+    """What a periodic checkpoint that cannot be written does to the run. The last one of a stage always stops it."""
 
 
 @dataclass(frozen=True)
@@ -223,6 +229,16 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
+class StopConfig:
+    """When a run saves and stops by itself; the same command goes on."""
+
+    after: str | None = None
+    """How long a sitting may take, e.g. 8h, 1d12h or 2-12:00:00. Default: as long as it needs."""
+    margin_secs: float = 60.0
+    """Under SLURM: how long before the end of the job's time, besides twice the time that saving took."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One run of one or more stages. The same command starts it and, while it is unfinished, resumes it."""
 
@@ -239,6 +255,7 @@ class RunConfig:
     logging: LoggingConfig = LoggingConfig()
     parallel: ParallelConfig = ParallelConfig()
     guards: GuardConfig = GuardConfig()
+    stop: StopConfig = StopConfig()
     seed: int = 3407
     """Of the initial weights, the data order and growth."""
     precision: Literal["auto", "fp32", "bf16", "bf16-true"] = "auto"
@@ -263,6 +280,11 @@ def config_problems(config: RunConfig) -> list[str]:
             problems.append(str(error))
     if config.schedule.kind == "cosine" and config.schedule.decay_steps:
         problems.append("schedule.decay_steps has no effect with kind=cosine; remove it or choose kind=wsd")
+    if config.stop.after is not None:
+        try:
+            parse_duration(config.stop.after)
+        except ValueError as error:
+            problems.append(f"stop.after: {error}")
     if config.schedule.kind == "wsd" and config.schedule.horizon_steps is not None:
         problems.append("schedule.horizon_steps has no effect with kind=wsd; remove it or choose kind=cosine")
     return problems
@@ -288,6 +310,7 @@ def _number_problems(config: RunConfig) -> list[str]:
         "guards.rollbacks": (config.guards.rollbacks, 0),
         "guards.spike_sigmas": (config.guards.spike_sigmas or 0, 0),
         "data.start_position": (config.data.start_position or 0, 0),
+        "stop.margin_secs": (config.stop.margin_secs, 0),
     }
     for stage in config.stages:
         for key in ("learning_rate", "min_learning_rate", "warmup_steps", "rewarmup_steps", "mask_steps"):
@@ -363,6 +386,7 @@ def known_keys(section: type) -> dict[str, type | None]:
         "logging": LoggingConfig,
         "parallel": ParallelConfig,
         "guards": GuardConfig,
+        "stop": StopConfig,
     }
     return {f.name: sections.get(f.name) if section is RunConfig else None for f in dataclasses.fields(section)}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,9 +43,17 @@ class TrainData:
     """Ends a document, beyond which no token sees; None: all tokens of a sample see one another."""
 
     def batches(
-        self, start: int, steps: int, batch: BatchConfig, world: World
+        self,
+        start: int,
+        steps: int,
+        batch: BatchConfig,
+        world: World,
+        interrupted: Callable[[], bool] = lambda: False,
     ) -> AbstractContextManager[Iterator[np.ndarray]]:
-        """This rank's (micro_batch_size, block_size + 1) int64 batches of `steps` steps from a position on."""
+        """This rank's (micro_batch_size, block_size + 1) int64 batches of `steps` steps from a position on.
+
+        They raise WaitInterrupted when rows do not come and `interrupted` says so.
+        """
         return batches(
             self.packed,
             start=start,
@@ -54,6 +62,7 @@ class TrainData:
             micro_batch_size=batch.micro_batch_size,
             rank=world.rank,
             world_size=world.size,
+            interrupted=interrupted,
         )
 
     def stretch(self, start: int, stop: int) -> tuple[int, int] | None:

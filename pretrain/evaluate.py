@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,13 +43,17 @@ def evaluate(
     max_tokens: int | None,
     device: torch.device,
     world: World = ALONE,
-) -> Evaluation:
+    interrupted: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
     """Measure a set on all ranks; every rank gets the same result, to the bit for every number of ranks.
 
-    It does not depend on micro_batch_size, except for the last bits.
+    It does not depend on micro_batch_size, except for the last bits. `interrupted` is asked before every batch and must
+    answer the same on all ranks; None when it says so.
     """
     n_rows = validation_set.rows_within(max_tokens)
-    table = measure(module, validation_set, micro_batch_size, n_rows, device, world.rank, world.size)
+    table = measure(module, validation_set, micro_batch_size, n_rows, device, world.rank, world.size, interrupted)
+    if table is None:
+        return None
     return summarise(world.sum(table), limited=n_rows < validation_set.n_rows)
 
 
@@ -61,8 +66,9 @@ def measure(
     device: torch.device,
     rank: int = 0,
     world_size: int = 1,
-) -> np.ndarray:
-    """(n_rows, 4) float64: the columns above for the rows of one rank, 0 for those of the others.
+    interrupted: Callable[[], bool] = lambda: False,
+) -> np.ndarray | None:
+    """(n_rows, 4) float64: the columns above for the rows of one rank, 0 for those of the others; None: interrupted.
 
     Ranks take turns by batches, not by rows: a row is then computed in the same batch for every number of ranks, and
     so to the same bits. All ranks compute equally many batches, as sharded models demand.
@@ -70,6 +76,8 @@ def measure(
     table = np.zeros((n_rows, 4))
     turns = math.ceil(math.ceil(n_rows / micro_batch_size) / world_size)
     for turn in range(turns):
+        if interrupted():
+            return None
         start = (turn * world_size + rank) * micro_batch_size
         rows = np.arange(start, max(start, min(start + micro_batch_size, n_rows)))
         samples, targets = validation_set.read(rows)

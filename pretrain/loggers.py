@@ -12,15 +12,21 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from grow.curves import EVALS_FILE, METRICS_FILE
 from lit_gpt.atomic import write_atomically
+from pretrain.heartbeat import ENDED, Heartbeat
 
 if TYPE_CHECKING:
     from lightning_fabric.loggers import TensorBoardLogger
 
+    from pretrain.state import TrainState
+
 TENSORBOARD_FOLDER = "tensorboard"
 
 
-def cut_back(path: Path, stage: int, step: int) -> None:
-    """Drop the lines after (stage, step) and a half-written last one, so that a resumed run does not repeat itself."""
+def cut_back(path: Path, stage: int, step: int, owed: str | None = None) -> None:
+    """Drop the lines after (stage, step) and a half-written last one, so that a resumed run does not repeat itself.
+
+    owed: `when` of a validation at (stage, step) that is about to be measured again.
+    """
     if not path.exists():
         return
     kept = []
@@ -29,7 +35,9 @@ def cut_back(path: Path, stage: int, step: int) -> None:
             record = json.loads(line)
         except json.JSONDecodeError:
             break  # a killed run may leave half a line, always the last
-        if (record["stage"], record["step"]) <= (stage, step):
+        moment = (record["stage"], record["step"])
+        is_owed = moment == (stage, step) and owed is not None and record.get("when") == owed
+        if moment <= (stage, step) and not is_owed:
             kept.append(line)
     write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
 
@@ -42,6 +50,9 @@ class Log(Protocol):
 
     def evaluation(self, records: list[dict[str, Any]]) -> None:
         """Lines of evals.jsonl."""
+
+    def alive(self, doing: str, state: TrainState) -> None:
+        """The run is at work; cheap enough for every step."""
 
     def close(self) -> None:
         """Nothing more will come."""
@@ -56,6 +67,9 @@ class NoLog:
     def evaluation(self, records: list[dict[str, Any]]) -> None:
         """Nothing."""
 
+    def alive(self, doing: str, state: TrainState) -> None:
+        """Nothing."""
+
     def close(self) -> None:
         """Nothing."""
 
@@ -63,14 +77,15 @@ class NoLog:
 class RunLog:
     """Appends to metrics.jsonl, evals.jsonl and TensorBoard; one that fails is reported once and stops no run."""
 
-    def __init__(self, out_dir: Path, *, stage: int, step: int, tensorboard: bool) -> None:
-        """Continue the logs after (stage, step); stage 0 starts them anew."""
+    def __init__(self, out_dir: Path, *, stage: int, step: int, tensorboard: bool, owed: str | None = None) -> None:
+        """Continue the logs after (stage, step); stage 0 starts them anew. owed: see `cut_back`."""
         self.out_dir = out_dir
         self._failed: set[str] = set()
         if stage == 0:
             shutil.rmtree(out_dir / TENSORBOARD_FOLDER, ignore_errors=True)
         for name in (METRICS_FILE, EVALS_FILE):
-            cut_back(out_dir / name, stage, step)
+            cut_back(out_dir / name, stage, step, owed)
+        self._heartbeat = Heartbeat(out_dir)
         self._tensorboard = self._open_tensorboard(step) if tensorboard else None
 
     def metrics(self, record: dict[str, Any]) -> None:
@@ -86,7 +101,11 @@ class RunLog:
             name = f"validation/{record['set']}/{record['metric']}{suffix}"
             self._scalars({name: record["value"]}, record["step"])
 
+    def alive(self, doing: str, state: TrainState) -> None:
+        self._heartbeat.beat(doing, step=state.step_count, stage=state.stage, stage_step=state.stage_step)
+
     def close(self) -> None:
+        self._heartbeat.beat(ENDED)
         if self._tensorboard is None:
             return
         try:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lit_gpt.flops import flops_per_token
+from lit_gpt.prefetch import WaitInterrupted
 from pretrain.config import RunConfig, parse_token_count
 from pretrain.evaluate import evaluate
 from pretrain.growth import closed_parts, enter_stage, learn_to_grow, learned_so_far, set_masks
@@ -37,30 +39,55 @@ def train_in_stages(run: Run, trained: Trained, state: TrainState) -> Trained:
             if stage.learning is not None:
                 trained = learn_to_grow(run, stage, trained, state)
                 fit(run, stage, trained, state, until=stage.first_step)
+            run.log.alive("growing", state)
             trained = enter_stage(run, stage, trained, state)
+            state.validation_owed = "after_growth" if stage.is_grown else "start"
         fit(run, stage, trained, state, until=stage.steps)
     return trained
 
 
 def fit(run: Run, stage: Stage, trained: Trained, state: TrainState, *, until: int) -> None:
     """Train one stage from where `state` is to step `until`. Does nothing if it is there; the stage's end is saved."""
-    if state.stage_step >= until:
+    if state.stage_step >= until and state.validation_owed is None:
         return
     set_masks(stage, trained, state.stage_step)
-    if state.stage_step == stage.first_step:
-        validate(run, stage, trained, state, "after_growth" if stage.is_grown else "start")
+    if state.validation_owed is not None:
+        validate(run, stage, trained, state, state.validation_owed)
+    if state.stage_step < until:
+        train_until(run, stage, trained, state, until)
+        if until < stage.steps:
+            return
+        validate(run, stage, trained, state, "before_growth" if is_grown_next(run, stage) else "end")
+    save(run, stage, trained, state)
+    if stage.index < len(run.stages) and run.world.any(run.stop.requested()):
+        stop(run, stage, trained, state)
+
+
+def is_grown_next(run: Run, stage: Stage) -> bool:
+    """Whether the model grows when this stage is done."""
+    return any(following.is_grown for following in run.stages[stage.index : stage.index + 1])
+
+
+def train_until(run: Run, stage: Stage, trained: Trained, state: TrainState, until: int) -> None:
+    """Steps of one stage, and what is measured, saved and logged between them; nothing of that after the last one."""
     config, last_log = run.config, (state.seconds, state.tokens)
     with (
-        run.train.batches(state.position, until - state.stage_step, config.batch, run.world) as batches,
+        run.train.batches(
+            state.position, until - state.stage_step, config.batch, run.world, lambda: is_asked_to_stop(run, state)
+        ) as batches,
         Progress(stage.name, stage.steps, state.stage_step, run.flops_left(state), run.world.is_first) as progress,
     ):
         while state.stage_step < until:
             started = time.perf_counter()
-            grad_norm, rate = train_step(run, stage, trained, state, batches)
+            rows = step_rows(run, batches)
+            if run.world.any(rows is None or run.stop.requested()):  # any process may have got the signal
+                stop(run, stage, trained, state)
+            grad_norm, rate = train_step(run, stage, trained, state, iter(rows))
             finished = state.stage_step + 1 == until
             logged = finished or (state.step_count + 1) % config.logging.every_steps == 0
             loss = trained.guard.take_mean_loss() if logged else None  # waits for the device: within the measured time
             advance(run, stage, state, time.perf_counter() - started)
+            run.log.alive("training", state)
             progress.step(state.stage_step, step_flops(config, stage, state.stage_step - 1).paper)
             if logged:
                 log_step(run, stage, trained, state, progress, last_log, loss, float(grad_norm), rate)
@@ -70,27 +97,44 @@ def fit(run: Run, stage: Stage, trained: Trained, state: TrainState, *, until: i
             if finished:
                 break
             after_step(run, stage, trained, state)
-    if until < stage.steps:
-        return
-    following = run.stages[stage.index : stage.index + 1]
-    validate(run, stage, trained, state, "before_growth" if following and following[0].is_grown else "end")
-    save(run, stage, trained, state)
 
 
 def after_step(run: Run, stage: Stage, trained: Trained, state: TrainState) -> None:
-    """What is due between two steps: a measurement, a checkpoint, the end of the run.
-
-    Raises:
-        StopRequested: a signal came to any process.
-    """
+    """What is due between two steps: a measurement, a checkpoint."""
     every = run.config.validation.every_steps
     if every and state.step_count % every == 0:
         validate(run, stage, trained, state, "every")
-    stopping = run.world.any(run.stop.received is not None)
-    if stopping or state.step_count % run.config.checkpoints.every_steps == 0:
+    run.checkpoints.poll()
+    if state.step_count % run.config.checkpoints.every_steps == 0:
+        save(run, stage, trained, state, periodic=True)
+
+
+def step_rows(run: Run, batches: Iterator[np.ndarray]) -> list[np.ndarray] | None:
+    """This process's rows of one step, all before any is computed: then all processes can agree not to make the step.
+
+    None: they did not come, and the run was asked to stop meanwhile.
+    """
+    try:
+        return [next(batches) for _ in range(run.config.batch.iters_per_step(run.world.size))]
+    except WaitInterrupted:
+        return None
+
+
+def is_asked_to_stop(run: Run, state: TrainState) -> bool:
+    """Asked while data does not come."""
+    run.log.alive("waiting for data", state)
+    return run.stop.requested()
+
+
+def stop(run: Run, stage: Stage, trained: Trained, state: TrainState) -> NoReturn:
+    """Save what is not saved yet; the same command goes on from here.
+
+    Raises:
+        StopRequested: always.
+    """
+    if not run.checkpoints.holds(state) or state.validation_owed is not None:
         save(run, stage, trained, state)
-    if stopping:
-        raise StopRequested(f"stopped by {run.stop.received or 'another process'}; repeat the command to go on")
+    raise StopRequested(f"stopped by {run.stop.received or 'another process'}; repeat the command to go on")
 
 
 def train_step(
@@ -202,13 +246,31 @@ def log_step(
 
 
 def validate(run: Run, stage: Stage, trained: Trained, state: TrainState, when: str) -> None:
-    """Measure every validation set and write the records; `when` says why now."""
+    """Measure every validation set and write the records; `when` says why now.
+
+    Raises:
+        StopRequested: between two batches. Nothing was written, and it is measured again when the run goes on.
+    """
+    state.validation_owed = when
     limit = run.config.validation.max_tokens
     max_tokens = None if limit is None else parse_token_count(limit)
+    micro_batch_size, device = run.config.batch.micro_batch_size, run.fabric.device
+    results = []
     for validation_set in run.validation:
         result = evaluate(
-            trained.module, validation_set, run.config.batch.micro_batch_size, max_tokens, run.fabric.device, run.world
+            trained.module,
+            validation_set,
+            micro_batch_size,
+            max_tokens,
+            device,
+            run.world,
+            lambda: is_interrupted(run, state),
         )
+        if result is None:
+            stop(run, stage, trained, state)
+        results.append(result)
+    state.validation_owed = None
+    for validation_set, result in zip(run.validation, results, strict=True):
         common = {
             "step": state.step_count,
             "stage": stage.index,
@@ -236,19 +298,28 @@ def validate(run: Run, stage: Stage, trained: Trained, state: TrainState, when: 
         say(f"validation {validation_set.name} ({stage.name}, {when}): {result.nats_per_token:.4f} nats per token{bpb}")
 
 
-def save(run: Run, stage: Stage, trained: Trained, state: TrainState) -> None:
-    """Write a checkpoint of this moment."""
+def is_interrupted(run: Run, state: TrainState) -> bool:
+    """Asked before every batch of a validation, by all processes."""
+    run.log.alive("validating", state)
+    return run.world.any(run.stop.requested())
+
+
+def save(run: Run, stage: Stage, trained: Trained, state: TrainState, *, periodic: bool = False) -> None:
+    """Write a checkpoint of this moment; a periodic one maybe while training goes on."""
     state.guard = trained.guard.to_dict()
-    run.checkpoints.save(
-        trained.model,
-        trained.optimizer.optimizer,
-        state,
-        learning=learned_so_far(trained),
-        model_config=trained.model.config.to_dict(),
-        stage_name=stage.name,
-        mask=closed_parts(stage, state.stage_step),
-        data=run.train.packed.state(state.position),
-    )
+    run.log.alive("saving", state)
+    with run.stop.saving():
+        run.checkpoints.save(
+            trained.model,
+            trained.optimizer.optimizer,
+            state,
+            periodic=periodic,
+            learning=learned_so_far(trained),
+            model_config=trained.model.config.to_dict(),
+            stage_name=stage.name,
+            mask=closed_parts(stage, state.stage_step),
+            data=run.train.packed.state(state.position),
+        )
 
 
 def describe_stages(stages: Sequence[Stage], config: RunConfig) -> list[str]:

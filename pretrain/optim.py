@@ -9,8 +9,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from lit_gpt.lazy_tensors import fill_from, spec_of
 from pretrain.config import OptimizerConfig, ScheduleConfig
-from pretrain.parallel import fill_
 
 OptimizerState = dict[str, dict[str, Tensor]]
 """Parameter name -> {"exp_avg", "exp_avg_sq", "step"}."""
@@ -69,16 +69,18 @@ def load_named_state(
     unknown = sorted(set(state) - set(parameters))
     if unknown:
         raise ValueError(f"optimizer state for unknown parameters: {', '.join(unknown[:5])}")
-    for name, moments in state.items():
+    for name in state:
         # fused AdamW wants its step counter as fp32 beside the parameter
-        optimizer.state[parameters[name]] = {key: _slot(parameters[name], each) for key, each in moments.items()}
+        moments, parameter = state[name], parameters[name]
+        optimizer.state[parameter] = {slot: _slot(parameter, moments, slot) for slot in moments}
 
 
 @torch.no_grad()
-def _slot(parameter: Tensor, whole: Tensor) -> Tensor:
-    """A part of a parameter's state, shared among processes as the parameter is."""
-    if not whole.dim():
-        return whole.to(device=parameter.device, copy=True)
-    slot = torch.empty_like(parameter, dtype=whole.dtype, requires_grad=False)
-    fill_(slot, whole)
-    return slot
+def _slot(parameter: Tensor, moments: Mapping[str, Tensor], slot: str) -> Tensor:
+    """A part of a parameter's state, shared among processes as the parameter is; no more of it is read than that."""
+    spec = spec_of(moments, slot)
+    if not spec.shape:
+        return moments[slot].to(device=parameter.device, copy=True)
+    filled = torch.empty_like(parameter, dtype=spec.dtype, requires_grad=False)
+    fill_from(moments, slot, filled)
+    return filled

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from lit_gpt.config import Config
 from lit_gpt.kernels.products import cpu_multiplies_bf16
+from lit_gpt.lazy_tensors import fill_from, is_shared
 from lit_gpt.model import GPT
 from pretrain.config import ParallelConfig, RunConfig
-from pretrain.world import World
+from pretrain.world import World, device_index
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -56,12 +57,7 @@ def launch(config: RunConfig, world: World) -> Fabric:
     from lightning_fabric.plugins.environments import LightningEnvironment
 
     accelerator = device_type(config)
-    device = [world.local_rank] if accelerator == "cuda" else 1
-    if accelerator == "cuda" and torch.cuda.device_count() < world.local_size:
-        raise ValueError(
-            f"{world.local_size} processes on this node and {torch.cuda.device_count()} CUDA devices; start one "
-            f"process per device (srun --ntasks-per-node, torchrun --nproc-per-node)"
-        )
+    device = [device_index(world, torch.cuda.device_count())] if accelerator == "cuda" else 1
     # each process is one to Fabric, also under SLURM: it would look for srun and start a process group of its own
     fabric = Fabric(accelerator=accelerator, devices=device, precision="32-true", plugins=[LightningEnvironment()])
     fabric.launch()
@@ -187,23 +183,13 @@ def build_model(
         model.lm_head.weight = model.transformer.wte.weight  # each got a memory of its own
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            fill_(parameter, weights[name])
+            fill_from(weights, name, parameter)
     return model
 
 
 def is_sharded(parallel: ParallelConfig, world: World) -> bool:
     """Whether every process holds a part of the model only."""
     return parallel.strategy == "fsdp" or (parallel.strategy == "auto" and world.size > 1)
-
-
-def fill_(parameter: Tensor, whole: Tensor) -> None:
-    """Copy a whole tensor into a parameter, or into the part of it that this process holds; nothing is communicated."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    if isinstance(parameter, DTensor):
-        local = whole.to(device=parameter.device, dtype=parameter.dtype)
-        whole = distribute_tensor(local, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    parameter.copy_(whole)
 
 
 def _shard(model: GPT, compute: Compute, parallel: ParallelConfig, world: World, device: torch.device) -> None:
@@ -259,9 +245,7 @@ def gradients_shared(trained: Trained, world: World, *, last: bool) -> Iterator[
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor of which every process holds a part, gathered; any other one as it is."""
-    from torch.distributed.tensor import DTensor
-
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_shared(tensor) else tensor
 
 
 def _compile(model: GPT, compute: Compute) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import fcntl
 import os
 import shutil
 import sys
@@ -14,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from grow.plan import SYMMETRY, differing_sizes
@@ -31,17 +29,18 @@ from lit_gpt.checkpoint import (
     read_weights,
 )
 from lit_gpt.config import Config
-from lit_gpt.errors import DataError
 from lit_gpt.flops import count_parameters, flops_per_token
 from lit_gpt.legacy import is_legacy
 from lit_gpt.model import InitialWeights
-from pretrain.checkpointing import RunCheckpoints, check_settings
+from pretrain.changed_settings import check_settings
+from pretrain.checkpointing import RunCheckpoints, restore_random_states
 from pretrain.command_line import Invocation
 from pretrain.config import RunConfig, StageConfig, to_plain
 from pretrain.corpus import Corpus, model_config_for, read_corpus
 from pretrain.data import TrainData, check_epochs, open_train_data, open_validation_sets
 from pretrain.growth import load_trainable_state, set_up
 from pretrain.guards import Diverged, GivenUp
+from pretrain.heartbeat import HEARTBEAT_FILE
 from pretrain.held_out import ValidationSet
 from pretrain.loggers import EVALS_FILE, METRICS_FILE, TENSORBOARD_FOLDER, NoLog, RunLog, say
 from pretrain.loop import describe_divergence, describe_stages, skipped_positions, train_in_stages
@@ -61,11 +60,13 @@ from pretrain.origin import (
     trainable_notes,
     with_saved_name,
 )
-from pretrain.parallel import check_world, choose_compute, describe_world, device_type, launch
-from pretrain.signals import StopSignal
+from pretrain.parallel import check_world, choose_compute, describe_world, device_type, is_sharded, launch
+from pretrain.run_lock import run_lock
+from pretrain.signals import StopSignal, marked
 from pretrain.stage_text import stage_lines
 from pretrain.stages import Stage, plan_stages
 from pretrain.state import TrainState
+from pretrain.time_limit import find_limits
 from pretrain.training import Run, Trained, stage_flops, tokens_per_step
 from pretrain.world import ALONE, World, connected, find_world, in_turn
 
@@ -105,7 +106,8 @@ def run(invocation: Invocation, command: list[str]) -> None:
     world = find_world()
     if not world.is_first:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the first process speaks for all, to the end)
-    with connected(world, device_type(invocation.config)), ExitStack() as held:
+    sharded = is_sharded(invocation.config.parallel, world)
+    with connected(world, device_type(invocation.config), alone_too=sharded), ExitStack() as held:
         plan = in_turn(world, lambda: preflight(invocation, world))
         if invocation.dry_run:
             if plan.own is not None:
@@ -114,19 +116,28 @@ def run(invocation: Invocation, command: list[str]) -> None:
             return
         out_dir = Path(plan.config.out_dir)
         if world.is_first:
-            in_turn(world, lambda: held.enter_context(run_folder(out_dir, invocation.fresh)))
+            in_turn(world, lambda: held.enter_context(run_folder(out_dir, invocation.fresh, invocation.take_over)))
         else:
             in_turn(world, lambda: None)
-        while True:
-            try:
-                return train(plan, world, command)
-            except GivenUp as end:
-                if end.skip is None or len(plan.auto_skips) >= plan.config.guards.rollbacks:
-                    raise
-                say(f"warning: {end}\nback to the last checkpoint, without these samples")
-                again = dataclasses.replace(invocation, fresh=False)
-                skips = (*plan.auto_skips, end.skip)
-                plan = in_turn(world, lambda again=again, skips=skips: preflight(again, world, skips))
+        with marked(out_dir, world):
+            train_until_done(plan, invocation, world, command)
+
+
+def train_until_done(plan: Plan, invocation: Invocation, world: World, command: list[str]) -> None:
+    """Train, and where the run diverges and may do so, go back and round the samples.
+
+    Raises:
+        GivenUp: it diverged once more than it may.
+    """
+    while True:
+        try:
+            return train(plan, world, command)
+        except GivenUp as end:
+            if end.skip is None or len(plan.auto_skips) >= plan.config.guards.rollbacks:
+                raise
+            say(f"warning: {end}\nback to the last checkpoint, without these samples")
+            again, skips = dataclasses.replace(invocation, fresh=False), (*plan.auto_skips, end.skip)
+            plan = in_turn(world, lambda again=again, skips=skips: preflight(again, world, skips))
 
 
 def train(plan: Plan, world: World, command: list[str]) -> None:
@@ -144,9 +155,9 @@ def train(plan: Plan, world: World, command: list[str]) -> None:
         "auto_skips": [list(skip) for skip in plan.auto_skips],
         "compute": {"precision": compute.precision, "compile": compute.compile, "reason": compute.reason},
     }
-    checkpoints = RunCheckpoints(out_dir, config.checkpoints, metadata, world)
+    checkpoints = RunCheckpoints(out_dir, config.checkpoints, metadata, world, fabric.device.type)
     checkpoint = checkpoints.resume()
-    state = resumed_state(checkpoint.state, config, plan.train) if checkpoint else TrainState(position=plan.position)
+    state = resumed_state(checkpoint.state, config, plan.train) if checkpoint else new_state(plan)
     if is_finished(state, stages):
         say(f"{out_dir} is finished: {state.step_count:,} steps. --fresh starts over")
         return
@@ -158,17 +169,24 @@ def train(plan: Plan, world: World, command: list[str]) -> None:
     if world.size > 1:
         say(f"processes: {describe_world(config.parallel, world)}")
     stage = stages[state.grown_into_stage - 1]  # the one whose model there is: the next may still learn to grow
-    with StopSignal() as stop:
+    with StopSignal(find_limits(config.stop, world)) as stop:
         kept_stage = 0 if checkpoint is None else state.stage  # nothing stays of a run killed before its first save
         log = (
-            RunLog(out_dir, stage=kept_stage, step=state.step_count, tensorboard=config.logging.tensorboard)
+            RunLog(
+                out_dir,
+                stage=kept_stage,
+                step=state.step_count,
+                tensorboard=config.logging.tensorboard,
+                owed=state.validation_owed,
+            )
             if world.is_first
             else NoLog()
         )
         this_run = Run(config, stages, fabric, world, compute, plan.train, plan.validation, checkpoints, log, stop)
         trained = start(this_run, stage, state) if checkpoint is None else resume(this_run, stage, checkpoint, state)
         try:
-            train_in_stages(this_run, trained, state)
+            with checkpoints:
+                train_in_stages(this_run, trained, state)
         except Diverged as found:
             positions = skipped_positions(config, state, found)
             raise GivenUp(describe_divergence(this_run, state, found), plan.train.stretch(*positions)) from found
@@ -228,8 +246,14 @@ def scratch_config(config: RunConfig, stages: list[Stage]) -> RunConfig:
     return dataclasses.replace(config, stages=[StageConfig("scratch", max_steps=steps, **own)])
 
 
+def new_state(plan: Plan) -> TrainState:
+    """Before the first step."""
+    return TrainState(position=plan.position, validation_owed="start")
+
+
 def is_finished(state: TrainState, stages: list[Stage]) -> bool:
-    return state.stage == len(stages) and state.stage_step >= stages[-1].steps
+    """Whether nothing is left to do, not even to measure."""
+    return state.stage == len(stages) and state.stage_step >= stages[-1].steps and state.validation_owed is None
 
 
 def open_stream(
@@ -273,7 +297,7 @@ def describe(plan: Plan) -> None:
 
 
 @contextmanager
-def run_folder(out_dir: Path, fresh: bool) -> Iterator[None]:
+def run_folder(out_dir: Path, fresh: bool, take_over: bool = False) -> Iterator[None]:
     """Make the folder, hold its lock, and refuse early what would only fail at the first save.
 
     Raises:
@@ -282,18 +306,7 @@ def run_folder(out_dir: Path, fresh: bool) -> Iterator[None]:
     out_dir.mkdir(parents=True, exist_ok=True)
     if not os.access(out_dir, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, "the run folder cannot be written", str(out_dir))
-    with (out_dir / "run.lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system drops it with the process, however it dies
-        except BlockingIOError as error:
-            lock.seek(0)
-            owner = lock.read().strip() or "unknown"
-            raise DataError(
-                f"another process ({owner}) trains in {out_dir}; wait for it, stop it, or choose another out_dir"
-            ) from error
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
+    with run_lock(out_dir, take_over=take_over):
         if fresh:
             remove_run(out_dir)
         yield
@@ -303,7 +316,7 @@ def remove_run(out_dir: Path) -> None:
     """Delete what an earlier run left; other files in the folder stay."""
     for name in ("checkpoints", TENSORBOARD_FOLDER):
         shutil.rmtree(out_dir / name, ignore_errors=True)
-    for name in (METRICS_FILE, EVALS_FILE, CONFIG_FILE):
+    for name in (METRICS_FILE, EVALS_FILE, CONFIG_FILE, HEARTBEAT_FILE):
         (out_dir / name).unlink(missing_ok=True)
 
 
@@ -380,7 +393,7 @@ def resume(this_run: Run, stage: Stage, checkpoint: TrainingCheckpoint, state: T
     trained = set_up(this_run, stage, checkpoint.model, state)
     load_trainable_state(trained, checkpoint.optimizer)
     if checkpoint.rng is not None:
-        torch.set_rng_state(checkpoint.rng["torch"])
+        restore_random_states(checkpoint.rng)
     last = this_run.checkpoints.last
     assert last is not None
     say(f"resumed from {last} ({manifest_sha256(last)[:12]})")

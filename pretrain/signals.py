@@ -1,11 +1,24 @@
-"""SIGINT and SIGTERM ask a run to stop; the loop obeys at the next step boundary."""
+"""What asks a run to stop: signals and limits of time. The loop obeys between two steps, or batches of validation."""
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from pretrain.time_limit import TimeLimit
+from pretrain.world import World
+
+REQUEUE = "REQUEUE"
+"""File in a run's folder: it stopped with a checkpoint before it was done. Batch scripts queue their job again."""
+STOPPED_FILE = "PRETRAIN_STOPPED"
+"""Environment variable: a file to write in that case, by which a launcher that loses exit codes is told."""
 
 
 class StopRequested(Exception):
@@ -13,12 +26,28 @@ class StopRequested(Exception):
 
 
 class StopSignal:
-    """Context manager that remembers a signal instead of dying of it. A second one exits at once."""
+    """Context manager that remembers a signal instead of dying of it, and knows the limits of time.
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    A second SIGINT or SIGTERM exits at once; batch systems send SIGUSR1 and SIGUSR2 as warnings, as often as they like.
+    In a SLURM job SIGTERM is no more than that either: at the time limit slurmd and srun send one each (seen with
+    22.05), and SIGKILL follows anyway.
+    """
 
-    def __init__(self) -> None:
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+    def __init__(
+        self,
+        limits: tuple[TimeLimit, ...] = (),
+        clock: Callable[[], float] = time.monotonic,
+        env: Mapping[str, str] = os.environ,
+    ) -> None:
         self.received: str | None = None
+        """What asked first."""
+        self.save_secs = 0.0
+        """What the longest save took."""
+        self._limits, self._clock = limits, clock
+        self._urgent = (signal.SIGINT,) if "SLURM_JOB_ID" in env else (signal.SIGINT, signal.SIGTERM)
+        self._urged = False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignal:
@@ -29,8 +58,54 @@ class StopSignal:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def requested(self) -> bool:
+        """Whether this process was asked to stop."""
+        for limit in self._limits:
+            if self.received is None and self._clock() >= limit.at_secs - limit.saves * self.save_secs:
+                self.received = limit.what
+        return self.received is not None
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Around a save: how long it takes decides how long before the end of the job's time the run stops."""
+        started = self._clock()
+        yield
+        self.save_secs = max(self.save_secs, self._clock() - started)
+
     def _handle(self, number: int, _: FrameType | None) -> None:
-        if self.received is not None:
+        if number in self._urgent and self._urged:
             sys.exit(128 + number)
-        self.received = signal.Signals(number).name
-        sys.stderr.write(f"\n{self.received}: saving at the next step; again to exit without saving\n")
+        self._urged = self._urged or number in self._urgent
+        if self.received is None:
+            self.received = signal.Signals(number).name
+            sys.stderr.write(f"\n{self.received}: saving at the next step; again to exit without saving\n")
+
+
+@contextmanager
+def marked(out_dir: Path, world: World, env: Mapping[str, str] = os.environ) -> Iterator[None]:
+    """Around a run of several processes: leave REQUEUE where it stopped early, and exit as its launcher needs it.
+
+    srun kills the others, and torchrun starts all again, when the first process ends with another code than 0; so
+    there a stop looks like an end, and the file tells them apart.
+
+    Raises:
+        StopRequested: nobody would misunderstand the exit code.
+    """
+    marker = out_dir / REQUEUE
+    if world.is_first:
+        marker.unlink(missing_ok=True)
+    try:
+        yield
+    except StopRequested as stop:
+        if world.is_first:
+            for path in [marker] * (world.size > 1) + [Path(env[name]) for name in (STOPPED_FILE,) if env.get(name)]:
+                path.write_text(f"{stop}\n", encoding="utf-8")
+        if not _looks_like_an_end(world, env):
+            raise
+        if world.is_first:
+            sys.stderr.write(f"{stop}\n")
+
+
+def _looks_like_an_end(world: World, env: Mapping[str, str]) -> bool:
+    restarts_left = world.launcher == "torchrun" and world.attempt < int(env.get("TORCHELASTIC_MAX_RESTARTS") or 0)
+    return restarts_left or (world.launcher == "srun" and world.size > 1)

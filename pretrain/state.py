@@ -34,6 +34,8 @@ class TrainState:
     """Wall time spent in training steps, without validation and checkpoints."""
     guard: dict[str, Any] = field(default_factory=lambda: dict(NOTHING_SKIPPED))
     """Skipped steps, what spikes are measured against, losses since the last log line: see pretrain/guards.py."""
+    validation_owed: str | None = None
+    """`when` of a validation that is due before the next step: a stage's first, or one that a stop cut short."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """One record per growth, oldest first."""
 

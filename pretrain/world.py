@@ -12,7 +12,7 @@ import socket
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -44,6 +44,8 @@ class World:
     """single, torchrun, srun or environment (RANK and WORLD_SIZE set by hand)."""
     attempt: int = 0
     """How often the processes were started again under the same launcher."""
+    group: Any = None
+    """Whose collectives are used; None: those of the group of all, which belong to the main thread."""
 
     @property
     def is_first(self) -> bool:
@@ -62,7 +64,7 @@ class World:
         import torch.distributed as dist
 
         answer = torch.tensor(int(flag))
-        dist.all_reduce(answer, op=dist.ReduceOp.MAX, group=cpu_group())
+        dist.all_reduce(answer, op=dist.ReduceOp.MAX, group=self.group)
         return bool(answer)
 
     def sum(self, table: np.ndarray) -> np.ndarray:
@@ -73,7 +75,7 @@ class World:
         import torch.distributed as dist
 
         total = torch.from_numpy(table.copy())
-        dist.all_reduce(total, group=cpu_group())
+        dist.all_reduce(total, group=self.group)
         return total.numpy()
 
     def mean_(self, value: Tensor) -> Tensor:
@@ -92,7 +94,7 @@ class World:
         import torch.distributed as dist
 
         values = [value]
-        dist.broadcast_object_list(values, src=0, group=cpu_group())
+        dist.broadcast_object_list(values, src=0, group=self.group)
         return values[0]
 
     def gather(self, value: Any) -> list[Any]:
@@ -102,12 +104,20 @@ class World:
         import torch.distributed as dist
 
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=cpu_group())
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def barrier(self) -> None:
         """Wait until all processes are here."""
         self.any(False)
+
+    def apart(self) -> World:
+        """The same processes with collectives of their own, on the CPU, for a thread; every process must ask."""
+        if self.size == 1:
+            return self
+        import torch.distributed as dist
+
+        return replace(self, group=dist.new_group(backend="gloo", timeout=timedelta(seconds=COLLECTIVE_SECS)))
 
 
 ALONE = World()
@@ -133,13 +143,6 @@ def in_turn(world: World, work: Callable[[], T]) -> T:
     return work()
 
 
-def cpu_group() -> Any:
-    """The group of all processes; tensors on the CPU go through its gloo backend."""
-    import torch.distributed as dist
-
-    return dist.group.WORLD
-
-
 def find_world(env: Mapping[str, str] = os.environ) -> World:
     """Which processes there are, from what launchers leave in the environment.
 
@@ -157,11 +160,11 @@ def find_world(env: Mapping[str, str] = os.environ) -> World:
         )
     if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
         return _slurm_step(env)
-    tasks = env.get("SLURM_NTASKS", "1")
-    if "SLURM_JOB_ID" in env and tasks.isdecimal() and int(tasks) > 1:
+    tasks, nodes = (_count(env.get(name)) for name in ("SLURM_NTASKS", "SLURM_JOB_NUM_NODES"))
+    if "SLURM_JOB_ID" in env and max(tasks, nodes) > 1:
         raise ValueError(
-            f"this is an allocation of {tasks} SLURM tasks, and pretrain was started outside a step, where it would be "
-            f"one process that waits for the others; start it with srun: srun python -m pretrain ..."
+            f"this is an allocation of {nodes} node(s) and {tasks} SLURM task(s), and pretrain was started outside a "
+            f"step, where it would be one process that has to do all; start it with srun: srun python -m pretrain ..."
         )
     if int(env.get("WORLD_SIZE") or 1) > 1:
         return _by_hand(env)
@@ -171,25 +174,46 @@ def find_world(env: Mapping[str, str] = os.environ) -> World:
 def _slurm_step(env: Mapping[str, str]) -> World:
     """A task of a step; SLURM's names for the job, and not those for the step, would be wrong in a part of a job."""
     size = _number(env, "SLURM_STEP_NUM_TASKS")
-    local_size = _tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or "1")
-    if size > 1 and size % local_size:
+    per_node = env.get("SLURM_STEP_TASKS_PER_NODE") or str(size)
+    local_sizes = {int(count) for count in re.findall(r"(\d+)(?:\(x\d+\))?", per_node)}  # of SLURM's 2(x3),1
+    if len(local_sizes) != 1:
         raise ValueError(
-            f"the step has {size} tasks, and not equally many on every node "
-            f"({env.get('SLURM_STEP_TASKS_PER_NODE')}); give srun --ntasks-per-node"
+            f"the step has {size} tasks, and not equally many on every node ({per_node}); give srun --ntasks-per-node"
         )
     return World(
         rank=_number(env, "SLURM_PROCID"),
         size=size,
         local_rank=_number(env, "SLURM_LOCALID"),
-        local_size=min(local_size, size),
+        local_size=local_sizes.pop(),
         launcher="srun",
         attempt=int(env.get("SLURM_RESTART_COUNT", 0)),
     )
 
 
-def _tasks_per_node(text: str) -> int:
-    """The largest of SLURM's `2(x3),1`."""
-    return max(int(count) for count in re.findall(r"(\d+)(?:\(x\d+\))?", text))
+def _count(text: str | None) -> int:
+    return int(text) if text and text.isdecimal() else 1
+
+
+def device_index(world: World, visible: int, env: Mapping[str, str] = os.environ) -> int:
+    """Which of the CUDA devices that this process sees is its own.
+
+    Raises:
+        ValueError: there are fewer devices than processes.
+    """
+    if world.local_size <= visible:
+        return world.local_rank
+    if visible == 1 and world.launcher == "srun" and _binds_devices(env):
+        return 0  # each task sees another one
+    raise ValueError(
+        f"{world.local_size} processes on this node and {visible} CUDA device(s); start one process per device "
+        f"(srun --ntasks-per-node, torchrun --nproc-per-node)"
+    )
+
+
+def _binds_devices(env: Mapping[str, str]) -> bool:
+    """Whether SLURM shows every task devices of its own; the names changed over its versions."""
+    named = ("SLURM_GPUS_PER_TASK", "SLURM_GPU_BIND")
+    return any(env.get(name) for name in named) or "gpu" in env.get("SLURM_TRES_PER_TASK", "")
 
 
 def _by_hand(env: Mapping[str, str]) -> World:
@@ -216,24 +240,26 @@ def _number(env: Mapping[str, str], name: str) -> int:
 
 
 @contextmanager
-def connected(world: World, device_type: str, env: Mapping[str, str] = os.environ) -> Iterator[None]:
-    """The processes of a world, met: collectives work inside. A single process meets nobody.
+def connected(
+    world: World, device_type: str, env: Mapping[str, str] = os.environ, *, alone_too: bool = False
+) -> Iterator[None]:
+    """The processes of a world, met: collectives work inside. A single process meets nobody, or itself `alone_too`.
 
     Raises:
         ValueError: the name of the first node does not resolve, or nobody came in time.
     """
-    if world.size == 1:
+    if world.size == 1 and not alone_too:
         yield
         return
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import _set_pg_timeout  # torchtitan's way too: there is no public one
 
     try:
-        store = _store(world, env)
+        store = dist.PrefixStore(f"attempt-{world.attempt}", _store(world, env))
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "cpu:gloo"
         dist.init_process_group(
             backend,
-            store=dist.PrefixStore(f"attempt-{world.attempt}", store),
+            store=store,
             rank=world.rank,
             world_size=world.size,
             timeout=timedelta(seconds=MEETING_SECS),
@@ -241,8 +267,11 @@ def connected(world: World, device_type: str, env: Mapping[str, str] = os.enviro
         world.barrier()
         _set_pg_timeout(timedelta(seconds=COLLECTIVE_SECS))
     except RuntimeError as error:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        why = str(error).splitlines()[0]
         raise ValueError(
-            f"process {world.rank} of {world.size} could not meet the others within {MEETING_SECS} s: {error}; "
+            f"process {world.rank} of {world.size} could not meet the others within {MEETING_SECS} s ({why}); "
             f"see whether all of them run, and whether MASTER_ADDR and MASTER_PORT reach the first"
         ) from error
     try:
@@ -256,8 +285,12 @@ def _store(world: World, env: Mapping[str, str]) -> Store:
     import torch.distributed as dist
 
     timeout = timedelta(seconds=MEETING_SECS)
+    if world.size == 1:
+        return dist.HashStore()
     if env.get(STORE_FILE):
-        return dist.FileStore(env[STORE_FILE], world.size)
+        store = dist.FileStore(env[STORE_FILE], world.size)
+        store.set_timeout(timeout)
+        return store
     address, port = _meeting_point(world, env)
     try:
         socket.getaddrinfo(address, port)

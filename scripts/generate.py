@@ -131,19 +131,12 @@ def find_tokenizer(given: str | None, checkpoint: Path, state: dict[str, Any]) -
     Raises:
         FileNotFoundError: there is none.
     """
-    from lit_gpt.tokenizer import FILE_NAMES, Tokenizer
+    from lit_gpt.conversion import tokenizer_place
+    from lit_gpt.tokenizer import Tokenizer
 
-    if given is not None:
-        return Tokenizer.load(given)
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    data = (state.get("run_config") or {}).get("data", {}).get("train", {})
-    trained_on = [Path(path) for path in (data.values() if isinstance(data, dict) else [data])]
-    for place in (folder, *trained_on):
-        if any((place / name).is_file() for name in FILE_NAMES):
-            found = Tokenizer.load(place)
-            wanted = (state.get("tokenizer") or {}).get("sha256", found.fingerprint)
-            if found.fingerprint == wanted:
-                return found
+    place = Path(given) if given is not None else tokenizer_place(checkpoint, state)
+    if place is not None:
+        return Tokenizer.load(place)
     raise FileNotFoundError(f"{checkpoint} has no tokenizer, nor has its training data; give --tokenizer PATH")
 
 

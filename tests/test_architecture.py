@@ -39,6 +39,7 @@ WITHOUT_TORCH = [
     *("lit_gpt.token_source", "lit_gpt.legacy_order", "lit_gpt.prefetch", "lit_gpt.inspect_data"),
     *("grow.layer_map", "grow.plan", "grow.depth", "grow.operators", "grow.curves", "grow.__main__"),
     *("pretrain.config", "pretrain.command_line", "pretrain.data_command", "pretrain.__main__"),
+    *("pretrain.status", "pretrain.heartbeat", "pretrain.time_limit", "pretrain.world"),
 ]
 
 
@@ -164,6 +165,7 @@ print(json.dumps(culprits))
     [
         *("grow --help", "grow map --help", "grow apply --help", "grow inspect --help", "grow operators --help"),
         *("grow operators", "grow map 12-3456*5-56", "grow report --help", "pretrain --help", "pretrain data --help"),
+        *("pretrain status --help", "pretrain validate --help"),
     ],
 )
 def test_commands_that_need_no_tensor_do_not_import_torch(command: str):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from grow.apply import grow_optimizer, grow_weights
+from grow.masks import MaskSchedule, mask_scales
 from grow.operators import function_of, plan_growth
 from grow.plan import GrowthPlan
 from grow.sizes import with_depth
@@ -159,3 +160,9 @@ def test_a_plan_whose_flags_do_not_follow_its_map_is_refused():
 def test_a_depth_without_a_map_cannot_say_what_each_layer_is():
     with pytest.raises(ValueError, match="rope_layers say something of each of 2 layers"):
         with_depth(toy_config(n_layer=2, rope_layers=[True, False]), 4)
+
+
+def test_masks_are_refused_where_a_norm_comes_after_them():
+    plan = plan_growth("random-depth", toy_config(**NOT_IN_WIDTH["olmo2"]), n_layer=4)
+    with pytest.raises(ValueError, match="olmo2 norms it afterwards; grow without a mask"):
+        mask_scales(plan, MaskSchedule(10).openness(0))

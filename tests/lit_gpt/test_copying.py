@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_gpt import copying
-from lit_gpt.copying import copy_range, link_or_copy
+from lit_gpt.copying import copy_range, link_or_copy, start_writeback
 
 CONTENT = bytes(range(256)) * 20
 
@@ -94,3 +94,14 @@ def test_where_a_file_cannot_have_a_second_name_it_is_copied(tmp_path, monkeypat
     assert announced == [len(CONTENT)]
     assert (tmp_path / "dst").read_bytes() == CONTENT and (tmp_path / "dst").stat().st_mode & 0o777 == 0o640
     assert not (tmp_path / "src").samefile(tmp_path / "dst")
+
+
+def test_advice_that_the_system_does_not_take_is_no_fault(tmp_path, monkeypatch):
+    with (tmp_path / "file").open("wb") as file:
+        file.write(CONTENT)
+        start_writeback(file.fileno(), 0, len(CONTENT))
+        monkeypatch.setattr(os, "posix_fadvise", refuse(errno.EINVAL), raising=False)
+        start_writeback(file.fileno(), 0, len(CONTENT))
+        monkeypatch.delattr(os, "posix_fadvise")
+        start_writeback(file.fileno(), 0, len(CONTENT))
+    assert (tmp_path / "file").read_bytes() == CONTENT

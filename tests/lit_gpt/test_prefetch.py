@@ -16,7 +16,7 @@ from lit_gpt.errors import DataError
 from lit_gpt.legacy_order import LegacyOrder
 from lit_gpt.packed_data import PackedData
 from lit_gpt.packed_dataset import read_header, write_token_file
-from lit_gpt.prefetch import Share, batches
+from lit_gpt.prefetch import Share, WaitInterrupted, batches
 from lit_gpt.token_source import TokenSource
 
 BLOCK_SIZE, GLOBAL_BATCH_SIZE, STEPS = 6, 32, 12
@@ -188,6 +188,20 @@ def test_an_error_of_the_thread_is_raised_where_the_batches_are_used(error):
                 next(stream)
             assert raised.value is error
     assert not read_ahead_threads()
+
+
+def test_a_wait_for_rows_that_do_not_come_can_be_given_up():
+    recorder, released = Recorder(), threading.Event()
+    recorder.locate = lambda positions: (released.wait(60), positions)
+    asked = iter([False, True])
+    sizes = {"global_batch_size": 8, "micro_batch_size": 8}
+    with batches(recorder, start=0, steps=9, **sizes, interrupted=lambda: next(asked)) as stream:
+        with pytest.raises(WaitInterrupted):
+            next(stream)
+        assert list(asked) == []
+    assert read_ahead_threads(), "closing did not wait for the rows either"
+    released.set()
+    wait_for(lambda: not read_ahead_threads())
 
 
 def test_a_damaged_file_is_reported_by_name(folder, tmp_path):

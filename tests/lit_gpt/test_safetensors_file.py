@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from lit_gpt.copying import Flusher
 from lit_gpt.errors import DataError
 from lit_gpt.lazy_tensors import TensorSpec
 from lit_gpt.safetensors_file import DTYPES, SafetensorsWriter, read_entries, read_tensor
@@ -34,7 +33,7 @@ def write(path: Path, content: Tensors, order: list[str]) -> int:
     """Write a new file in some order; returns what the writer says is its crc32."""
     path.unlink(missing_ok=True)
     specs = [(name, TensorSpec(tuple(tensor.shape), tensor.dtype)) for name, tensor in content.items()]
-    with Flusher() as flusher, SafetensorsWriter(path, specs, flusher) as writer:
+    with SafetensorsWriter(path, specs) as writer:
         for name in order:
             writer.write(name, content[name])
         return writer.finish()
@@ -79,11 +78,7 @@ def test_a_copied_tensor_is_that_of_the_other_file(tmp_path):
     _, entry = read_entries(tmp_path / "src")
     crc32 = zlib.crc32((tmp_path / "src").read_bytes()[entry.offset :])
 
-    with (
-        Flusher() as flusher,
-        SafetensorsWriter(tmp_path / "dst", specs, flusher) as writer,
-        (tmp_path / "src").open("rb") as source,
-    ):
+    with SafetensorsWriter(tmp_path / "dst", specs) as writer, (tmp_path / "src").open("rb") as source:
         for name in ("y", "x"):
             writer.copy(name, source.fileno(), entry.offset, crc32)
         assert writer.finish() == zlib.crc32((tmp_path / "dst").read_bytes())
@@ -92,10 +87,7 @@ def test_a_copied_tensor_is_that_of_the_other_file(tmp_path):
 
 
 def test_a_tensor_that_is_not_what_was_announced_or_is_forgotten_is_a_mistake_of_ours(tmp_path):
-    with (
-        Flusher() as flusher,
-        SafetensorsWriter(tmp_path / "f", [("a", TensorSpec((2,), torch.float32))], flusher) as f,
-    ):
+    with SafetensorsWriter(tmp_path / "f", [("a", TensorSpec((2,), torch.float32))]) as f:
         with pytest.raises(AssertionError, match="a is not what was announced"):
             f.write("a", torch.zeros(3))
         with pytest.raises(AssertionError, match="never written"):

@@ -15,7 +15,7 @@ from lit_gpt.errors import NonFiniteError
 from lit_gpt.legacy_order import LegacyOrder
 from lit_gpt.packed_dataset import write_token_file
 from lit_gpt.tokenizer import Tokenizer
-from pretrain.checkpointing import changed_settings
+from pretrain.changed_settings import changed_settings
 from pretrain.command_line import config_of, merge
 from pretrain.config import BatchConfig, DataConfig, to_plain
 from pretrain.world import World

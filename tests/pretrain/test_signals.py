@@ -1,4 +1,4 @@
-"""The first signal is remembered, the second one ends the process; afterwards signals mean what they meant before."""
+"""The first signal is remembered, an urgent second one ends the process; afterwards signals mean what they meant."""
 
 from __future__ import annotations
 
@@ -7,18 +7,47 @@ import signal
 
 import pytest
 
-from pretrain.signals import StopSignal
+from pretrain.signals import REQUEUE, StopRequested, StopSignal, marked
+from pretrain.world import ALONE, World
 
 
-def test_the_first_signal_is_remembered_and_the_second_exits_at_once(capsys):
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+    signal.sigtimedwait([], 0.001)  # gives the handler its turn
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
+def test_the_first_signal_is_remembered(first, capsys):
     with StopSignal() as stop:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.received == "SIGTERM"
-        with pytest.raises(SystemExit) as exit_:
-            os.kill(os.getpid(), signal.SIGINT)
-            signal.sigtimedwait([], 1)  # gives the handler its turn
-    assert exit_.value.code == 128 + signal.SIGINT
+        assert not stop.requested()
+        send(first)
+        assert stop.requested()
+    assert stop.received == signal.Signals(first).name
     assert "saving at the next step" in capsys.readouterr().err
+
+
+def test_a_second_urgent_signal_exits_at_once():
+    with StopSignal(env={}), pytest.raises(SystemExit) as exit_:
+        send(signal.SIGTERM)
+        send(signal.SIGINT)
+    assert exit_.value.code == 128 + signal.SIGINT
+
+
+def test_the_two_sigterms_of_slurm_at_the_time_limit_do_not_keep_a_run_from_saving():
+    with StopSignal(env={"SLURM_JOB_ID": "7"}) as stop:
+        send(signal.SIGTERM)
+        send(signal.SIGTERM)
+        assert stop.received == "SIGTERM"
+        send(signal.SIGINT)
+        with pytest.raises(SystemExit):
+            send(signal.SIGINT)
+
+
+def test_a_warning_may_come_twice_and_does_not_count_as_the_first_urgent_signal():
+    with StopSignal(env={}) as stop:
+        for number in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGUSR1):
+            send(number)
+        assert stop.received == "SIGUSR1"
 
 
 def test_handlers_are_put_back():
@@ -26,3 +55,38 @@ def test_handlers_are_put_back():
     with StopSignal():
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+ELASTIC = {"TORCHELASTIC_MAX_RESTARTS": "2"}
+
+
+@pytest.mark.parametrize(
+    ("world", "env", "looks_like_an_end", "leaves_a_file"),
+    [
+        (ALONE, {}, False, False),
+        (World(0, 1, 0, 1, "srun"), {}, False, False),
+        (World(0, 2, 0, 2, "srun"), {}, True, True),
+        (World(1, 2, 1, 2, "srun"), {}, True, False),
+        (World(0, 2, 0, 2, "torchrun"), {}, False, True),
+        (World(0, 2, 0, 2, "torchrun", attempt=1), ELASTIC, True, True),
+        (World(0, 2, 0, 2, "torchrun", attempt=2), ELASTIC, False, True),
+    ],
+)
+def test_a_stop_leaves_as_the_launcher_needs_it(tmp_path, world, env, looks_like_an_end, leaves_a_file):
+    def run():
+        with marked(tmp_path, world, env):
+            raise StopRequested("stopped")
+
+    if looks_like_an_end:
+        run()
+    else:
+        with pytest.raises(StopRequested):
+            run()
+    assert (tmp_path / REQUEUE).exists() == leaves_a_file
+
+
+def test_a_run_that_reaches_its_end_leaves_no_file_of_an_earlier_stop(tmp_path):
+    (tmp_path / REQUEUE).touch()
+    with marked(tmp_path, World(0, 2, 0, 2, "srun"), {}):
+        assert not (tmp_path / REQUEUE).exists()
+    assert not (tmp_path / REQUEUE).exists()

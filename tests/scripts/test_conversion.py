@@ -201,6 +201,21 @@ def test_weights_behind_a_mask_that_still_opens_are_not_converted(script, tmp_pa
     assert code == 3 and "still opening" in err and not (tmp_path / "out").exists()
 
 
+def test_the_tokenizer_of_a_run_goes_along_if_it_is_still_the_same(script, tmp_path):
+    config = toy_config(vocab_size=BYTES, padded_vocab_size=BYTES)
+    data, tokenizer = tmp_path / "data", Tokenizer.load("bytes")
+    data.mkdir()
+    tokenizer.save(data)
+    state = {"model_config": config.to_dict(), "run_config": {"data": {"train": str(data)}}, "history": []}
+    for name, digest in (("same", tokenizer.fingerprint), ("other", "0" * 64)):
+        write_training(tmp_path / name, toy_weights(config), {}, {**state, "tokenizer": {"sha256": digest}})
+        code, _, err = script("convert_lit_checkpoint", tmp_path / name, tmp_path / f"{name}-out", "--parity", "never")
+        assert code == 0, err
+
+    assert (tmp_path / "same-out" / "tokenizer_bytes.json").is_file()
+    assert not (tmp_path / "other-out" / "tokenizer_bytes.json").exists()
+
+
 def test_a_file_for_the_lineage_is_what_its_tools_load(script, tmp_path):
     source = training_form(tmp_path / "step")
 

@@ -1,0 +1,164 @@
+"""One process at a time trains in a run's folder, and run.lock says which."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO
+
+from lit_gpt.errors import DataError
+
+LOCK_FILE = "run.lock"
+BEAT_SECS = 10  # between two heartbeats: the lock file's time of change
+DEAD_SECS = 60  # without one, nobody is there any more
+TAKE_OVER = "--take-over"
+_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL})
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who holds a run's folder."""
+
+    host: str
+    pid: int
+    job: str | None
+    """The batch system's number of the job."""
+    since: float
+    """Seconds since 1970."""
+
+    @classmethod
+    def here(cls, env: Mapping[str, str] = os.environ) -> Owner:
+        return cls(socket.gethostname(), os.getpid(), env.get("SLURM_JOB_ID"), time.time())
+
+    def describe(self) -> str:
+        job = f" of job {self.job}" if self.job else ""
+        since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(self.since))
+        return f"process {self.pid}{job} on {self.host}, since {since}"
+
+
+@contextmanager
+def run_lock(folder: Path, *, take_over: bool = False) -> Iterator[None]:
+    """Hold a run's folder.
+
+    The system's own lock decides wherever it is seen; the process that holds it dies with it. Where it is not (several
+    network file systems keep it to one node, or have none), the heartbeat does: an owner on another node counts as
+    gone when its lock file has not changed for DEAD_SECS, or when it was this same job, which the batch system started
+    again. `take_over` is for a server that still keeps the lock of a node that is gone.
+
+    Raises:
+        DataError: somebody else holds it. OSError: the folder cannot be written.
+    """
+    path = folder / LOCK_FILE
+    if take_over and path.exists():
+        sys.stderr.write(f"warning: {TAKE_OVER}: {path} is taken from {_told(read_owner(path))}\n")
+        path.unlink()  # whoever holds the old file holds a file without a name
+    with path.open("a+") as file:
+        locked = _lock(file, path)
+        _refuse_living_owner(path, locked)
+        _write(file, json.dumps(asdict(Owner.here())))
+        try:
+            with _heartbeat(path):
+                yield
+        finally:
+            with suppress(OSError):  # a full disk, say; the heartbeat has stopped anyway
+                _write(file, "")
+
+
+def _lock(file: IO[str], path: Path) -> bool:
+    """Whether the system's lock could be taken; False where there are none."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError as error:
+        raise _refusal(path, "holds its lock") from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        sys.stderr.write(f"warning: {path.parent} is on a file system without locks; only {LOCK_FILE} guards the run\n")
+        return False
+
+
+def _refuse_living_owner(path: Path, locked: bool) -> None:
+    """With the lock in hand, an owner on this node is gone; one on another node may not have seen it taken."""
+    owner = read_owner(path)
+    if (
+        owner is None
+        or (owner.host == socket.gethostname() and locked)
+        or (owner.job and owner.job == Owner.here().job)
+    ):
+        return
+    silent_secs = silence(path)
+    if silent_secs <= DEAD_SECS:
+        raise _refusal(path, f"gave a sign of life {silent_secs:.0f} s ago")
+    sys.stderr.write(
+        f"warning: {path.parent} was held by {owner.describe()}, which gave its last sign of life "
+        f"{silent_secs:.0f} s ago; it counts as gone after {DEAD_SECS} s\n"
+    )
+
+
+def _refusal(path: Path, why: str) -> DataError:
+    return DataError(
+        f"another process trains in {path.parent} and {why}: {_told(read_owner(path))}; last sign of life "
+        f"{silence(path):.0f} s ago. Wait for it, stop it, or choose another out_dir. If you know that it is gone "
+        f"(its node died, say; it gives a sign of life every {BEAT_SECS} s): {TAKE_OVER}"
+    )
+
+
+def _told(owner: Owner | None) -> str:
+    return "an unknown process" if owner is None else owner.describe()
+
+
+def read_owner(path: Path) -> Owner | None:
+    """Who a lock file names; None if it names nobody that can be understood."""
+    try:
+        return Owner(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def silence(path: Path) -> float:
+    """Seconds since the last heartbeat, by the clock of the file system: nodes' clocks differ."""
+    probe = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    try:
+        probe.touch()
+        return max(0.0, probe.stat().st_mtime - path.stat().st_mtime)
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _write(file: IO[str], text: str) -> None:
+    file.seek(0)
+    file.truncate()
+    file.write(text)
+    file.flush()
+
+
+@contextmanager
+def _heartbeat(path: Path) -> Iterator[None]:
+    """Touch the lock file every BEAT_SECS: what holds the folder is alive, whether or not it makes progress."""
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(BEAT_SECS):
+            try:
+                os.utime(path)
+            except OSError:  # taken over, or a file system that is away for a while
+                continue
+
+    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

@@ -1,0 +1,237 @@
+"""`pretrain status RUN`: where a run stands and whether it is alive, from the files that it leaves. Reads no tensor."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import fcntl
+import json
+import re
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grow.curves import METRICS_FILE
+from lit_gpt.atomic import MANIFEST, directory_problems, read_manifest
+from lit_gpt.errors import EXIT_OK, DataError
+from pretrain.config import parse_token_count
+from pretrain.heartbeat import ENDED, read_heartbeat
+
+LOCK_FILE = "run.lock"
+STATE_FILE = "state.json"
+QUIET_SECS = 120.0  # no step of a model that fits its machine takes so long, nor does a batch of validation
+QUIET_STEPS = 10
+SAVING_SECS = 1800.0  # as long as the processes of a run wait for one another
+TAIL_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class LastCheckpoint:
+    """The newest one whose files are all there."""
+
+    path: str
+    step: int
+    age_secs: float
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who holds the run's lock."""
+
+    pid: int | None
+    host: str | None
+    job: str | None
+    """Number of the SLURM job."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """What is known of a run."""
+
+    run: str
+    state: str
+    """running, stuck, stopped or finished."""
+    step: int | None
+    planned_steps: int | None
+    """Of all stages; None before the first checkpoint."""
+    stage: int | None
+    stage_name: str | None
+    loss: float | None
+    tokens_per_sec: float | None
+    tokens: int | None
+    doing: str | None
+    """What the run was doing when it last said so."""
+    silent_secs: float | None
+    """How long ago that was."""
+    stuck_since: float | None
+    """Seconds since 1970; None unless it holds the lock and has been silent for too long."""
+    checkpoint: LastCheckpoint | None
+    owner: Owner | None
+    """None when nobody trains in the folder, as far as this machine can see."""
+    finished: bool
+
+
+def status_of(run: str | Path, now: float | None = None) -> Status:
+    """Where a run stands.
+
+    Raises:
+        FileNotFoundError: there is no such run.
+    """
+    folder, now = Path(run), time.time() if now is None else now
+    if not (folder / LOCK_FILE).is_file() and not (folder / "checkpoints").is_dir():
+        raise FileNotFoundError(f"{folder} holds no run; give the out_dir of one")
+    metrics, beat = _last_record(folder / METRICS_FILE), read_heartbeat(folder)
+    checkpoint, saved = _last_checkpoint(folder / "checkpoints", now)
+    finished = saved is not None and _is_finished(saved)
+    silent = None if beat is None else max(0.0, now - beat["time"])
+    is_quiet = silent is not None and silent > _patience(beat, metrics)
+    owner = _owner(folder / LOCK_FILE, beat) or (None if is_quiet else _owner_elsewhere(beat))
+    stuck = owner is not None and is_quiet
+    state = "finished" if finished and owner is None else "stuck" if stuck else "running" if owner else "stopped"
+    step = beat.get("step") if beat is not None and owner is not None else None
+    return Status(
+        run=str(run),
+        state=state,
+        step=step if step is not None else metrics.get("step", checkpoint.step if checkpoint else None),
+        planned_steps=None if saved is None else _planned_steps(saved),
+        stage=metrics.get("stage"),
+        stage_name=metrics.get("stage_name"),
+        loss=metrics.get("loss"),
+        tokens_per_sec=metrics.get("tokens_per_sec"),
+        tokens=metrics.get("tokens"),
+        doing=None if beat is None else beat["doing"],
+        silent_secs=silent,
+        stuck_since=beat["time"] if stuck and beat is not None else None,
+        checkpoint=checkpoint,
+        owner=owner,
+        finished=finished,
+    )
+
+
+def _patience(beat: Mapping[str, Any] | None, metrics: Mapping[str, Any]) -> float:
+    """Seconds of silence that are nothing unusual."""
+    if beat is not None and beat["doing"] in ("saving", "growing"):
+        return SAVING_SECS
+    steps, seconds = metrics.get("step"), metrics.get("seconds")
+    return max(QUIET_SECS, QUIET_STEPS * seconds / steps) if steps and seconds else QUIET_SECS
+
+
+def _last_record(path: Path) -> dict[str, Any]:
+    """The last whole line of a log; nothing where there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+            lines = file.read().splitlines()
+    except OSError:
+        return {}
+    for line in reversed(lines):
+        try:
+            return json.loads(line)
+        except ValueError:
+            continue
+    return {}
+
+
+def _last_checkpoint(folder: Path, now: float) -> tuple[LastCheckpoint | None, dict[str, Any] | None]:
+    """The newest one whose files have their sizes, and its state.json."""
+    numbered = []
+    for path in folder.glob("stage-*/step-*"):
+        if numbers := re.fullmatch(r"stage-(\d+)/step-(\d+)", f"{path.parent.name}/{path.name}"):
+            numbered.append((int(numbers[1]), int(numbers[2]), path))
+    for _, step, path in sorted(numbered, reverse=True):
+        try:
+            if not directory_problems(path, read_manifest(path), deep=False):
+                age = max(0.0, now - (path / MANIFEST).stat().st_mtime)
+                return LastCheckpoint(str(path), step, age), json.loads((path / STATE_FILE).read_bytes())
+        except (DataError, OSError, ValueError):
+            continue
+    return None, None
+
+
+def _steps(stage: Mapping[str, Any], saved: Mapping[str, Any]) -> int:
+    if stage.get("max_steps") is not None:
+        return stage["max_steps"]
+    tokens_per_step = saved["run_config"]["batch"]["global_batch_size"] * saved["model_config"]["block_size"]
+    return parse_token_count(stage["max_tokens"]) // tokens_per_step
+
+
+def _planned_steps(saved: Mapping[str, Any]) -> int:
+    return sum(_steps(stage, saved) for stage in saved["run_config"]["stages"])
+
+
+def _is_finished(saved: Mapping[str, Any]) -> bool:
+    stages = saved["run_config"]["stages"]
+    is_last = saved["stage"] == len(stages) and saved["stage_step"] >= _steps(stages[-1], saved)
+    return is_last and saved.get("validation_owed") is None
+
+
+def _owner(lock_file: Path, beat: Mapping[str, Any] | None) -> Owner | None:
+    """Who holds the lock: the file has the number of its process, the sign of life where that runs."""
+    try:
+        with lock_file.open("r") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                pid = lock.read().split()[:1]
+            else:
+                return None
+    except OSError:
+        return None
+    beat = beat or {}
+    known = int(pid[0]) if pid and pid[0].isdecimal() else None
+    return Owner(known, beat.get("host"), beat.get("job"))
+
+
+def _owner_elsewhere(beat: Mapping[str, Any] | None) -> Owner | None:
+    """Of a run on another machine, whose lock may not be seen here."""
+    if beat is None or beat["doing"] == ENDED or beat.get("host") == socket.gethostname():
+        return None
+    return Owner(beat.get("pid"), beat.get("host"), beat.get("job"))
+
+
+def describe(status: Status) -> list[str]:
+    """What the command prints."""
+    planned = "" if status.planned_steps is None else f" of {status.planned_steps:,}"
+    stage = "" if status.stage is None else f", stage {status.stage} ({status.stage_name})"
+    rows = [("step", f"{'none' if status.step is None else format(status.step, ',')}{planned}{stage}")]
+    if status.loss is not None:
+        rows.append(
+            ("loss", f"{status.loss:.4f}, {status.tokens_per_sec or 0:,.0f} tokens/s, {status.tokens:,} tokens")
+        )
+    last = status.checkpoint
+    rows.append(("checkpoint", "none" if last is None else f"{last.path}, {_duration(last.age_secs)} old"))
+    if status.owner is not None:
+        job = "" if status.owner.job is None else f", SLURM job {status.owner.job}"
+        rows.append(("held by", f"process {status.owner.pid} on {status.owner.host}{job}"))
+    if status.silent_secs is not None:
+        what = "silent for" if status.owner is not None else "last seen"
+        rows.append(("heartbeat", f"{status.doing}; {what} {_duration(status.silent_secs)}"))
+    if status.stuck_since is not None:
+        since = time.strftime("%F %T", time.localtime(status.stuck_since))
+        rows.append(("stuck since", f"{since}; see docs/cluster.md, Troubleshooting"))
+    return [f"{status.run}: {status.state}", *(f"  {name:<12}{value}" for name, value in rows)]
+
+
+def _duration(seconds: float) -> str:
+    """`4000` -> `1h06m`."""
+    minutes, secs = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{secs:02d}s" if minutes else f"{secs}s"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run what follows `pretrain status`; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="pretrain status", description="Where a run stands and whether it is alive.")
+    parser.add_argument("run", metavar="RUN", help="a run's folder")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    args = parser.parse_args(argv)
+    found = status_of(args.run)
+    if args.json:
+        sys.stdout.write(json.dumps(dataclasses.asdict(found), indent=2) + "\n")
+    else:
+        sys.stdout.write("\n".join(describe(found)) + "\n")
+    return EXIT_OK

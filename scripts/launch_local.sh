@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# One run on all GPUs of this machine, or on N processes of its CPU, by torchrun. Repeat the command to go on.
+#
+#   bash scripts/launch_local.sh --config FILE [--section.key value ...]
+#
+# Ctrl-C, SIGTERM and SIGUSR1 let the run save and end with 75, whatever time that takes; a second Ctrl-C or SIGTERM
+# ends it at once. Exit codes: 0 done, 75 stopped with a checkpoint saved, else torchrun's 1 (the message says why).
+#
+#   PROCESSES      how many (default: as many as there are GPUs, else 1)
+#   MAX_RESTARTS   how often all are started again from the last checkpoint when one dies (default 0)
+#   PYTHON         interpreter with lit-grow (default: .venv/bin/python of the checkout)
+set -euo pipefail
+
+die() {
+  printf 'error: %s\n' "$1" >&2
+  exit 2
+}
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=${PYTHON:-$root/.venv/bin/python}
+command -v "$python" >/dev/null || die "no $python; run bash scripts/demo.sh --smoke once to make .venv, or set PYTHON"
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+processes=${PROCESSES:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + processes - 1) / processes))}
+PRETRAIN_STOPPED=$(mktemp)
+export PRETRAIN_STOPPED # the first process says there that it stopped, which torchrun's exit code does not tell
+rm -f "$PRETRAIN_STOPPED"
+trap 'rm -f "$PRETRAIN_STOPPED"' EXIT
+
+# torchrun would pass a signal on and kill what has not ended 30 s later; and from a terminal all would hear it twice.
+# So it has a process group of its own, and the processes are asked to stop without it.
+agent='' asked=''
+# shellcheck disable=SC2317 # the traps call it
+ask() {
+  [ -n "$agent" ] || exit "$1"
+  if [ -n "$asked" ] && [ "$2" = urgent ]; then
+    kill -TERM "$agent" 2>/dev/null || true
+  elif ! pkill -USR1 -P "$agent" 2>/dev/null; then
+    kill -TERM "$agent" 2>/dev/null || true
+  fi
+  asked=yes
+}
+trap 'ask 130 urgent' INT
+trap 'ask 143 urgent' TERM
+trap 'ask 138 warning' USR1
+
+set -m
+"$python" -m torch.distributed.run --nnodes=1 --nproc-per-node="$processes" --max-restarts="${MAX_RESTARTS:-0}" \
+  --rdzv-backend=c10d --rdzv-endpoint=localhost:0 -m pretrain "$@" &
+agent=$!
+set +m
+status=0
+wait "$agent" || status=$?
+while kill -0 "$agent" 2>/dev/null; do # a signal ends `wait`, not what is waited for
+  status=0
+  wait "$agent" || status=$?
+done
+if [ -e "$PRETRAIN_STOPPED" ]; then exit 75; fi
+exit "$status"

@@ -1,0 +1,94 @@
+"""Who may train in a run's folder."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from dataclasses import asdict, replace
+
+import pytest
+
+from lit_gpt.errors import DataError
+from pretrain import run_lock as module
+from pretrain.run_lock import DEAD_SECS, LOCK_FILE, Owner, read_owner, run_lock
+
+ELSEWHERE = Owner(host="node7", pid=123, job="4711", since=1.7e9)
+
+
+def leave(folder, owner=ELSEWHERE, silent_secs=0.0):
+    """What an owner leaves behind that ended without a word."""
+    path = folder / LOCK_FILE
+    path.write_text(json.dumps(asdict(owner)))
+    os.utime(path, (time.time() - silent_secs,) * 2)
+    return path
+
+
+def test_the_lock_names_its_owner_and_a_clean_end_names_nobody(tmp_path):
+    with run_lock(tmp_path):
+        assert read_owner(tmp_path / LOCK_FILE).pid == os.getpid()
+    assert read_owner(tmp_path / LOCK_FILE) is None
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK_FILE]
+
+
+def test_a_second_owner_is_refused_and_told_who_the_first_is(tmp_path):
+    path = leave(tmp_path)
+    with path.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match="process 123 of job 4711 on node7, since 2023-11-14.*--take-over"):
+            run_lock(tmp_path).__enter__()
+        assert read_owner(path) == ELSEWHERE
+
+
+def test_an_owner_of_this_node_that_was_killed_holds_nothing(tmp_path):
+    leave(tmp_path, Owner.here())
+    with run_lock(tmp_path):
+        pass
+
+
+def test_a_lock_that_is_not_seen_on_this_node_counts_as_long_as_its_heart_beats(tmp_path, capsys):
+    leave(tmp_path)
+    with pytest.raises(DataError, match="gave a sign of life 0 s ago"):
+        run_lock(tmp_path).__enter__()
+    leave(tmp_path, silent_secs=DEAD_SECS + 1)
+    with run_lock(tmp_path):
+        assert "counts as gone after 60 s" in capsys.readouterr().err
+
+
+def test_a_job_that_was_requeued_onto_another_node_need_not_wait(tmp_path, monkeypatch):
+    leave(tmp_path)
+    monkeypatch.setattr(module.Owner, "here", lambda: replace(ELSEWHERE, host="node8"))
+    with run_lock(tmp_path):
+        assert read_owner(tmp_path / LOCK_FILE).host == "node8"
+
+
+def test_a_lock_that_a_server_keeps_for_a_dead_node_can_be_taken_over(tmp_path, capsys):
+    with leave(tmp_path).open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with run_lock(tmp_path, take_over=True), pytest.raises(DataError):
+            run_lock(tmp_path).__enter__()
+    assert "is taken from process 123" in capsys.readouterr().err
+
+
+def test_the_heart_beats_while_the_folder_is_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "BEAT_SECS", 0.01)
+    with run_lock(tmp_path):
+        path = tmp_path / LOCK_FILE
+        os.utime(path, (0, 0))
+        deadline = time.monotonic() + 60
+        while path.stat().st_mtime == 0:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_a_file_system_without_locks_is_told_of_and_the_heartbeat_guards_alone(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(module.errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(module.fcntl, "flock", refuse)
+    with run_lock(tmp_path):
+        assert "without locks" in capsys.readouterr().err
+    leave(tmp_path)
+    with pytest.raises(DataError, match="node7"):
+        run_lock(tmp_path).__enter__()

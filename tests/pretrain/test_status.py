@@ -1,0 +1,136 @@
+"""`pretrain status` and `pretrain validate`: what a run's files tell, and what they must not claim."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pretrain.heartbeat import EVERY_SECS, HEARTBEAT_FILE, Heartbeat, read_heartbeat
+from pretrain.status import QUIET_SECS, SAVING_SECS, describe, status_of
+from pretrain.validate_command import main as validate_main
+from tests.pretrain.runs import records
+
+
+@pytest.fixture
+def copied(finished_run, tmp_path) -> Path:
+    """A finished run that may be changed."""
+    return Path(shutil.copytree(finished_run, tmp_path / "run"))
+
+
+@pytest.fixture
+def held(copied):
+    """Such a run without its last checkpoint, and somebody who holds its lock."""
+    shutil.rmtree(copied / "checkpoints" / "stage-02" / "step-0000000014")
+    with (copied / "run.lock").open("r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.truncate(0)
+        lock.write("4711\n")
+        lock.flush()
+        yield copied
+
+
+def test_a_finished_run_says_so(copied, monkeypatch, capsys):
+    from pretrain.__main__ import main
+
+    monkeypatch.setattr("sys.argv", ["pretrain", "status", str(copied), "--json"])
+    assert main() == 0
+    found = json.loads(capsys.readouterr().out)
+    last = records(copied)[-1]
+    assert (found["state"], found["finished"], found["owner"]) == ("finished", True, None)
+    assert (found["step"], found["planned_steps"], found["stage_name"]) == (14, 14, "grown")
+    assert (found["loss"], found["tokens"]) == (last["loss"], last["tokens"])
+    assert found["tokens_per_sec"] > 0
+    assert found["checkpoint"]["path"].endswith("step-0000000014") and found["checkpoint"]["age_secs"] >= 0
+
+
+def test_a_run_that_ended_early_is_stopped(copied):
+    shutil.rmtree(copied / "checkpoints" / "stage-02" / "step-0000000014")
+    found = status_of(copied)
+    assert (found.state, found.finished, found.checkpoint.step) == ("stopped", False, 12)
+
+
+def test_a_checkpoint_that_lacks_a_file_is_not_the_last_one(copied):
+    last = copied / "checkpoints" / "stage-02" / "step-0000000014"
+    next(path for path in last.iterdir() if path.name != "MANIFEST.json").unlink()
+    assert status_of(copied).checkpoint.step == 12
+
+
+def test_who_holds_the_lock_trains(held):
+    Heartbeat(held, clock=lambda: 1000.0, env={"SLURM_JOB_ID": "77"}).beat("training", step=13)
+    found = status_of(held, now=1002.0)
+    assert (found.state, found.step, found.doing, found.silent_secs) == ("running", 13, "training", 2.0)
+    assert (found.owner.pid, found.owner.job) == (4711, "77")
+    assert found.stuck_since is None
+    assert any("SLURM job 77" in line for line in describe(found))
+
+
+@pytest.mark.parametrize(("doing", "patience"), [("training", QUIET_SECS), ("saving", SAVING_SECS)])
+def test_silence_is_stuck_after_a_time_that_depends_on_what_it_does(held, doing, patience):
+    Heartbeat(held, clock=lambda: 1000.0).beat(doing, step=13)
+    assert status_of(held, now=1000.0 + patience).state == "running"
+    found = status_of(held, now=1000.0 + patience + 1)
+    assert (found.state, found.stuck_since) == ("stuck", 1000.0)
+    assert any("stuck since" in line for line in describe(found))
+
+
+def test_slow_steps_are_waited_for(held):
+    lines = (held / "metrics.jsonl").read_text().splitlines()
+    last = json.loads(lines[-1]) | {"seconds": 14 * 100.0}  # 100 s a step
+    (held / "metrics.jsonl").write_text(json.dumps(last) + "\n" + lines[-1][:20])
+    Heartbeat(held, clock=lambda: 1000.0).beat("training", step=13)
+    assert status_of(held, now=1900.0).state == "running"
+    assert status_of(held, now=2100.0).state == "stuck"
+
+
+def test_a_run_on_another_machine_whose_lock_is_not_seen_lives_as_long_as_it_says_so(copied):
+    shutil.rmtree(copied / "checkpoints" / "stage-02" / "step-0000000014")
+    beat = {"time": 1000.0, "doing": "training", "step": 13, "host": "node-7", "pid": 5, "job": None}
+    (copied / HEARTBEAT_FILE).write_text(json.dumps(beat))
+    assert (status_of(copied, now=1100.0).state, status_of(copied, now=1100.0).owner.host) == ("running", "node-7")
+    assert status_of(copied, now=1200.0).state == "stopped"
+    (copied / HEARTBEAT_FILE).write_text(json.dumps(beat | {"doing": "ended"}))
+    assert status_of(copied, now=1001.0).state == "stopped"
+
+
+def test_a_folder_without_a_run_is_an_error(tmp_path, monkeypatch, capsys):
+    from pretrain.__main__ import main
+
+    monkeypatch.setattr("sys.argv", ["pretrain", "status", str(tmp_path)])
+    assert main() == 3
+    assert "holds no run" in capsys.readouterr().err
+
+
+def test_a_heartbeat_is_rewritten_when_it_says_something_else_or_after_some_seconds(tmp_path):
+    now = 0.0
+    heart = Heartbeat(tmp_path, clock=lambda: now)
+    heart.beat("training", step=1)
+    now = EVERY_SECS / 2
+    heart.beat("training", step=2)
+    assert read_heartbeat(tmp_path)["step"] == 1
+    heart.beat("saving", step=2)
+    assert read_heartbeat(tmp_path)["doing"] == "saving"
+    now *= 4
+    heart.beat("saving", step=3)
+    assert read_heartbeat(tmp_path)["step"] == 3
+    assert [path.name for path in tmp_path.iterdir()] == [HEARTBEAT_FILE]
+
+
+def test_a_heartbeat_that_cannot_be_written_stops_nothing(tmp_path):
+    Heartbeat(tmp_path / "nowhere").beat("training", step=1)
+    assert read_heartbeat(tmp_path / "nowhere") is None
+
+
+def test_what_is_measured_again_is_what_the_run_measured_at_its_end(finished_run, capsys):
+    assert validate_main([str(finished_run), "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["sets"]
+    end = {r["metric"]: r["value"] for r in records(finished_run, "evals.jsonl") if r["when"] == "end"}
+    assert (found["loss"], found["bpb"], found["step"]) == (end["loss"], end["bpb"], 14)
+
+
+def test_settings_of_the_run_may_be_replaced(finished_run, capsys):
+    assert validate_main([str(finished_run), "--validation.max-tokens", "32"]) == 0
+    assert "32 tokens of the set's start, step 14" in capsys.readouterr().out
