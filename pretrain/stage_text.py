@@ -45,8 +45,9 @@ def describe_rate(stage: Stage) -> str:
     schedule, optimizer = stage.schedule, stage.optimizer
     rates = f"learning rate {optimizer.learning_rate:g}, {schedule.kind} to {optimizer.min_learning_rate:g}"
     if schedule.kind == "wsd":
-        fall = f"falls to {optimizer.min_learning_rate:g} over the last {schedule.decay_steps:,} steps"
-        rates = f"learning rate {optimizer.learning_rate:g}, wsd: {fall if schedule.decay_steps else 'constant'}"
+        share = f"over the last {schedule.decay_steps:,} of {stage.schedule_steps:,} steps"
+        fall = f"falls to {optimizer.min_learning_rate:g} {share}" if schedule.decay_steps else "constant"
+        rates = f"learning rate {optimizer.learning_rate:g}, wsd: {fall}"
     if stage.schedule_start:
         rises = f", rises again over {stage.rewarmup_steps:,} steps" if stage.rewarmup_steps else ""
         return f"{rates}; continues the schedule at step {stage.schedule_start:,} of {stage.schedule_steps:,}{rises}"

@@ -70,7 +70,18 @@ def test_parameters_that_would_not_train_are_named():
 
     dead = ("norm_1", "attn.attn", "norm_2", "mlp.swiglu.w1", "mlp.swiglu.w2")
     assert found.zero_gradient == [f"transformer.h.2.{name}.weight" for name in dead]
+    assert found.waiting == found.zero_gradient
     assert all(parameter.grad is None for parameter in dst.parameters())
+
+
+def test_parameters_of_a_layer_that_can_never_train_do_not_wait():
+    """Zero norms, as staged training had them, leave the output projections without a gradient too."""
+    model = toy_model(toy_config())
+    with torch.no_grad():
+        for name in ("norm_1.weight", "attn.proj.weight"):
+            model.get_parameter(f"transformer.h.1.{name}").zero_()
+    found = compare(model, model, toy_tokens(model.config))
+    assert "transformer.h.1.attn.attn.weight" in found.zero_gradient and found.waiting == []
 
 
 def test_models_of_two_vocabularies_cannot_be_compared():

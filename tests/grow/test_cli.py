@@ -18,7 +18,7 @@ from grow.layer_map import draw_layer_map
 from grow.operators import plan_growth
 from grow.plan import Reference
 from grow.registry import OPERATORS
-from lit_gpt.checkpoint import read_weights, write_exchange, write_training
+from lit_gpt.checkpoint import read_exchange, read_weights, write_exchange, write_training
 from lit_gpt.flops import count_parameters
 from lit_gpt.packed_dataset import write_token_file
 from tests.toys import toy_config, toy_weights
@@ -376,3 +376,86 @@ def test_check_measures_the_gap_and_names_what_would_not_train(capsys, model_fol
     assert same["max_abs_logit_gap"] == 0 and same["zero_gradient"] == []
     assert grown["max_abs_logit_gap"] > 0.1 and grown["n_tokens"] == 32
     assert "largest logit gap" in out and "without gradient    0 tensors" in out
+
+
+def test_check_says_whether_the_history_promises_the_function(capsys, model_folder, tmp_path):
+    for operator in ("stack", "llama-pro", "split-width"):
+        grow(capsys, "apply", model_folder, tmp_path / operator, "--operator", operator, "--factor", 2)
+    verdicts = {
+        path.name: grow_json(capsys, "check", model_folder, path)["verdict"]
+        for path in (tmp_path / "stack", tmp_path / "llama-pro", tmp_path / "split-width", model_folder)
+    }
+
+    assert verdicts["stack"].startswith("not kept, and not expected to be: stack keeps the weights")
+    assert verdicts["llama-pro"].startswith("kept, to the bit, as expected: llama-pro keeps the function")
+    assert verdicts["split-width"].startswith("kept, up to rounding, as expected: ")
+    assert "does not name SRC as a parent" in verdicts["model"]
+    assert "(after the first step)" in grow(capsys, "check", model_folder, tmp_path / "llama-pro")[1]
+
+
+def test_check_says_it_when_a_promise_is_broken(capsys, model_folder, tmp_path):
+    grow(capsys, "apply", model_folder, tmp_path / "grown", "--operator", "llama-pro", "--factor", 2)
+    found = read_exchange(tmp_path / "grown")
+    weights = {**dict(found.weights), "lm_head.weight": found.weights["lm_head.weight"] + 1}
+    write_exchange(tmp_path / "changed", found.config, weights, provenance=found.provenance)
+
+    assert "NOT KEPT, although llama-pro" in grow(capsys, "check", model_folder, tmp_path / "changed")[1]
+
+
+def test_check_compares_weights_that_are_no_numbers_only_when_allowed(capsys, tmp_path):
+    config = toy_config(vocab_size=20)
+    weights = {**toy_weights(config), "transformer.ln_f.weight": torch.full((16,), float("nan"))}
+    write_exchange(tmp_path / "model", config, weights)
+
+    assert grow(capsys, "check", tmp_path / "model", tmp_path / "model")[0] == 3
+    code, out, _ = grow(capsys, "check", tmp_path / "model", tmp_path / "model", "--allow-nonfinite")
+    assert code == 0 and "largest logit gap   nan" in out
+
+
+def test_a_policy_that_needs_moments_is_refused_before_a_plan_is_shown(capsys, model_folder, tmp_path):
+    arguments = ("apply", model_folder, tmp_path / "grown", "--operator", "stack", "--factor", 2, "--dry-run")
+    code, out, err = grow(capsys, *arguments, "--optimizer-policy", "map")
+    assert (code, out) == (2, "") and "needs moments, and the source has none" in err
+
+
+def test_growth_that_changes_nothing_says_that_it_copies(capsys, model_folder, tmp_path):
+    arguments = ("apply", model_folder, tmp_path / "grown", "--operator", "stack", "--dry-run", "--factor")
+    assert "nothing grows: what is written is a copy" in grow(capsys, *arguments, 1)[1]
+    assert "nothing grows" not in grow(capsys, *arguments, 2)[1]
+
+
+def test_what_is_kept_of_a_model_whose_layers_are_all_new_is_said(capsys, model_folder, tmp_path):
+    arguments = ("apply", model_folder, tmp_path / "grown", "--dry-run", "--n-layer", 4, "--operator")
+    assert "embedding, final norm and head alone" in grow(capsys, *arguments, "zero-layer")[1]
+    assert "nothing, for every weight is new" in grow(capsys, *arguments, "distill")[1]
+    assert grow_json(capsys, *arguments, "distill")["preserves"] is False
+
+
+def test_the_checkpoints_of_a_run_are_no_place_for_others(capsys, run_folder, model_folder, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    for place in ("stage-02/step-0000000001", "grown"):
+        dst = run_folder / "checkpoints" / place
+        code, _, err = grow(capsys, "apply", model_folder, dst, "--operator", "stack", "--factor", 2)
+        assert code == 2 and "lies among the checkpoints of the run" in err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_growth_that_fails_leaves_no_folders_behind(capsys, tmp_path):
+    config = toy_config(vocab_size=20)
+    weights = {**toy_weights(config), "transformer.ln_f.weight": torch.full((16,), float("nan"))}
+    write_exchange(tmp_path / "model", config, weights)
+    code, _, _ = grow(capsys, "apply", tmp_path / "model", tmp_path / "a/b/c", "--operator", "stack", "--factor", 2)
+    assert code == 3 and sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_a_folder_of_token_files_is_not_taken_for_a_checkpoint(capsys, tmp_path):
+    write_token_file(tmp_path / "train_000000.bin", np.arange(200) % 20, np.dtype("u2"))
+    (tmp_path / "manifest.json").write_text("{}")
+    code, _, err = grow(capsys, "inspect", tmp_path)
+    assert code == 3 and "is a folder of token files" in err and "pickle" not in err
+
+
+def test_operators_for_both_axes_take_a_factor_of_the_width(capsys, model_folder, tmp_path):
+    arguments = ("apply", model_folder, tmp_path / "grown", "--dry-run", "--factor", 2, "--n-layer", 3, "--operator")
+    for operator in ("lemon", "fpi", "aki", "aki-pro", "distill", "learn-width"):
+        assert "2 -> 3 layers, n_embd 16 -> 32" in grow(capsys, *arguments, operator)[1]

@@ -12,6 +12,7 @@ import torch
 from grow.__main__ import main
 from grow.apply import grow_checkpoint, grow_optimizer, grow_weights, make_weights
 from grow.check import compare, load_model
+from grow.learned import LearnedGrowth
 from grow.operators import function_of, needs_data, plan_growth
 from grow.plan import GrowthPlan
 from grow.samples import check_tokenizer, open_samples
@@ -20,6 +21,7 @@ from lit_gpt.checkpoint import read_exchange, read_training, read_weights, write
 from lit_gpt.config import Config
 from lit_gpt.errors import DataError
 from lit_gpt.flops import flops_per_token
+from lit_gpt.model import GPT
 from lit_gpt.packed_dataset import write_token_file
 from tests.toys import toy_config, toy_tokens, toy_weights
 
@@ -302,3 +304,22 @@ def test_a_plan_stored_before_operators_read_data_is_still_read():
     values = plan_growth("stack", toy_config(), factor=2).to_dict()
     del values["data"]
     assert GrowthPlan.from_dict(values).data == {} and isinstance(GrowthPlan.from_dict(values).dst, Config)
+
+
+def test_the_loss_before_and_after_learning_is_that_of_one_batch_that_it_did_not_learn_from(tmp_path):
+    config = toy_config()
+    write_token_file(tmp_path / "tokens.bin", np.arange(400) % 19, np.dtype("u2"))
+    samples = open_samples(tmp_path / "tokens.bin", config)
+    weights = toy_weights(config)
+    plan = plan_growth("learn-depth", config, n_layer=3, learn_steps=2, batch_size=2)
+    held = samples.batch(4, 2)
+
+    made = make_weights(plan, weights, samples=samples)
+
+    grown = GPT(plan.dst)
+    grown.load_state_dict(dict(made.weights))
+    with torch.no_grad():
+        before = LearnedGrowth(plan, weights)(held[:, :-1], held[:, 1:]).item()
+        after = grown(held[:, :-1], held[:, 1:]).item()
+    assert made.plan.data["first_loss"] == pytest.approx(before, rel=1e-5)
+    assert made.plan.data["last_loss"] == pytest.approx(after, rel=1e-5)

@@ -685,3 +685,16 @@ def test_bits_per_byte_of_training_and_of_held_out_text_do_not_stand_in_one_colu
     held_out, estimate = {"bpb": 2.0, "bpb_of": "validation"}, {"bpb": 1.5, "bpb_of": "training"}
     assert _of_one_kind([held_out, estimate]) == [held_out, {"bpb": None, "bpb_of": None}]
     assert _of_one_kind([estimate, estimate]) == [estimate, estimate]
+
+
+def test_a_report_without_a_speed_up_shows_no_number_for_it(tmp_path, capsys):
+    report_on(scratch_run(tmp_path / "scratch").write(), out=tmp_path / "out")
+    printed, page = capsys.readouterr().out, (tmp_path / "out" / "report.html").read_text()
+    assert "There is no speed-up to report." in printed
+    assert "\u2013 speed-up" not in printed and '<p class="number">' not in page
+
+
+def test_models_of_several_sizes_are_not_called_one_size(tmp_path, demo):
+    assert "one size (" in demo[0]["claim"]
+    alone = facts_on(stacked_run(tmp_path / "stacked").write())
+    assert "sizes of " in alone["claim"] and "one size" not in alone["claim"]

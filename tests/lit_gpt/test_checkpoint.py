@@ -38,6 +38,7 @@ from lit_gpt.checkpoint import (
 )
 from lit_gpt.config import Config
 from lit_gpt.errors import DataError
+from lit_gpt.problems import raise_problems
 
 CONFIG = Config(n_layer=2, n_head=2, n_embd=8, intermediate_size=12, vocab_size=40, block_size=16)
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -190,6 +191,38 @@ def test_an_error_while_writing_leaves_nothing(tmp_path):
         raise KeyError
 
     assert contents(tmp_path) == set()
+
+
+def test_an_error_while_writing_leaves_no_parents_either_but_those_in_use(tmp_path):
+    with pytest.raises(KeyError), atomic_directory(tmp_path / "a" / "b" / "new"):
+        raise KeyError
+    assert contents(tmp_path) == set()
+
+    with pytest.raises(KeyError), atomic_directory(tmp_path / "a" / "b" / "new"):
+        (tmp_path / "a" / "theirs").mkdir()
+        raise KeyError
+    assert contents(tmp_path / "a") == {"theirs"}
+
+
+def test_a_folder_that_cannot_be_written_is_named_and_not_the_temporary_in_it(tmp_path, monkeypatch):
+    mkdir = Path.mkdir
+
+    def refuse(path: Path, *arguments, **options) -> None:
+        if path.name.startswith("."):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        mkdir(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(PermissionError) as failure, atomic_directory(tmp_path / "new"):
+        pass
+    assert failure.value.filename == str(tmp_path)
+
+
+def test_a_way_out_is_said_once():
+    for problem in ("it is damaged", "it is damaged; use an earlier checkpoint"):
+        with pytest.raises(DataError) as failure:
+            raise_problems([problem], "use an earlier checkpoint, or write it again")
+        assert str(failure.value) == "it is damaged; use an earlier checkpoint, or write it again"
 
 
 def test_an_existing_directory_is_kept_unless_it_may_be_replaced(tmp_path):

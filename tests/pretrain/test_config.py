@@ -211,3 +211,8 @@ def test_segments_and_skips_may_be_given_as_flags(config_file):
 )
 def test_a_source_without_a_name_has_that_of_its_path(path, name):
     assert list(DataConfig(path).train_paths()) == [name]
+
+
+def test_an_unknown_key_of_a_stage_is_named_in_a_flag_too(config_file):
+    with pytest.raises(ValueError, match="stage 1: unknown key 'max_step'; did you mean 'max_steps'.*--stages.help"):
+        parse([*config_file(), "--stages", "[{name: a, max_step: 1}]"])

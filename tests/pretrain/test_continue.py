@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -15,12 +16,15 @@ import yaml
 
 from grow.apply import grow_checkpoint
 from grow.operators import plan_growth
+from grow.samples import open_samples
 from lit_gpt.checkpoint import latest, read_config, read_exchange, read_training, write_exchange
+from lit_gpt.flops import Flops, flops_per_token
 from lit_gpt.packed_dataset import write_token_file
 from pretrain.command_line import merge
-from pretrain.run import inherit_history
+from pretrain.origin import inherit_history
 from pretrain.state import TrainState
 from tests.pretrain.conftest import write_prepared
+from tests.toys import toy_config, toy_weights
 
 BATCH = 4
 """Sequences per step of the runs here."""
@@ -351,3 +355,73 @@ def test_a_run_from_an_exchange_form_is_charged_what_was_trained_since_its_last_
     state = TrainState()
     inherit_history(state, {"tokens": 9, "flops_total": 90.0, "history": history})
     assert (state.parent_flops.paper, state.parent_tokens) == (90.0, 9)
+
+
+COST = {"tokens": 9, "flops_total": 90.0, "flops_model": 70.0, "flops_palm": 80.0}
+
+
+def test_a_run_from_an_exchange_form_takes_over_all_three_counts_of_flops():
+    state = TrainState()
+    assert inherit_history(state, {**COST, "history": []}) == []
+    assert dataclasses.astuple(state.parent_flops) == (90.0, 70.0, 80.0)
+
+
+def test_a_count_of_flops_that_the_checkpoint_does_not_tell_is_said():
+    state = TrainState()
+    (line,) = inherit_history(state, {"tokens": 9, "flops_total": 90.0, "history": []})
+    assert line.startswith("warning: ") and "flops_model" in line and "90 FLOPs" in line
+    assert dataclasses.astuple(state.parent_flops) == (90.0, 0, 0)
+
+
+def test_the_cost_of_a_growth_is_added_in_all_three_conventions(tmp_path):
+    """Growth from data costs FLOPs; a parent in exchange form may know what lies behind it, or nothing at all."""
+    config = toy_config()
+    samples = open_samples(write_tokens(tmp_path), config)
+    plan = plan_growth("learn-depth", config, n_layer=3, learn_steps=2, batch_size=2)
+    spent = flops_per_token(plan.dst).times(2 * 2 * config.block_size)
+    for name, cost in (("known", COST), ("foreign", {})):
+        write_exchange(tmp_path / name, config, toy_weights(config), provenance=cost)
+        grow_checkpoint(tmp_path / name, tmp_path / f"{name}-grown", plan, samples=samples)
+        state, behind = TrainState(), Flops(*list(cost.values())[1:])
+
+        assert inherit_history(state, read_exchange(tmp_path / f"{name}-grown").provenance) == []
+
+        assert dataclasses.astuple(state.parent_flops) == pytest.approx(dataclasses.astuple(behind + spent))
+
+
+def write_tokens(folder: Path) -> Path:
+    write_token_file(folder / "tokens.bin", np.arange(400) % 19, np.dtype("u2"))
+    return folder / "tokens.bin"
+
+
+def test_a_runs_folder_means_its_latest_checkpoint_and_its_sizes_can_be_taken_over(base, pretrain, tmp_path):
+    assert pretrain(base).returncode == 0
+    run = next_run(base, tmp_path, Path(base["out_dir"]), n_layer=1, model={"name": "init_from"})
+
+    result = pretrain(run)
+
+    assert result.returncode == 0 and f"weights from {checkpoint(base)}, " in result.stdout
+
+
+def test_a_teacher_may_be_a_runs_folder(base, pretrain, tmp_path):
+    assert pretrain(base).returncode == 0
+    stage = {"name": "pupil", "n_layer": 1, "max_steps": 2, "distill_weight": 0.5, "teacher": base["out_dir"]}
+
+    result = pretrain({**base, "out_dir": str(tmp_path / "pupil"), "stages": [stage]})
+
+    assert result.returncode == 0, result.stderr
+    assert f"teacher: {checkpoint(base)}, weight 0.5 of the loss for 2 steps" in result.stdout
+
+
+@pytest.mark.parametrize(("trainable", "said"), [("auto", True), ("new", False), ("all", False)])
+def test_a_run_that_trains_more_than_the_paper_of_its_growth_says_so(base, pretrain, tmp_path, trainable, said):
+    assert pretrain(base).returncode == 0
+    plan = plan_growth("llama-pro", read_config(checkpoint(base)), n_layer=2)
+    grow_checkpoint(checkpoint(base), tmp_path / "grown-checkpoint", plan)
+    run = next_run(base, tmp_path, tmp_path / "grown-checkpoint", n_layer=2)
+    run["stages"][0]["trainable"] = trainable
+
+    result = pretrain(run, "--dry-run")
+
+    assert result.returncode == 0, result.stderr
+    assert ("grown by llama-pro" in result.stdout and "trainable: new" in result.stdout) is said

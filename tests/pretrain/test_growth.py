@@ -315,7 +315,7 @@ def test_block_expansion_between_runs_trains_the_new_layers_alone(finish, tmp_pa
         ),
         ({"operator": "ligo", "distill_weight": 1, "distill_steps": 100, "max_steps": 200}, "distill_steps=100 has no"),
         ({"operator": "stack", "teacher": "x"}, "no effect without distill_weight"),
-        ({"operator": "split-width"}, "split-width takes .*, and not n_layer"),
+        ({"operator": "split-width"}, "split-width grows width only, but n_layer goes 2 -> 8"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -337,7 +337,7 @@ def test_what_a_stage_will_cost_is_the_sum_over_its_steps(first_step):
 def test_a_first_stage_has_nothing_new_to_train_and_no_teacher_of_its_own():
     with pytest.raises(ValueError, match="trainable='new' needs a growth"):
         plan_stages(run_config(StageConfig("base", max_steps=1, trainable="new")), MODEL)
-    with pytest.raises(ValueError, match="needs a teacher: give the path"):
+    with pytest.raises(ValueError, match="give teacher: PATH"):
         plan_stages(run_config(StageConfig("base", max_steps=1, distill_weight=0.5)), MODEL)
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from grow.apply import grow_checkpoint
+from grow.operators import plan_growth
 from lit_gpt import conversion
 from lit_gpt.axes import HEAD, parameter_shapes
 from lit_gpt.checkpoint import TRAINING, detect_form, read_config, read_exchange, read_weights, verify, write_training
@@ -170,6 +172,26 @@ def test_what_training_cost_goes_along_parents_included(script, tmp_path):
     assert script("convert_lit_checkpoint", source, tmp_path / "out")[0] == 0
     provenance = read_exchange(tmp_path / "out").provenance
     assert (provenance["tokens"], provenance["flops_total"]) == (15, 7.0)
+    assert (provenance["flops_model"], provenance["flops_palm"]) == (5.0, 6.0)
+
+
+def test_the_growth_history_of_a_training_checkpoint_goes_along(script, tmp_path):
+    flops = {"paper": 6.0, "model": 4.0, "palm": 5.0}
+    state = {
+        "format": 1,
+        "model_config": CONFIG.to_dict(),
+        "step_count": 7,
+        "tokens": 10,
+        "flops": flops,
+        "history": [],
+    }
+    write_training(tmp_path / "small", toy_weights(CONFIG), {}, state)
+    grow_checkpoint(tmp_path / "small", tmp_path / "grown", plan_growth("stack", CONFIG, factor=2))
+
+    assert script("convert_lit_checkpoint", tmp_path / "grown", tmp_path / "out")[0] == 0
+
+    (record,) = read_exchange(tmp_path / "out").provenance["history"]
+    assert (record["operator"], record["tokens"], record["flops_total"]) == ("stack", 10, 6.0)
 
 
 def test_weights_behind_a_mask_that_still_opens_are_not_converted(script, tmp_path):

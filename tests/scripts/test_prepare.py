@@ -394,6 +394,22 @@ def test_a_corpus_too_small_for_a_tokenizer_is_refused_and_the_folder_stays_free
     assert load_manifest(tmp_path / "out")["tokenizer"]["kind"] == "bytes"
 
 
+@pytest.mark.parametrize(
+    ("vocab_size", "said"), [(50, r"take (\d+), the smallest"), (4096, r"pieces for (\d+), the largest")]
+)
+def test_a_vocabulary_that_does_not_suit_the_corpus_names_the_size_that_does_and_leaves_no_plan(
+    run, tmp_path, vocab_size, said
+):
+    (tmp_path / "a.txt").write_text("a b c quick brown fox " * 20)
+    options = ("--input", tmp_path / "a.txt", "--out", tmp_path / "out", "--validation-fraction", 0, "--vocab-size")
+
+    code, _, errors = run(*options, vocab_size)
+
+    assert code == EXIT_DATA and len(errors.splitlines()) == 1 and "trainer_interface" not in errors
+    assert list((tmp_path / "out").iterdir()) == []
+    assert run(*options, re.search(said, errors)[1])[0] == 0
+
+
 def test_settings_that_contradict_each_other_are_listed_together(run, tmp_path):
     code, _, errors = run(
         "--out", tmp_path / "out", "--workers", 0, "--validation_fraction", 2, "--separator-id", 1, "--no_separator",
