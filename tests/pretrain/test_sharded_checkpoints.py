@@ -263,6 +263,14 @@ def test_what_two_processes_saved_goes_on_in_any_world(of_two, prepared, tmp_pat
     assert ours == pytest.approx(theirs, abs=1e-6)
 
 
+def test_growth_may_begin_with_another_number_of_processes_than_the_stage_before_ended_with(of_two, prepared, tmp_path):
+    run = cut_back(of_two, tmp_path / "run", 1, 6)
+    started = run_on(1, settings_of(run, prepared), tmp_path / "start")
+    assert "growth: stack 1 -> 3" in started.output(), started.errors()
+    ours, theirs = ([line["loss"] for line in records(folder)] for folder in (run, of_two))
+    assert ours == pytest.approx(theirs, abs=1e-6)
+
+
 def test_a_checkpoint_of_two_processes_grows_by_links(of_two, tmp_path):
     source = latest(of_two / "checkpoints")
     plan = plan_growth("stack", read_config(source), factor=2)
