@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grow.check import check_weights
+from grow.check import check_weights, inspect_checkpoint
 from grow.from_data import Made, make_from_data
 from grow.grown import GrownOptimizer, GrownWeights, OptimizerState, check_optimizer, copied_parameters
 from grow.operators import needs_data
 from grow.plan import GrowthPlan, Reference, differing_sizes
 from grow.record import grown_state, growth_record, summary
 from grow.samples import Samples
-from lit_gpt.atomic import directory_problems
+from lit_gpt.atomic import MANIFEST, directory_problems
+from lit_gpt.axes import EMBEDDING
 from lit_gpt.checkpoint import (
     EARLIER,
     TRAINING,
@@ -35,11 +37,12 @@ from lit_gpt.checkpoint import (
     write_exchange,
     write_training,
 )
+from lit_gpt.checkpoint import verify as checkpoint_problems
 from lit_gpt.config import Config
 from lit_gpt.errors import DataError
 from lit_gpt.exchange_files import LitWeights
 from lit_gpt.exchange_writer import Copies
-from lit_gpt.lazy_tensors import CastWeights
+from lit_gpt.lazy_tensors import CastWeights, spec_of
 from lit_gpt.problems import raise_problems
 from lit_gpt.stored_state import flops_behind, flops_with, tokens_behind
 from lit_gpt.tokenizer import FILE_NAMES
@@ -142,7 +145,7 @@ def grow_checkpoint(
     Returns:
         The receipt: source, destination, form, operator, layer_map, connection_rate, optimizer_policy, reference,
         preserves, function, stays_symmetric, parameters_before, parameters_after, parent and manifest (sha256), tokens,
-        flops_total, growth_flops, data.
+        flops_total, growth_flops, data, and repeated: whether all of it lay there already and nothing was done.
 
     Raises:
         ValueError: a destination that cannot be, or a policy that the source cannot serve.
@@ -151,6 +154,9 @@ def grow_checkpoint(
         OSError: the destination exists or cannot be written.
     """
     src_path, dst_path = Path(src_path), Path(dst_path)
+    done = _finished_before(src_path, dst_path, plan, policy) if dtype is None else None
+    if done is not None:
+        return _receipt(src_path, dst_path, plan, policy, done) | {"repeated": True}
     _check_destination(src_path, dst_path)
     if dst_path.parent.is_dir():
         prune_temporaries(dst_path.parent, of=dst_path.name)
@@ -160,15 +166,39 @@ def grow_checkpoint(
     carry_out = _grow_training if form == TRAINING else _grow_exchange
     making = Making(allow_non_finite, dtype, reference, samples)
     record = carry_out(src_path, dst_path, plan, policy, making)
+    return _receipt(src_path, dst_path, plan, policy, record) | {"repeated": False}
+
+
+def _receipt(
+    src_path: Path, dst_path: Path, plan: GrowthPlan, policy: str, record: Mapping[str, Any]
+) -> dict[str, Any]:
     return {
         "source": str(src_path),
         "destination": str(dst_path),
-        "form": form,
+        "form": detect_form(dst_path),
         **summary(plan, policy),
         "manifest": manifest_sha256(dst_path),
         **{key: record[key] for key in ("parent", "tokens", "flops_total", "growth_flops")},
         "data": record["plan"]["data"],
     }
+
+
+def _finished_before(src_path: Path, dst_path: Path, plan: GrowthPlan, policy: str) -> dict[str, Any] | None:
+    """The record of this very growth, if its result lies at the destination whole: then there is nothing left to do."""
+    if not ((dst_path / MANIFEST).is_file() and src_path.is_dir()) or needs_data(plan):
+        return None
+    if checkpoint_problems(dst_path, deep=False) or detect_form(dst_path) != detect_form(src_path):
+        return None
+    history = inspect_checkpoint(dst_path)["history"]
+    dtypes = {spec_of(read_weights(path, verify=False), EMBEDDING).dtype for path in (src_path, dst_path)}
+    same = (
+        bool(history)
+        and len(dtypes) == 1
+        and history[-1]["parent"] == manifest_sha256(src_path)
+        and history[-1]["optimizer_policy"] == policy
+        and history[-1]["plan"] == json.loads(json.dumps(plan.to_dict()))
+    )
+    return history[-1] if same else None
 
 
 @dataclass(frozen=True)

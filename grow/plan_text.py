@@ -100,7 +100,8 @@ def describe_sizes(config: Config) -> str:
 
 def receipt_lines(receipt: dict[str, Any]) -> Iterator[str]:
     """What `grow.apply.grow_checkpoint` did."""
-    yield f"wrote {receipt['destination']} ({receipt['form']} form)"
+    did = "nothing to do, this growth made it before:" if receipt["repeated"] else "wrote"
+    yield f"{did} {receipt['destination']} ({receipt['form']} form)"
     yield f"  parent      {receipt['parent']}"
     if receipt["reference"] is not None:
         yield f"  reference   {receipt['reference']}"

@@ -608,3 +608,25 @@ def test_grown_weights_are_made_one_at_a_time():
     name = "transformer.h.2.attn.attn.weight"
     assert len(lazy) == len(parameter_shapes(plan.dst))
     assert lazy[name].data_ptr() != lazy[name].data_ptr()
+
+
+@pytest.mark.parametrize("form", ["trained", "exchanged"])
+def test_a_growth_that_is_repeated_finds_its_result_and_touches_nothing(form, request, tmp_path):
+    source = request.getfixturevalue(form)
+    plan = plan_growth("stack", read_config(source), factor=2)
+    first = grow_checkpoint(source, tmp_path / "grown", plan)
+    before = tree_digest(tmp_path)
+
+    again = grow_checkpoint(source, tmp_path / "grown", plan)
+
+    assert (first["repeated"], again["repeated"]) == (False, True)
+    assert {**again, "repeated": False} == first and tree_digest(tmp_path) == before
+    for other in (plan_growth("interpolate", read_config(source), factor=2), dataclasses.replace(plan, seed=1)):
+        with pytest.raises(FileExistsError, match="exists already"):
+            grow_checkpoint(source, tmp_path / "grown", other)
+    file = max((path for path in (tmp_path / "grown").iterdir()), key=lambda path: path.stat().st_size)
+    content = file.read_bytes()
+    file.unlink()
+    file.write_bytes(content[:-1])
+    with pytest.raises(FileExistsError, match="exists already"):
+        grow_checkpoint(source, tmp_path / "grown", plan)
