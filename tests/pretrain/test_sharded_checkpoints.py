@@ -205,6 +205,7 @@ def together(tmp_path_factory) -> Callable[[str], None]:
     return check
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", TOGETHER, ids=lambda function: function.__name__)
 def test_on_two_processes(together, function):
     together(function.__name__)
@@ -263,6 +264,7 @@ def test_what_two_processes_saved_goes_on_in_any_world(of_two, prepared, tmp_pat
     assert ours == pytest.approx(theirs, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_growth_may_begin_with_another_number_of_processes_than_the_stage_before_ended_with(of_two, prepared, tmp_path):
     run = cut_back(of_two, tmp_path / "run", 1, 6)
     started = run_on(1, settings_of(run, prepared), tmp_path / "start")
@@ -271,6 +273,7 @@ def test_growth_may_begin_with_another_number_of_processes_than_the_stage_before
     assert ours == pytest.approx(theirs, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_two_processes_grows_by_links(of_two, tmp_path):
     source = latest(of_two / "checkpoints")
     plan = plan_growth("stack", read_config(source), factor=2)
@@ -306,6 +309,7 @@ def without_a_process(path: Path, earlier: Path) -> str:
     return "is missing"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [missing, flipped, mixed, without_a_process])
 def test_a_damaged_checkpoint_is_passed_over_by_name_for_the_one_before(of_two, tmp_path, capsys, damage):
     run = cut_back(of_two, tmp_path / "run")
@@ -318,6 +322,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_name_for_the_one_before(of_two, 
     assert f"warning: {last} is passed over" in told and what in told
 
 
+@pytest.mark.slow
 def test_a_folder_on_a_read_only_file_system_is_refused_before_the_first_step(of_two, settings, pretrain, tmp_path):
     mount = tmp_path / "mount"
     mount.mkdir()
@@ -360,6 +365,7 @@ def test_a_single_cpu_process_writes_in_the_foreground_unless_told_otherwise(tmp
     assert checkpoints.last is not None
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_checking_and_agree(of_two):
     """Each looks at some of the files, together at all of them."""
     path = latest(of_two / "checkpoints")
