@@ -379,7 +379,7 @@ def test_what_a_killed_growth_left_goes_with_the_next_and_nothing_else_does(exch
 
 
 KILLED_GROWTHS = """
-import os, random, signal, sys, time
+import os, random, shutil, signal, sys, time
 from pathlib import Path
 from grow.apply import grow_checkpoint
 from tests.grow.test_streaming import plan_of
@@ -409,7 +409,8 @@ def kill_at(event_number):
 killed, event_number, status = 0, -1, 1
 while status:
     event_number += 3
-    if event_number % 8 == 0:  # and at a moment of chance
+    by_chance = event_number % 8 == 0
+    if by_chance:
         child = start()
         time.sleep(chance.uniform(0, 0.05))
         os.kill(child, signal.SIGKILL)
@@ -418,10 +419,13 @@ while status:
     _, status = os.waitpid(child, 0)
     if (folder / "grown").exists():
         assert verify(folder / "grown") == [], event_number
-        break
+        if not by_chance:
+            break
+        shutil.rmtree(folder / "grown")  # chance came late, or it was published before it was killed
+        status = 1
+        continue
     killed += 1
-if status:  # it was published before it was killed: again, from a clean start
-    import shutil
+if status:
     shutil.rmtree(folder / "grown")
     _, status = os.waitpid(start(), 0)
 print(killed, status)

@@ -260,6 +260,7 @@ def test_a_windowed_run_resumes_to_the_bit(base, pretrain, batches_of, tmp_path)
 def test_a_step_that_failed_can_be_left_out_as_the_error_says(base, pretrain, batches_of, monkeypatch):
     """Its message counts as data.skips does, which is not as positions do where something is skipped already."""
     base["data"]["skips"] = [[2, 5]]
+    base["guards"] = {"max_skipped_steps": 1}
     norms = iter([1.0, 1.0, math.nan])
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(next(norms, 1.0)))
     failed = pretrain(base)
