@@ -170,6 +170,11 @@ class RunCheckpoints:
         )
         first(world, lambda: self._remove_superseded(path))
 
+    @property
+    def last_step(self) -> int | None:
+        """Steps that were done at the newest one that is complete; None if there is none."""
+        return None if self.last is None else int(self.last.name.removeprefix("step-"))
+
     def holds(self, state: TrainState) -> bool:
         """Whether the last checkpoint is of this moment."""
         return self.last == checkpoint_path(self.folder, state.stage, state.step_count)

@@ -174,7 +174,7 @@ def train_step(
 def describe_divergence(run: Run, state: TrainState, found: Diverged) -> str:
     """What to do about a run that was given up: the samples to look at and the checkpoint to go back to."""
     start, stop = skipped_positions(run.config, state, found)
-    skip = run.train.stretch(start, stop)
+    skip = skip_on_return(run, state, found)
     skip_text = "" if skip is None else f", or leave them out: add {list(skip)} to data.skips and repeat the command"
     return (
         f"steps {found.first_step} to {found.last_step} were not made: their loss or gradient is no number, or a "
@@ -188,6 +188,18 @@ def skipped_positions(config: RunConfig, state: TrainState, found: Diverged) -> 
     """First position of the skipped steps, and that behind their last."""
     batch = config.batch.global_batch_size
     return state.position - (state.step_count + 1 - found.first_step) * batch, state.position
+
+
+def skip_on_return(run: Run, state: TrainState, found: Diverged) -> tuple[int, int] | None:
+    """For data.skips, from the last checkpoint on: what lies before it is behind the run, which cannot order it anew.
+
+    None: the order cannot leave samples out.
+    """
+    start, stop = skipped_positions(run.config, state, found)
+    saved = run.checkpoints.last_step
+    if saved is not None:
+        start = max(start, state.position - (state.step_count - saved) * run.config.batch.global_batch_size)
+    return run.train.stretch(start, stop)
 
 
 def advance(run: Run, stage: Stage, state: TrainState, seconds: float) -> None:

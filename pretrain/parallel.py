@@ -232,10 +232,10 @@ def gradients_shared(trained: Trained, world: World, *, last: bool) -> Iterator[
         module.set_requires_gradient_sync(last)
         module.set_is_last_backward(last)
         yield
-    elif isinstance(module, DistributedDataParallel):
+    elif isinstance(module, DistributedDataParallel) and trained.taught is None:
         with nullcontext() if last else module.no_sync():
             yield
-    else:
+    else:  # a growth that is learned, and a student: its teacher's module calls it past DDP, which then does nothing
         yield
         if last:
             for parameter in trained.parameters:

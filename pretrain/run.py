@@ -43,7 +43,7 @@ from pretrain.guards import Diverged, GivenUp
 from pretrain.heartbeat import HEARTBEAT_FILE
 from pretrain.held_out import ValidationSet
 from pretrain.loggers import EVALS_FILE, METRICS_FILE, TENSORBOARD_FOLDER, NoLog, RunLog, say
-from pretrain.loop import describe_divergence, describe_stages, skipped_positions, train_in_stages
+from pretrain.loop import describe_divergence, describe_stages, skip_on_return, train_in_stages
 from pretrain.origin import (
     check_separator,
     check_tokenizer,
@@ -188,8 +188,8 @@ def train(plan: Plan, world: World, command: list[str]) -> None:
             with checkpoints:
                 train_in_stages(this_run, trained, state)
         except Diverged as found:
-            positions = skipped_positions(config, state, found)
-            raise GivenUp(describe_divergence(this_run, state, found), plan.train.stretch(*positions)) from found
+            skip = skip_on_return(this_run, state, found)
+            raise GivenUp(describe_divergence(this_run, state, found), skip) from found
         finally:
             log.close()
     say(f"done: {state.step_count:,} steps, {state.tokens:,} tokens; last checkpoint {checkpoints.last}")

@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import fcntl
 import json
-import re
 import socket
 import sys
 import time
@@ -17,11 +16,12 @@ from typing import Any
 
 from grow.curves import METRICS_FILE
 from lit_gpt.atomic import MANIFEST, directory_problems, read_manifest
+from lit_gpt.checkpoint_folder import newest_first
 from lit_gpt.errors import EXIT_OK, DataError
 from pretrain.config import parse_token_count
 from pretrain.heartbeat import ENDED, read_heartbeat
+from pretrain.run_lock import LOCK_FILE, read_owner
 
-LOCK_FILE = "run.lock"
 STATE_FILE = "state.json"
 QUIET_SECS = 120.0  # no step of a model that fits its machine takes so long, nor does a batch of validation
 QUIET_STEPS = 10
@@ -138,15 +138,12 @@ def _last_record(path: Path) -> dict[str, Any]:
 
 def _last_checkpoint(folder: Path, now: float) -> tuple[LastCheckpoint | None, dict[str, Any] | None]:
     """The newest one whose files have their sizes, and its state.json."""
-    numbered = []
-    for path in folder.glob("stage-*/step-*"):
-        if numbers := re.fullmatch(r"stage-(\d+)/step-(\d+)", f"{path.parent.name}/{path.name}"):
-            numbered.append((int(numbers[1]), int(numbers[2]), path))
-    for _, step, path in sorted(numbered, reverse=True):
+    for path in newest_first(folder):
         try:
             if not directory_problems(path, read_manifest(path), deep=False):
                 age = max(0.0, now - (path / MANIFEST).stat().st_mtime)
-                return LastCheckpoint(str(path), step, age), json.loads((path / STATE_FILE).read_bytes())
+                saved = json.loads((path / STATE_FILE).read_bytes())
+                return LastCheckpoint(str(path), int(path.name.removeprefix("step-")), age), saved
         except (DataError, OSError, ValueError):
             continue
     return None, None
@@ -170,20 +167,21 @@ def _is_finished(saved: Mapping[str, Any]) -> bool:
 
 
 def _owner(lock_file: Path, beat: Mapping[str, Any] | None) -> Owner | None:
-    """Who holds the lock: the file has the number of its process, the sign of life where that runs."""
+    """Who holds the lock, as its file says; while that is being written, as the sign of life does."""
     try:
         with lock_file.open("r") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                pid = lock.read().split()[:1]
+                named = read_owner(lock_file)
             else:
                 return None
     except OSError:
         return None
+    if named is not None:
+        return Owner(named.pid, named.host, named.job)
     beat = beat or {}
-    known = int(pid[0]) if pid and pid[0].isdecimal() else None
-    return Owner(known, beat.get("host"), beat.get("job"))
+    return Owner(None, beat.get("host"), beat.get("job"))
 
 
 def _owner_elsewhere(beat: Mapping[str, Any] | None) -> Owner | None:

@@ -42,12 +42,9 @@ def validate(path: str | Path, flags: Sequence[str] = ()) -> list[SetLoss]:
     Raises:
         ValueError: bad settings, or no validation data. DataError, OSError: a damaged or missing file.
     """
-    from lit_gpt.checkpoint import latest, read_training
+    from lit_gpt.checkpoint import find_checkpoint, read_training
 
-    folder = Path(path)
-    found = latest(folder / "checkpoints") if (folder / "checkpoints").is_dir() else folder
-    if found is None:
-        raise FileNotFoundError(f"{folder} holds no valid checkpoint; give a run that has saved one")
+    found = find_checkpoint(path)
     checkpoint = read_training(found)
     return _measure(str(found), checkpoint, _settings(checkpoint, flags))
 
@@ -62,7 +59,7 @@ def _settings(checkpoint: TrainingCheckpoint, flags: Sequence[str]) -> RunConfig
 
 def _measure(name: str, checkpoint: TrainingCheckpoint, config: RunConfig) -> list[SetLoss]:
     from lit_gpt.config import Config
-    from pretrain.config import parse_token_count
+    from pretrain.config import ParallelConfig, parse_token_count
     from pretrain.corpus import read_corpus
     from pretrain.data import open_validation_sets
     from pretrain.evaluate import evaluate
@@ -76,7 +73,7 @@ def _measure(name: str, checkpoint: TrainingCheckpoint, config: RunConfig) -> li
         raise ValueError("there is no validation data beside the training data; give --data.validation DIR")
     device = launch(config, ALONE).device
     compute = choose_compute(config, device, total_tokens=0)  # nothing is trained that would repay compiling
-    model = build_model(model_config, checkpoint.model, compute, config.parallel, ALONE, device=device)
+    model = build_model(model_config, checkpoint.model, compute, ParallelConfig(), ALONE, device=device)
     limit = config.validation.max_tokens
     max_tokens = None if limit is None else parse_token_count(limit)
     measured = []

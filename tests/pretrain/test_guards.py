@@ -142,7 +142,7 @@ def test_a_run_that_diverges_ends_with_the_samples_and_the_way_out(go, poison, t
     assert "steps 3 to 5 were not made" in done.stderr
     assert "Samples 8 to 19 of the data order" in done.stderr
     assert f"pretrain data show {tmp_path / 'run'} --step 3" in done.stderr
-    assert "add [8, 20] to data.skips" in done.stderr
+    assert "add [16, 20] to data.skips" in done.stderr  # those before the checkpoint are behind the run
     assert latest(tmp_path / "run" / "checkpoints").name == "step-0000000004"
 
 
@@ -166,6 +166,23 @@ def test_a_rollback_goes_round_the_samples_and_the_run_ends(go, poison, monkeypa
     assert (
         go(guards={"max_skipped_steps": 2, "rollbacks": 1}) == folder
     )  # finished; its own skips are no other settings
+
+
+@pytest.mark.parametrize("every_steps", [5, 1])
+def test_a_rollback_goes_round_the_samples_although_a_checkpoint_lies_among_them(go, poison, monkeypatch, every_steps):
+    poison.update({5: "loss", 6: "loss"})
+    original = Guard.check
+
+    def check(self, step):
+        try:
+            original(self, step)
+        except Diverged:
+            poison.clear()
+            raise
+
+    monkeypatch.setattr(Guard, "check", check)
+    folder = go(guards={"max_skipped_steps": 2, "rollbacks": 1}, checkpoints={"every_steps": every_steps})
+    assert [line["step"] for line in records(folder)] == list(range(1, 15))
 
 
 def test_settings_of_before_there_were_guards_resume():

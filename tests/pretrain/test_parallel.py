@@ -82,6 +82,21 @@ def test_a_hundred_steps_have_the_losses_of_a_single_process_however_they_are_sh
 
 
 @pytest.mark.slow
+def test_a_student_has_the_losses_of_a_single_process_however_it_is_shared(settings_of, tmp_path):
+    """In training steps its teacher's module calls it, not that which averages gradients under DDP."""
+    stages = [
+        {"name": "base", "n_layer": 1, "max_steps": 2},
+        {"name": "grown", "operator": "stack", "distill_weight": 0.5, "distill_steps": 4, "max_steps": 6},
+    ]
+    for name, n_processes, strategy in (("alone", 1, "auto"), ("sharded", 2, "fsdp"), ("replicated", 2, "ddp")):
+        changes = {"stages": stages, "parallel": {"strategy": strategy}}
+        run_on(settings_of(tmp_path / name, **changes), n_processes, tmp_path / f"of {name}")
+    expected = [line["loss"] for line in records(tmp_path / "alone")]
+    for name in ("sharded", "replicated"):
+        assert [line["loss"] for line in records(tmp_path / name)] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_numbers_of_processes(finished, settings_of, tmp_path):
     """2 processes to step 40, 4 to step 60, in which the model grows, and 1 to the end."""
     folder = Path(shutil.copytree(finished("sharded over 2"), tmp_path / "run"))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
 from pretrain.heartbeat import EVERY_SECS, HEARTBEAT_FILE, Heartbeat, read_heartbeat
+from pretrain.run_lock import run_lock
 from pretrain.status import QUIET_SECS, SAVING_SECS, describe, status_of
 from pretrain.validate_command import main as validate_main
 from tests.pretrain.runs import records
@@ -22,14 +23,11 @@ def copied(finished_run, tmp_path) -> Path:
 
 
 @pytest.fixture
-def held(copied):
+def held(copied, monkeypatch):
     """Such a run without its last checkpoint, and somebody who holds its lock."""
     shutil.rmtree(copied / "checkpoints" / "stage-02" / "step-0000000014")
-    with (copied / "run.lock").open("r+") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        lock.truncate(0)
-        lock.write("4711\n")
-        lock.flush()
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    with run_lock(copied):
         yield copied
 
 
@@ -60,10 +58,10 @@ def test_a_checkpoint_that_lacks_a_file_is_not_the_last_one(copied):
 
 
 def test_who_holds_the_lock_trains(held):
-    Heartbeat(held, clock=lambda: 1000.0, env={"SLURM_JOB_ID": "77"}).beat("training", step=13)
+    Heartbeat(held, clock=lambda: 1000.0, env={}).beat("training", step=13)
     found = status_of(held, now=1002.0)
     assert (found.state, found.step, found.doing, found.silent_secs) == ("running", 13, "training", 2.0)
-    assert (found.owner.pid, found.owner.job) == (4711, "77")
+    assert (found.owner.pid, found.owner.job) == (os.getpid(), "77")
     assert found.stuck_since is None
     assert any("SLURM job 77" in line for line in describe(found))
 
@@ -129,6 +127,11 @@ def test_what_is_measured_again_is_what_the_run_measured_at_its_end(finished_run
     (found,) = json.loads(capsys.readouterr().out)["sets"]
     end = {r["metric"]: r["value"] for r in records(finished_run, "evals.jsonl") if r["when"] == "end"}
     assert (found["loss"], found["bpb"], found["step"]) == (end["loss"], end["bpb"], 14)
+
+
+def test_a_run_that_asked_for_shards_is_measured_by_a_single_process(finished_run, capsys):
+    assert validate_main([str(finished_run), "--parallel.strategy", "fsdp"]) == 0
+    assert "nats per token" in capsys.readouterr().out
 
 
 def test_settings_of_the_run_may_be_replaced(finished_run, capsys):
