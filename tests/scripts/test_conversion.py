@@ -243,7 +243,13 @@ def test_a_tied_head_is_written_out_for_tools_that_know_no_other(script, tmp_pat
     assert torch.equal(loaded[HEAD], loaded["transformer.wte.weight"])
 
 
-@pytest.mark.parametrize("sizes", [{"qkv_bias": True}, {"qk_norm": "head"}, {"rope_base": 5e5}, {"sliding_window": 8}])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        *({"qkv_bias": True}, {"qk_norm": "head"}, {"rope_base": 5e5}, {"sliding_window": 8}),
+        *({"norm_eps": 1e-6}, {"head_size": 12}, {"rotary_percentage": 0.5, "family": "phi3"}),
+    ],
+)
 def test_a_model_that_the_lineage_cannot_say_is_refused(script, tmp_path, sizes):
     source = training_form(tmp_path / "step", toy_config(**sizes))
 
