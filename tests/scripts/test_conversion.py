@@ -412,6 +412,21 @@ def test_a_checkpoint_without_a_tokenizer_asks_for_one(script, tmp_path):
     assert code == 3 and "has no tokenizer, nor has its training data; give --tokenizer PATH" in err
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--device", "nope"), "--device nope is not here; this machine has cpu"),
+        (("--device", "cuda:99"), "--device cuda:99 is not here"),
+        (("--num-samples", "0"), "must be at least 1"),
+        (("--temperature", "nan"), "temperature 0 or from"),
+    ],
+)
+def test_settings_that_no_text_can_be_made_with_are_one_error(script, talker, flags, message):
+    code, out, err = script("generate", talker, "--prompt", "a", "--json", *flags)
+
+    assert (code, out) == (2, "") and message in err
+
+
 def test_characters_of_several_tokens_are_shown_whole(root, monkeypatch):
     monkeypatch.syspath_prepend(str(root / "scripts"))
     pieces = importlib.import_module("generate").pieces
