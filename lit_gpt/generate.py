@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor
 
 from lit_gpt.model import GPT
+
+MIN_TEMPERATURE = 1e-6  # above 0; with less, logits are divided to infinity in fp32
+MAX_SEED = 1 << 63
 
 
 class KVCache:
@@ -79,8 +83,14 @@ def stream(
         raise ValueError(f"prompt ids must be in [0, {model.config.padded_vocab_size})")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens} must not be negative")
-    if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and top_p <= 0):
-        raise ValueError(f"need temperature >= 0, top_k >= 1, top_p > 0; got {temperature}, {top_k}, {top_p}")
+    if abs(seed) >= MAX_SEED:
+        raise ValueError(f"seed={seed} must be between -2^63 and 2^63")
+    possible = temperature == 0 or MIN_TEMPERATURE <= temperature < math.inf
+    if not possible or (top_k is not None and top_k < 1) or not (top_p is None or top_p > 0):
+        raise ValueError(
+            f"need temperature 0 or from {MIN_TEMPERATURE} on, top_k >= 1, top_p > 0; "
+            f"got {temperature}, {top_k}, {top_p}"
+        )
     generator = torch.Generator().manual_seed(seed)
     cache = KVCache(model, total)
     return _drawn(

@@ -30,6 +30,7 @@ PLAIN = {
     **{"qkv_bias": False, "proj_bias": False, "mlp_bias": False, "qk_norm": "none", "norm_placement": "before"},
     **{"norm_plus_one": False, "activation": "silu", "embedding_scale": 1.0, "rope_scaling": None},
     **{"rope_layers": None, "sliding_window": None, "sliding_layers": None, "rope_base": 10000.0},
+    **{"rotary_percentage": 1.0, "norm_eps": 1e-5},
 }
 PROTOCOL = 2  # torch's own
 
@@ -115,7 +116,8 @@ def write_legacy(
         DataError: `weights` are not those of `config`.
         OSError: the file exists already, cannot be written, or the disk is full.
     """
-    foreign = [f"{field}={getattr(config, field)}" for field in PLAIN if getattr(config, field) != PLAIN[field]]
+    plain = {**PLAIN, "head_size": config.n_embd // config.n_head}
+    foreign = [f"{field}={getattr(config, field)}" for field in plain if getattr(config, field) != plain[field]]
     if foreign:
         raise ValueError(
             f"TinyLlama's and prts's models have no {', '.join(foreign)}; write exchange form, which says so"

@@ -21,6 +21,10 @@ from torch import Tensor
 from lit_gpt.errors import DataError
 
 MAX_PICKLE_BYTES = 1 << 24  # of the structure; that of a 7B model with optimizer state has 0.3 MB
+MAX_STEPS = 1 << 19  # opcodes, each of which may make an object of 64 bytes; those of a 7B model are some 70,000
+MAX_DIMENSIONS = 64  # torch's own
+MAX_SIZE = 1 << 63
+SPARE_ENTRIES = 1 << 12  # what calls may make, for files so small that nothing is bounded by their size
 LOCAL_HEADER_BYTES = 30
 WAY_OUT = "get it again, or load it where it was made and save its weights with safetensors"
 _DTYPES = {
@@ -158,11 +162,10 @@ class _Records:
 
 
 def _tensor(storage: _Storage, offset: int, shape: tuple, stride: tuple, *_: Any) -> PickledTensor:
-    numbers = (offset, *shape, *stride)
-    if not isinstance(storage, _Storage) or len(shape) != len(stride):
+    if not isinstance(storage, _Storage) or len(shape) != len(stride) or len(shape) > MAX_DIMENSIONS:
         raise ValueError("a tensor without a storage, or with another number of strides than dimensions")
-    if any(type(number) is not int or number < 0 for number in numbers):
-        raise ValueError(f"a tensor of shape {shape} and stride {stride} at {offset}")
+    if any(type(number) is not int or not 0 <= number < MAX_SIZE for number in (offset, *shape, *stride)):
+        raise ValueError("a tensor whose offset, shape or stride are no sizes")
     if offset + _reach(shape, stride) > storage.n_elements or prod(shape) > storage.n_elements:
         raise ValueError(
             f"a tensor of shape {shape} and stride {stride} does not fit its {storage.n_elements} elements"
@@ -178,16 +181,17 @@ def _mapping(pairs: Any = ()) -> dict[Any, Any]:
 
 
 def _path(*parts: Any) -> str:
-    text = [str(part) for part in parts]
-    return "/".join(text).replace("//", "/", 1) if text else "."
+    if not all(isinstance(part, str) for part in parts):
+        raise ValueError("a path of what is no text")
+    return "/".join(parts).replace("//", "/", 1) if parts else "."
 
 
 def _first(value: Any, *_: Any) -> Any:
     return value
 
 
-def _plain(*values: Any) -> Any:
-    return values[0] if len(values) == 1 else values
+def _device(kind: Any, *index: Any) -> Any:
+    return (kind, *index) if index else kind
 
 
 _KNOWN: dict[tuple[str, str], Any] = {
@@ -197,7 +201,7 @@ _KNOWN: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_parameter"): _first,
     ("torch._utils", "_rebuild_parameter_with_state"): _first,
     ("torch", "Size"): _first,
-    ("torch", "device"): _plain,
+    ("torch", "device"): _device,
     **{("torch", name): dtype for name, dtype in _DTYPES.items()},
     **{("torch", str(dtype).removeprefix("torch.")): dtype for dtype in _DTYPES.values()},
     **{
@@ -216,6 +220,7 @@ def _set_item(target: Any, key: Any, value: Any) -> None:
 
 
 _MARK = object()
+_SIZED = (str, bytes, tuple, list, dict)
 _MEMO = ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE")
 
 
@@ -226,9 +231,14 @@ class _Machine:
         self._path, self._records = path, records
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
+        self._entries_left = SPARE_ENTRIES
 
     def run(self) -> Any:
-        for opcode, argument, _ in pickletools.genops(self._records.pickle()):
+        content = self._records.pickle()
+        self._entries_left += len(content)
+        for step, (opcode, argument, _) in enumerate(pickletools.genops(content)):
+            if step == MAX_STEPS:
+                raise ValueError(f"more than {MAX_STEPS:,} steps")
             if opcode.name == "STOP":
                 return self._stack.pop()
             if opcode.name in _PUSHING:
@@ -302,7 +312,9 @@ class _Machine:
         self._push_known(module, name)
 
     def _push_known(self, module: Any, name: Any) -> None:
-        if not isinstance(module, str) or not isinstance(name, str) or (module, name) not in _KNOWN:
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise ValueError(f"a name made of a {type(module).__name__} and a {type(name).__name__}")
+        if (module, name) not in _KNOWN:
             raise DataError(
                 f"{self._path} asks for {module}.{name}, which a checkpoint never needs (refused, not run); {WAY_OUT}"
             )
@@ -313,6 +325,10 @@ class _Machine:
         arguments, target = self._stack.pop(), self._stack.pop()
         if id(target) not in _CALLABLE or type(arguments) is not tuple:
             raise ValueError(f"a call of {type(target).__name__}")
+        # a few bytes call again with what lies in the memo: what all calls together make is bounded by the file
+        self._entries_left -= len(arguments) + sum(len(each) for each in arguments if isinstance(each, _SIZED))
+        if self._entries_left < 0:
+            raise ValueError("calls that make more than the file has")
         self._stack.append(target(*arguments))
 
     def build(self, _: Any) -> None:
@@ -324,7 +340,9 @@ class _Machine:
     def persistent(self, _: Any) -> None:
         kind, dtype, key, _, n_elements = self._stack.pop()
         if kind != "storage" or not isinstance(dtype, torch.dtype) or type(n_elements) is not int:
-            raise ValueError(f"a persistent {kind!r}")
+            raise ValueError(f"a reference by a {type(kind).__name__} that is to no storage")
+        if not isinstance(key, str):
+            raise ValueError(f"a storage whose name is a {type(key).__name__}")
         self._stack.append(self._records.storage(key, dtype, n_elements))
 
 

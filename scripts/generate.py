@@ -56,6 +56,8 @@ def main(argv: Sequence[str]) -> int:
     checkpoint = args.checkpoint or args.checkpoint_dir
     if checkpoint is None:
         raise ValueError("give CKPT, the checkpoint to continue with")
+    if args.num_samples < 1:
+        raise ValueError(f"--num-samples {args.num_samples} must be at least 1")
 
     import torch
 
@@ -64,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
     state = own_words(checkpoint)
     tokenizer = find_tokenizer(args.tokenizer, checkpoint, state)
     first_id = find_first_id(args.first_id, tokenizer, state)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = find_device(args.device, torch.cuda.device_count())
     model = load_for_inference(checkpoint, {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision], device)
     ids = [*([] if first_id is None else [first_id]), *(int(each) for each in tokenizer.encode(args.prompt))]
     room = max(0, model.config.block_size - len(ids))
@@ -138,6 +140,18 @@ def find_tokenizer(given: str | None, checkpoint: Path, state: dict[str, Any]) -
     if place is not None:
         return Tokenizer.load(place)
     raise FileNotFoundError(f"{checkpoint} has no tokenizer, nor has its training data; give --tokenizer PATH")
+
+
+def find_device(given: str | None, n_gpus: int) -> str:
+    """Where to compute: what is given, or a GPU where there is one.
+
+    Raises:
+        ValueError: it is neither the CPU nor a GPU of this machine.
+    """
+    known = ["cpu", *(["cuda"] if n_gpus else []), *(f"cuda:{number}" for number in range(n_gpus))]
+    if given is not None and given not in known:
+        raise ValueError(f"--device {given} is not here; this machine has {', '.join(known)}")
+    return given or ("cuda" if n_gpus else "cpu")
 
 
 def find_first_id(given: str | None, tokenizer: Tokenizer, state: dict[str, Any]) -> int | None:

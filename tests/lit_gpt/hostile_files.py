@@ -92,12 +92,25 @@ def compressed() -> bytes:
     return buffer.getvalue()
 
 
-def hash_bomb() -> bytes:
-    """A tuple that holds itself twice, sixty times over, as a key: hashing it takes for ever."""
-    body = b")"
-    for _ in range(60):
-        body += b"2\x86"
-    return whole(b"}" + body + b"Ns")
+def doubled(times: int = 60) -> bytes:
+    """A tuple that holds the one before twice: a few bytes, but what hashes or prints it never ends."""
+    return b")" + b"q\x07h\x07\x86" * times
+
+
+def doubled_path() -> bytes:
+    """A path made of the one before, twice: text of 2^50 characters."""
+    path = named("pathlib", "PosixPath")
+    return text("a" * 1000) + (b"q\x070" + path + b"h\x07h\x07\x86R") * 40
+
+
+def number_pairs(count: int) -> bytes:
+    """Entries of a dict, between its mark and its end."""
+    return b"".join(b"J" + struct.pack("<i", key) + b"N" for key in range(count))
+
+
+def called_again(function: bytes, argument: bytes, times: int) -> bytes:
+    """Calls with the same large argument, taken from the memo."""
+    return argument + b"q\x07(" + (function + b"h\x07R") * times + b"t"
 
 
 PICKLES: dict[str, bytes] = {
@@ -121,7 +134,25 @@ PICKLES: dict[str, bytes] = {
     "text of a terabyte": torch_file(b"\x80\x04\x8d" + struct.pack("<Q", 1 << 40) + b"."),
     "a number of 2 GB": torch_file(b"\x80\x02\x8b\xff\xff\xff\x7f1."),
     "nested a hundred thousand deep": torch_file(whole(b"(" * 100_000 + b"l" * 100_000)),
-    "a key that hashes for ever": torch_file(hash_bomb()),
+    "a key that hashes for ever": torch_file(whole(b"}" + doubled() + b"Ns")),
+    "a path that doubles": torch_file(whole(doubled_path())),
+    "a path of what never ends": torch_file(whole(named("pathlib", "PosixPath") + doubled() + b"\x85R")),
+    "a name that never ends": torch_file(whole(doubled() + text("system") + b"\x93")),
+    "a kind of storage that never ends": torch_file(whole(b"(" + doubled() + b"NNNNtQ")),
+    "a storage's name that never ends": torch_file(
+        whole(b"(" + text("storage") + named("torch", "FloatStorage") + doubled() + b"NK\x01tQ")
+    ),
+    "a shape that never ends": weights(tensor(shape=doubled(), stride=doubled())),
+    "a shape of a hundred thousand dimensions": weights(
+        tensor(shape=numbers(*[(1 << 2000) - 1] * 100_000, 0), stride=numbers(*[1] * 100_001))
+    ),
+    "a dict copied ten thousand times": torch_file(
+        whole(called_again(named("collections", "OrderedDict"), b"}(" + number_pairs(20_000) + b"u\x85", 10_000))
+    ),
+    "a tuple copied ten thousand times": torch_file(
+        whole(called_again(named("torch", "device"), b"(" + b"N" * 100_000 + b"t", 10_000))
+    ),
+    "ten million dicts": torch_file(whole(b"(" + b"}" * 10_000_000 + b"t")),
     "a storage from outside": weights(tensor(key="../../../etc/passwd")),
     "a storage of a terabyte": weights(tensor(elements=1 << 38, shape=numbers(1 << 38))),
     "a tensor past its storage": weights(tensor(offset=3)),

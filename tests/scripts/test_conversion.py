@@ -243,7 +243,13 @@ def test_a_tied_head_is_written_out_for_tools_that_know_no_other(script, tmp_pat
     assert torch.equal(loaded[HEAD], loaded["transformer.wte.weight"])
 
 
-@pytest.mark.parametrize("sizes", [{"qkv_bias": True}, {"qk_norm": "head"}, {"rope_base": 5e5}, {"sliding_window": 8}])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        *({"qkv_bias": True}, {"qk_norm": "head"}, {"rope_base": 5e5}, {"sliding_window": 8}),
+        *({"norm_eps": 1e-6}, {"head_size": 12}, {"rotary_percentage": 0.5, "family": "phi3"}),
+    ],
+)
 def test_a_model_that_the_lineage_cannot_say_is_refused(script, tmp_path, sizes):
     source = training_form(tmp_path / "step", toy_config(**sizes))
 
@@ -404,6 +410,21 @@ def test_a_checkpoint_without_a_tokenizer_asks_for_one(script, tmp_path):
     code, _, err = script("generate", folder)
 
     assert code == 3 and "has no tokenizer, nor has its training data; give --tokenizer PATH" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--device", "nope"), "--device nope is not here; this machine has cpu"),
+        (("--device", "cuda:99"), "--device cuda:99 is not here"),
+        (("--num-samples", "0"), "must be at least 1"),
+        (("--temperature", "nan"), "temperature 0 or from"),
+    ],
+)
+def test_settings_that_no_text_can_be_made_with_are_one_error(script, talker, flags, message):
+    code, out, err = script("generate", talker, "--prompt", "a", "--json", *flags)
+
+    assert (code, out) == (2, "") and message in err
 
 
 def test_characters_of_several_tokens_are_shown_whole(root, monkeypatch):
