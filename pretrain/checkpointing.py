@@ -66,6 +66,8 @@ class RunCheckpoints:
         self.metadata = metadata
         self.last: Path | None = None
         """The newest one that is complete."""
+        self.longest_secs = 0.0
+        """What the longest save took from its beginning to its end, also where training went on meanwhile."""
         self.learning: dict[str, Any] | None = None
         """What the checkpoint that the run resumed from says of a growth that was being learned."""
         self._device_type = device_type
@@ -127,7 +129,8 @@ class RunCheckpoints:
         except (DataError, OSError) as error:
             self._report(path, error, stop=not periodic or self.settings.on_failure == "stop")
             return
-        self._saved(path, f"training stood {time.perf_counter() - started:.3f} s")
+        seconds = time.perf_counter() - started
+        self._saved(path, seconds, f"training stood {seconds:.3f} s")
 
     def poll(self) -> None:
         """See whether what is being written is complete; raises, like `save`, if it failed. Cheap: for every step."""
@@ -144,10 +147,11 @@ class RunCheckpoints:
         except (DataError, OSError) as error:
             self._report(path, error, stop=stop and self.settings.on_failure == "stop")
             return
-        self._saved(path, f"written in {work.seconds:.2f} s while training went on")
+        self._saved(path, work.seconds, f"written in {work.seconds:.2f} s while training went on")
 
-    def _saved(self, path: Path, how: str) -> None:
+    def _saved(self, path: Path, seconds: float, how: str) -> None:
         self.last = path
+        self.longest_secs = max(self.longest_secs, seconds)
         say(f"checkpoint {_short(path)} saved, {how}")
 
     def _report(self, path: Path, error: Exception, *, stop: bool) -> None:
@@ -176,7 +180,8 @@ class RunCheckpoints:
         return None if self.last is None else int(self.last.name.removeprefix("step-"))
 
     def holds(self, state: TrainState) -> bool:
-        """Whether the last checkpoint is of this moment."""
+        """Whether the last checkpoint is of this moment; one that is being written is waited for."""
+        self._collect(stop=False)
         return self.last == checkpoint_path(self.folder, state.stage, state.step_count)
 
     def resume(self) -> TrainingCheckpoint | None:

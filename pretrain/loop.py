@@ -105,6 +105,7 @@ def after_step(run: Run, stage: Stage, trained: Trained, state: TrainState) -> N
     if every and state.step_count % every == 0:
         validate(run, stage, trained, state, "every")
     run.checkpoints.poll()
+    run.stop.save_secs = run.checkpoints.longest_secs
     if state.step_count % run.config.checkpoints.every_steps == 0:
         save(run, stage, trained, state, periodic=True)
 
@@ -320,18 +321,17 @@ def save(run: Run, stage: Stage, trained: Trained, state: TrainState, *, periodi
     """Write a checkpoint of this moment; a periodic one maybe while training goes on."""
     state.guard = trained.guard.to_dict()
     run.log.alive("saving", state)
-    with run.stop.saving():
-        run.checkpoints.save(
-            trained.model,
-            trained.optimizer.optimizer,
-            state,
-            periodic=periodic,
-            learning=learned_so_far(trained),
-            model_config=trained.model.config.to_dict(),
-            stage_name=stage.name,
-            mask=closed_parts(stage, state.stage_step),
-            data=run.train.packed.state(state.position),
-        )
+    run.checkpoints.save(
+        trained.model,
+        trained.optimizer.optimizer,
+        state,
+        periodic=periodic,
+        learning=learned_so_far(trained),
+        model_config=trained.model.config.to_dict(),
+        stage_name=stage.name,
+        mask=closed_parts(stage, state.stage_step),
+        data=run.train.packed.state(state.position),
+    )
 
 
 def describe_stages(stages: Sequence[Stage], config: RunConfig) -> list[str]:

@@ -29,6 +29,7 @@ from lit_gpt.checkpoint import (
     read_weights,
 )
 from lit_gpt.config import Config
+from lit_gpt.errors import EXIT_STOPPED, exit_code
 from lit_gpt.flops import count_parameters, flops_per_token
 from lit_gpt.legacy import is_legacy
 from lit_gpt.model import InitialWeights
@@ -62,7 +63,7 @@ from pretrain.origin import (
 )
 from pretrain.parallel import check_world, choose_compute, describe_world, device_type, is_sharded, launch
 from pretrain.run_lock import run_lock
-from pretrain.signals import StopSignal, marked
+from pretrain.signals import StopRequested, StopSignal, marked
 from pretrain.stage_text import stage_lines
 from pretrain.stages import Stage, plan_stages
 from pretrain.state import TrainState
@@ -112,15 +113,27 @@ def run(invocation: Invocation, command: list[str]) -> None:
         if invocation.dry_run:
             if plan.own is not None:
                 resumed_state(plan.own, plan.config, plan.train)
-            describe(plan)
+            if world.is_first:
+                describe(plan)
             return
         out_dir = Path(plan.config.out_dir)
         if world.is_first:
             in_turn(world, lambda: held.enter_context(run_folder(out_dir, invocation.fresh, invocation.take_over)))
         else:
             in_turn(world, lambda: None)
-        with marked(out_dir, world):
+        with told_once(world), marked(out_dir, world):
             train_until_done(plan, invocation, world, command)
+
+
+@contextmanager
+def told_once(world: World) -> Iterator[None]:
+    """An end that all processes come to together: the first one alone says so."""
+    try:
+        yield
+    except (StopRequested, GivenUp) as end:
+        if world.is_first:
+            raise
+        raise SystemExit(EXIT_STOPPED if isinstance(end, StopRequested) else exit_code(end)) from end
 
 
 def train_until_done(plan: Plan, invocation: Invocation, world: World, command: list[str]) -> None:
@@ -164,7 +177,8 @@ def train(plan: Plan, world: World, command: list[str]) -> None:
     if world.is_first:
         settings = yaml.safe_dump(to_plain(config), sort_keys=False)
         write_atomically(out_dir / CONFIG_FILE, settings.encode())  # those of this sitting; some may change
-    describe(plan)
+    if world.is_first:
+        describe(plan)
     say(f"compute: {compute.precision}, compile {compute.compile} ({compute.reason})")
     if world.size > 1:
         say(f"processes: {describe_world(config.parallel, world)}")

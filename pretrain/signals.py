@@ -44,7 +44,7 @@ class StopSignal:
         self.received: str | None = None
         """What asked first."""
         self.save_secs = 0.0
-        """What the longest save took."""
+        """What the longest save took: decides how long before the end of the job's time the run stops."""
         self._limits, self._clock = limits, clock
         self._urgent = (signal.SIGINT,) if "SLURM_JOB_ID" in env else (signal.SIGINT, signal.SIGTERM)
         self._urged = False
@@ -64,13 +64,6 @@ class StopSignal:
             if self.received is None and self._clock() >= limit.at_secs - limit.saves * self.save_secs:
                 self.received = limit.what
         return self.received is not None
-
-    @contextmanager
-    def saving(self) -> Iterator[None]:
-        """Around a save: how long it takes decides how long before the end of the job's time the run stops."""
-        started = self._clock()
-        yield
-        self.save_secs = max(self.save_secs, self._clock() - started)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         if number in self._urgent and self._urged:

@@ -146,18 +146,24 @@ def test_a_run_that_diverges_ends_with_the_samples_and_the_way_out(go, poison, t
     assert latest(tmp_path / "run" / "checkpoints").name == "step-0000000004"
 
 
-def test_a_rollback_goes_round_the_samples_and_the_run_ends(go, poison, monkeypatch):
-    poison.update({5: "loss", 6: "loss"})
+@pytest.fixture
+def poison_once(poison, monkeypatch):
+    """As `poison`, until the run is given up for the first time: other samples, other losses."""
     original = Guard.check
 
     def check(self, step):
         try:
             original(self, step)
         except Diverged:
-            poison.clear()  # other samples, other losses
+            poison.clear()
             raise
 
     monkeypatch.setattr(Guard, "check", check)
+    return poison
+
+
+def test_a_rollback_goes_round_the_samples_and_the_run_ends(go, poison_once):
+    poison_once.update({5: "loss", 6: "loss"})
     folder = go(guards={"max_skipped_steps": 2, "rollbacks": 1})
     state = read_training(latest(folder / "checkpoints")).state
     assert state["auto_skips"] == [[16, 24]]
@@ -169,18 +175,8 @@ def test_a_rollback_goes_round_the_samples_and_the_run_ends(go, poison, monkeypa
 
 
 @pytest.mark.parametrize("every_steps", [5, 1])
-def test_a_rollback_goes_round_the_samples_although_a_checkpoint_lies_among_them(go, poison, monkeypatch, every_steps):
-    poison.update({5: "loss", 6: "loss"})
-    original = Guard.check
-
-    def check(self, step):
-        try:
-            original(self, step)
-        except Diverged:
-            poison.clear()
-            raise
-
-    monkeypatch.setattr(Guard, "check", check)
+def test_a_rollback_goes_round_the_samples_although_a_checkpoint_lies_among_them(go, poison_once, every_steps):
+    poison_once.update({5: "loss", 6: "loss"})
     folder = go(guards={"max_skipped_steps": 2, "rollbacks": 1}, checkpoints={"every_steps": every_steps})
     assert [line["step"] for line in records(folder)] == list(range(1, 15))
 

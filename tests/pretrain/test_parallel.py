@@ -182,6 +182,17 @@ def test_a_batch_that_does_not_divide_is_refused_once_with_what_does(settings_of
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.slow
+def test_what_all_processes_come_to_is_said_once(settings_of, tmp_path):
+    settings = settings_of(tmp_path / "run", stop={"after": "1s"}, data={"max_epochs": 10})
+    settings["stages"] = [{"name": "base", "n_layer": 1, "max_steps": 1000}]
+    done = finish(start(settings, 2, tmp_path))
+    assert [process.returncode for process in done] == [75, 75]
+    told = [process.stderr for process in done]
+    assert "stopped by stop.after=1s" in told[0] and "read more than once" in told[0]
+    assert told[1] == ""
+
+
 def model_of(parallel: ParallelConfig, **compute: str):
     config = toy_config(n_layer=3)
     settings = Compute("fp32", "none", "", **compute)

@@ -358,6 +358,35 @@ def test_a_single_process_may_write_in_the_background_too(tmp_path):
     assert_stored(checkpoints.last, gathered(model, optimizer))
 
 
+def test_a_checkpoint_that_is_being_written_is_waited_for_and_not_written_again(tmp_path):
+    model, optimizer = shared_model(World())
+    with checkpoints_in(tmp_path, World(), async_save=True) as checkpoints:
+        checkpoints.save(model, optimizer, TrainState(step_count=1), periodic=True)
+        assert checkpoints.holds(TrainState(step_count=1)) and not checkpoints.holds(TrainState(step_count=2))
+
+
+def test_how_long_a_save_takes_is_not_how_long_training_stands(tmp_path, monkeypatch):
+    """The run has to stop early enough for a save that nobody waits for as a rule."""
+    model, optimizer = shared_model(World())
+    monkeypatch.setattr(checkpointing, "BackgroundWork", ThousandSeconds)
+    with checkpoints_in(tmp_path, World(), async_save=True) as checkpoints:
+        checkpoints.save(model, optimizer, TrainState(step_count=1), periodic=True)
+        checkpoints.poll()
+        assert checkpoints.longest_secs == 1000.0
+
+
+class ThousandSeconds:
+    """Work that is done at once and says that it took long."""
+
+    seconds = 1000.0
+
+    def __init__(self, work, world):
+        self.result = work
+
+    def is_done(self) -> bool:
+        return True
+
+
 def test_a_single_cpu_process_writes_in_the_foreground_unless_told_otherwise(tmp_path):
     model, optimizer = shared_model(World())
     checkpoints = checkpoints_in(tmp_path, World())
