@@ -18,6 +18,7 @@ from lit_gpt.checkpoint import TRAINING, detect_form, read_config, read_exchange
 from lit_gpt.config import Config
 from lit_gpt.errors import run_command
 from lit_gpt.exchange import write_exchange
+from lit_gpt.flops import flops_per_token
 from lit_gpt.legacy import read_legacy
 from lit_gpt.legacy_sizes import Sizes
 from lit_gpt.tokenizer import Tokenizer
@@ -173,6 +174,21 @@ def test_what_training_cost_goes_along_parents_included(script, tmp_path):
     provenance = read_exchange(tmp_path / "out").provenance
     assert (provenance["tokens"], provenance["flops_total"]) == (15, 7.0)
     assert (provenance["flops_model"], provenance["flops_palm"]) == (5.0, 6.0)
+
+
+def test_what_the_training_of_a_file_of_the_lineage_cost_goes_along(script, tmp_path):
+    config = Config.from_name("tiny_LLaMA_120M", n_layer=1, vocab_size=64)
+    run = {"hparams": {"micro_batch_size": 2, "devices": 3, "num_nodes": 1}, "iter_num": 10}
+    torch.save({"model": toy_weights(config), **run}, tmp_path / "iter-000010-ckpt.pth")
+
+    assert (
+        script("convert_hf_checkpoint", tmp_path / "iter-000010-ckpt.pth", tmp_path / "out", "--parity", "never")[0]
+        == 0
+    )
+
+    provenance = read_exchange(tmp_path / "out").provenance
+    assert provenance["tokens"] == 10 * 2 * 3 * 2048
+    assert provenance["flops_total"] == flops_per_token(config).times(provenance["tokens"]).paper
 
 
 def test_the_growth_history_of_a_training_checkpoint_goes_along(script, tmp_path):
