@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from grow.apply import grow_checkpoint
 from grow.operators import plan_growth
@@ -257,6 +258,32 @@ def test_a_tied_head_is_written_out_for_tools_that_know_no_other(script, tmp_pat
 
     loaded = torch.load(tmp_path / "out.pth", weights_only=True)["model"]
     assert torch.equal(loaded[HEAD], loaded["transformer.wte.weight"])
+
+
+def test_every_tensor_keeps_its_own_dtype_in_a_file_for_the_lineage(script, tmp_path):
+    weights = toy_weights(CONFIG)
+    weights["transformer.wte.weight"] = weights["transformer.wte.weight"].bfloat16()
+    source = write_exchange(tmp_path / "source", CONFIG, weights)
+
+    assert script("convert_lit_checkpoint", source, tmp_path / "out.pth", "--parity", "never")[0] == 0
+
+    loaded = torch.load(tmp_path / "out.pth", weights_only=True)["model"]
+    assert all(
+        torch.equal(loaded[name], weight) and loaded[name].dtype == weight.dtype for name, weight in weights.items()
+    )
+
+
+def test_queries_and_keys_of_two_dtypes_in_a_pickle_are_fused_in_the_wider_one(script, tmp_path):
+    folder = foreign_folder(tmp_path / "source")
+    stored = load_file(folder / "model.safetensors")
+    stored = {name: weight.bfloat16() if "q_proj" in name else weight for name, weight in stored.items()}
+    torch.save(stored, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+    code, _, err = script("convert_hf_checkpoint", folder, tmp_path / "out", "--parity", "never")
+
+    assert code == 0, err
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == stored.keys()
 
 
 @pytest.mark.parametrize(
