@@ -115,6 +115,7 @@ def _legacy_source(path: Path, sizes: Sizes, tokenizer_dir: Path | None) -> Sour
     state = legacy.state
     counters = {key: state[key] for key in ("iter_num", "step_count")}
     known = {key: state[key] for key in ("step_count", "tokens") if state[key]}
+    known |= flops_entries(flops_behind(state)) if state["tokens"] else {}
     known |= {"converted_from": state["converted_from"]}
     files = (file,) if file.suffix != ".json" else (file, *sorted(file.parent.glob("*.bin")))
     return Source("torch.save", legacy.config, legacy.model, legacy.stored, files, tokenizer_dir, known, counters)

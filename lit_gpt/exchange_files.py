@@ -18,7 +18,7 @@ from lit_gpt.checksum import combined_crc32
 from lit_gpt.config import Config
 from lit_gpt.errors import DataError
 from lit_gpt.hf import IGNORED, family_of, from_hf, hf_names, hf_shapes
-from lit_gpt.lazy_tensors import LazyTensors, TensorSpec, all_finite
+from lit_gpt.lazy_tensors import LazyTensors, TensorSpec, all_finite, promoted
 from lit_gpt.problems import bounded_shapes, raise_problems, read_json, shape_problems
 from lit_gpt.safetensors_file import DTYPES, Entry, read_entries, read_tensor
 
@@ -174,7 +174,7 @@ class LitWeights(LazyTensors):
 
     def spec(self, name: str) -> TensorSpec:
         dtypes = {self.files.spec(theirs).dtype for theirs in hf_names(name, family_of(self.config))}
-        return TensorSpec(self._shapes[name], _promoted(dtypes))
+        return TensorSpec(self._shapes[name], promoted(dtypes))
 
     def scan(self, *, allow_non_finite: bool = False) -> Iterator[ScannedTensor]:
         """Every stored tensor after all its bytes were looked at; all of every file is read, once.
@@ -198,14 +198,6 @@ class LitWeights(LazyTensors):
     def _our_name(self) -> dict[str, str]:
         family = family_of(self.config)
         return {theirs: ours for ours in self._shapes for theirs in hf_names(ours, family)}
-
-
-def _promoted(dtypes: set[torch.dtype]) -> torch.dtype:
-    """The dtype of a tensor that is put together from parts of these."""
-    first, *others = dtypes
-    for dtype in others:
-        first = torch.promote_types(first, dtype)
-    return first
 
 
 def tensor_problems(files: TensorFiles, config: Config) -> list[str]:

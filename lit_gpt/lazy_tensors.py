@@ -128,6 +128,14 @@ class CastWeights(LazyTensors):
         return replace(spec_of(self._weights, name), dtype=self._dtype)
 
 
+def promoted(dtypes: set[torch.dtype]) -> torch.dtype:
+    """The dtype of a tensor that is put together from parts of these."""
+    first, *others = dtypes
+    for dtype in others:
+        first = torch.promote_types(first, dtype)
+    return first
+
+
 def all_finite(tensor: Tensor) -> bool:
     """Whether no entry is NaN or infinite; takes no memory of the tensor's size."""
     flat = tensor.detach().reshape(-1)

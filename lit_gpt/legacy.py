@@ -20,7 +20,7 @@ from lit_gpt.config import Config
 from lit_gpt.errors import DataError
 from lit_gpt.flops import Flops, flops_per_token
 from lit_gpt.hf import IGNORED, family_of, from_hf, hf_names, hf_shapes
-from lit_gpt.lazy_tensors import LazyTensors, TensorSpec
+from lit_gpt.lazy_tensors import LazyTensors, TensorSpec, promoted
 from lit_gpt.legacy_sizes import WAY_OUT, Sizes, config_of
 from lit_gpt.packed_dataset import MANIFEST as PREPARED
 from lit_gpt.packed_dataset import PLAN
@@ -93,8 +93,8 @@ class _FromHuggingFace(LazyTensors):
         return len(self._names)
 
     def spec(self, name: str) -> TensorSpec:
-        first = hf_names(name, family_of(self._config))[0]
-        return TensorSpec(self._names[name], self._stored[first].dtype)
+        dtypes = {self._stored[theirs].dtype for theirs in hf_names(name, family_of(self._config))}
+        return TensorSpec(self._names[name], promoted(dtypes))
 
 
 def is_legacy(path: str | Path) -> bool:

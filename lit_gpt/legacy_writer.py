@@ -124,17 +124,18 @@ def write_legacy(
         )
     shapes = parameter_shapes(config)
     check_names(shapes, weights, "the weights to write")
-    dtype = spec_of(weights, EMBEDDING).dtype
     shapes = {HEAD: shapes[EMBEDDING], **{name: shape for name, shape in shapes.items() if name != HEAD}}
-    check_free_space(path, sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize)
+    source = {name: EMBEDDING if name == HEAD and config.tie_embeddings else name for name in shapes}
+    dtypes = {name: spec_of(weights, source[name]).dtype for name in shapes}
+    check_free_space(path, sum(torch.Size(shapes[name]).numel() * dtypes[name].itemsize for name in shapes))
 
     def read(name: str) -> Tensor:
-        tensor = weights[EMBEDDING if name == HEAD and config.tie_embeddings else name]
+        tensor = weights[source[name]]
         if tuple(tensor.shape) != shapes[name]:
             raise DataError(f"{name} has shape {tuple(tensor.shape)}, the configuration wants {shapes[name]}")
         return tensor
 
-    model = {name: Deferred(shape, dtype, lambda name=name: read(name)) for name, shape in shapes.items()}
+    model = {name: Deferred(shape, dtypes[name], lambda name=name: read(name)) for name, shape in shapes.items()}
     if path.exists():
         raise FileExistsError(errno.EEXIST, "exists already; choose another name or remove it first", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)

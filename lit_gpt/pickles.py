@@ -93,7 +93,8 @@ def read_pickle(path: str | Path) -> Any:
         raise
     except zipfile.BadZipFile as error:
         raise DataError(
-            f"{path} is not a file of torch.save in its zip format ({error}); save it again with torch 1.6 or later"
+            f"{path} is not a whole file of torch.save in its zip format ({error}); get it again if it was cut short, "
+            f"or save it again with torch 1.6 or later"
         ) from error
     except (ValueError, KeyError, IndexError, TypeError, EOFError, OverflowError, NotImplementedError) as error:
         raise DataError(f"{path} is damaged ({type(error).__name__}: {error}); {WAY_OUT}") from error

@@ -61,7 +61,14 @@ class ModelConfig:
         """
         given = {key: value for key, value in dataclasses.asdict(self).items() if value is not None and key != "name"}
         if origin is not None:
-            return dataclasses.replace(origin, **{"vocab_size": vocab_size, **given})
+            sizes = {"vocab_size": vocab_size, **given}
+            rows = sizes.get("padded_vocab_size", origin.padded_vocab_size)
+            if sizes["vocab_size"] > rows:
+                raise ValueError(
+                    f"the data has {sizes['vocab_size']} token ids, the embedding of init_from {rows} rows; prepare "
+                    f"the data with the checkpoint's tokenizer (scripts/prepare.py --tokenizer PATH)"
+                )
+            return dataclasses.replace(origin, **sizes)
         return Config.from_name(self.name, **{"vocab_size": vocab_size, **given})
 
 

@@ -100,7 +100,7 @@ def test_a_vocabulary_that_the_embedding_has_no_rows_for_is_refused_with_the_way
     result = pretrain(settings_from(origin, prepared, tmp_path / "run"))
 
     assert result.returncode == 2
-    assert "padded_vocab_size=100 must not be smaller than vocab_size=259" in result.stderr
+    assert "the data has 259 token ids, the embedding of init_from 100 rows; prepare the data with" in result.stderr
 
 
 def test_fewer_tokens_than_rows_are_a_padded_vocabulary(pretrain, prepared, tmp_path):

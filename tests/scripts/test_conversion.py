@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from grow.apply import grow_checkpoint
 from grow.operators import plan_growth
@@ -18,6 +19,7 @@ from lit_gpt.checkpoint import TRAINING, detect_form, read_config, read_exchange
 from lit_gpt.config import Config
 from lit_gpt.errors import run_command
 from lit_gpt.exchange import write_exchange
+from lit_gpt.flops import flops_per_token
 from lit_gpt.legacy import read_legacy
 from lit_gpt.legacy_sizes import Sizes
 from lit_gpt.tokenizer import Tokenizer
@@ -175,6 +177,21 @@ def test_what_training_cost_goes_along_parents_included(script, tmp_path):
     assert (provenance["flops_model"], provenance["flops_palm"]) == (5.0, 6.0)
 
 
+def test_what_the_training_of_a_file_of_the_lineage_cost_goes_along(script, tmp_path):
+    config = Config.from_name("tiny_LLaMA_120M", n_layer=1, vocab_size=64)
+    run = {"hparams": {"micro_batch_size": 2, "devices": 3, "num_nodes": 1}, "iter_num": 10}
+    torch.save({"model": toy_weights(config), **run}, tmp_path / "iter-000010-ckpt.pth")
+
+    assert (
+        script("convert_hf_checkpoint", tmp_path / "iter-000010-ckpt.pth", tmp_path / "out", "--parity", "never")[0]
+        == 0
+    )
+
+    provenance = read_exchange(tmp_path / "out").provenance
+    assert provenance["tokens"] == 10 * 2 * 3 * 2048
+    assert provenance["flops_total"] == flops_per_token(config).times(provenance["tokens"]).paper
+
+
 def test_the_growth_history_of_a_training_checkpoint_goes_along(script, tmp_path):
     flops = {"paper": 6.0, "model": 4.0, "palm": 5.0}
     state = {
@@ -241,6 +258,32 @@ def test_a_tied_head_is_written_out_for_tools_that_know_no_other(script, tmp_pat
 
     loaded = torch.load(tmp_path / "out.pth", weights_only=True)["model"]
     assert torch.equal(loaded[HEAD], loaded["transformer.wte.weight"])
+
+
+def test_every_tensor_keeps_its_own_dtype_in_a_file_for_the_lineage(script, tmp_path):
+    weights = toy_weights(CONFIG)
+    weights["transformer.wte.weight"] = weights["transformer.wte.weight"].bfloat16()
+    source = write_exchange(tmp_path / "source", CONFIG, weights)
+
+    assert script("convert_lit_checkpoint", source, tmp_path / "out.pth", "--parity", "never")[0] == 0
+
+    loaded = torch.load(tmp_path / "out.pth", weights_only=True)["model"]
+    assert all(
+        torch.equal(loaded[name], weight) and loaded[name].dtype == weight.dtype for name, weight in weights.items()
+    )
+
+
+def test_queries_and_keys_of_two_dtypes_in_a_pickle_are_fused_in_the_wider_one(script, tmp_path):
+    folder = foreign_folder(tmp_path / "source")
+    stored = load_file(folder / "model.safetensors")
+    stored = {name: weight.bfloat16() if "q_proj" in name else weight for name, weight in stored.items()}
+    torch.save(stored, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+    code, _, err = script("convert_hf_checkpoint", folder, tmp_path / "out", "--parity", "never")
+
+    assert code == 0, err
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == stored.keys()
 
 
 @pytest.mark.parametrize(
