@@ -96,7 +96,10 @@ def learn_to_grow(run: Run, stage: Stage, trained: Trained, state: TrainState) -
     optimizer = torch.optim.AdamW(
         growth.parameters(), lr=stage.learning.rate, betas=BETAS, weight_decay=0.0, fused=True
     )
-    learning = Trained(trained.model, module, run.fabric.setup_optimizers(optimizer), trained.guard, growth=growth)
+    guard = trained.guard
+    if not state.stage_step:
+        guard = Guard(run.config.guards, run.fabric.device, _without_window(guard))
+    learning = Trained(trained.model, module, run.fabric.setup_optimizers(optimizer), guard, growth=growth)
     saved = run.checkpoints.learning
     if state.stage_step:
         if saved is None:
@@ -118,10 +121,15 @@ def learned_so_far(trained: Trained) -> dict[str, Any] | None:
 
 def enter_stage(run: Run, stage: Stage, trained: Trained, state: TrainState) -> Trained:
     """The model of a stage, from the one trained so far, which must not be used afterwards."""
-    state.guard = {**trained.guard.to_dict(), "window": []}  # another model has another loss
+    state.guard = _without_window(trained.guard)
     entered = _grown(run, stage, trained, state) if stage.is_grown else _taken_over(run, stage, state)
     state.grown_into_stage = stage.index
     return entered
+
+
+def _without_window(guard: Guard) -> dict[str, Any]:
+    """What a guard goes on from when another model begins to train, which has another loss."""
+    return {**guard.to_dict(), "window": []}
 
 
 def _grown(run: Run, stage: Stage, trained: Trained, state: TrainState) -> Trained:

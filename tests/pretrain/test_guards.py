@@ -181,5 +181,22 @@ def test_a_rollback_goes_round_the_samples_although_a_checkpoint_lies_among_them
     assert [line["step"] for line in records(folder)] == list(range(1, 15))
 
 
+def test_a_growth_that_is_learned_is_not_measured_against_the_smaller_model(go, monkeypatch):
+    windows = {}
+    original = Guard.judge
+
+    def judge(self, loss, grad_norm, step):
+        windows[step] = self.to_dict()["window"]
+        return original(self, loss, grad_norm, step)
+
+    monkeypatch.setattr(Guard, "judge", judge)
+    stages = [
+        {"name": "base", "n_layer": 1, "max_steps": 4},
+        {"name": "grown", "operator": "ligo", "options": {"learn_steps": 2}, "max_steps": 5},
+    ]
+    go(stages=stages, guards={"spike_sigmas": 100.0, "window_steps": 8})
+    assert [len(windows[step]) for step in range(1, 10)] == [0, 1, 2, 3, 0, 1, 0, 1, 2]
+
+
 def test_settings_of_before_there_were_guards_resume():
     assert Guard(GuardConfig(), CPU, NOTHING_SKIPPED).to_dict() == dict(NOTHING_SKIPPED)
