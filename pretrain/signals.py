@@ -71,7 +71,8 @@ class StopSignal:
         self._urged = self._urged or number in self._urgent
         if self.received is None:
             self.received = signal.Signals(number).name
-            sys.stderr.write(f"\n{self.received}: saving at the next step; again to exit without saving\n")
+            again = "; again to exit without saving" if number in self._urgent else ""
+            sys.stderr.write(f"\n{self.received}: saving at the next step{again}\n")
 
 
 @contextmanager

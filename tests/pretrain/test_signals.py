@@ -43,11 +43,12 @@ def test_the_two_sigterms_of_slurm_at_the_time_limit_do_not_keep_a_run_from_savi
             send(signal.SIGINT)
 
 
-def test_a_warning_may_come_twice_and_does_not_count_as_the_first_urgent_signal():
+def test_a_warning_may_come_twice_and_does_not_count_as_the_first_urgent_signal(capsys):
     with StopSignal(env={}) as stop:
         for number in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGUSR1):
             send(number)
         assert stop.received == "SIGUSR1"
+    assert "again to exit" not in capsys.readouterr().err
 
 
 def test_handlers_are_put_back():
