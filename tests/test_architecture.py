@@ -95,7 +95,7 @@ find_installed = importlib.machinery.PathFinder.find_spec
 def find_spec(name, path=None, target=None):
     return None if name.split(".")[0] in OPTIONAL else find_installed(name, path, target)
 
-importlib.machinery.PathFinder.find_spec = find_spec
+importlib.machinery.PathFinder.find_spec = staticmethod(find_spec)
 
 def forbidden(what):
     def refuse(*arguments, **keywords):

@@ -486,7 +486,7 @@ def test_what_is_no_checkpoint_says_what_it_is(tmp_path, pristine):
 
     for path, error, message in [
         (other, DataError, "is a report, not a checkpoint"),
-        (tmp_path / "model.pth", DataError, "is not a file of torch.save"),
+        (tmp_path / "model.pth", DataError, "is not a whole file of torch.save"),
         (tmp_path / "unfinished", DataError, "has no MANIFEST.json: it was never completed"),
         (run, DataError, "give one of them, e.g. .*step-0000000007"),
         (tmp_path / "empty", DataError, "is not a checkpoint; give a directory"),

@@ -483,7 +483,7 @@ def test_a_folder_without_safetensors_says_what_is_wrong_with_it(foreign):
     with pytest.raises(DataError, match="neither model.safetensors nor model.safetensors.index.json"):
         read_exchange(foreign)
     (foreign / "pytorch_model.bin").write_bytes(b"\x80\x04")
-    with pytest.raises(DataError, match="pytorch_model.bin is not a file of torch.save"):
+    with pytest.raises(DataError, match="pytorch_model.bin is not a whole file of torch.save"):
         read_exchange(foreign)
     with pytest.raises(FileNotFoundError):
         read_exchange(foreign / "nowhere")
