@@ -90,7 +90,7 @@ def _parent(run: Run, stage: Stage, state: TrainState) -> Path:
 
 def learn_to_grow(run: Run, stage: Stage, trained: Trained, state: TrainState) -> Trained:
     """The mixing matrices of a stage's growth as what trains, from where a checkpoint of it stands."""
-    growth = LearnedGrowth(stage.plan, _parent_checkpoint(run, stage, state).model)
+    growth = LearnedGrowth(stage.plan, _read_parent(run, _parent(run, stage, state)).model)
     growth.model.compute_dtype = run.compute.compute_dtype
     module = run.fabric.setup_module(growth)
     optimizer = torch.optim.AdamW(
@@ -135,8 +135,9 @@ def _without_window(guard: Guard) -> dict[str, Any]:
 def _grown(run: Run, stage: Stage, trained: Trained, state: TrainState) -> Trained:
     """From the checkpoint that the stage before ended with: weights and moments need not be whole on any process."""
     parent = _parent(run, stage, state)
-    made = _make(run, stage, trained, state)
-    moments = GrownOptimizer(stage.plan, _parent_checkpoint(run, stage, state).optimizer, stage.optimizer_policy)
+    checkpoint = _read_parent(run, parent)
+    made = _make(run, stage, trained, state, checkpoint.model)
+    moments = GrownOptimizer(stage.plan, checkpoint.optimizer, stage.optimizer_policy)
     state.history.append(
         growth_record(
             made.plan,
@@ -157,15 +158,14 @@ def _grown(run: Run, stage: Stage, trained: Trained, state: TrainState) -> Train
     return grown
 
 
-def _parent_checkpoint(run: Run, stage: Stage, state: TrainState) -> TrainingCheckpoint:
+def _read_parent(run: Run, parent: Path) -> TrainingCheckpoint:
     """What the stage before ended with; unless it was just written or resumed from, its checksums are compared."""
-    parent = _parent(run, stage, state)
     return read_training(parent, verify=parent != run.checkpoints.last)
 
 
-def _make(run: Run, stage: Stage, trained: Trained, state: TrainState) -> Made:
+def _make(run: Run, stage: Stage, trained: Trained, state: TrainState, source: Mapping[str, Tensor]) -> Made:
     """The weights of a stage's model. What was learned is charged already; a gradient on a batch is not."""
-    plan, source = stage.plan, _parent_checkpoint(run, stage, state).model
+    plan = stage.plan
     if trained.growth is not None:
         learned = {"steps": stage.learning.steps, "rate": stage.learning.rate, "last_step": state.step_count}
         return Made(dataclasses.replace(plan, data=learned), WithNoise(plan, trained.growth.materialise()))
@@ -180,7 +180,7 @@ def _make(run: Run, stage: Stage, trained: Trained, state: TrainState) -> Made:
 
 def _taken_over(run: Run, stage: Stage, state: TrainState) -> Trained:
     """The same model under other settings: what goes on training keeps its moments."""
-    checkpoint = _parent_checkpoint(run, stage, state)
+    checkpoint = _read_parent(run, _parent(run, stage, state))
     entered = set_up(run, stage, checkpoint.model, state)
     load_trainable_state(entered, checkpoint.optimizer)
     return entered

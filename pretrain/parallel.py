@@ -48,7 +48,7 @@ class Compute:
 
 
 def launch(config: RunConfig, world: World) -> Fabric:
-    """The Fabric frame of this process, on its device; how processes share the work is `shard`'s business.
+    """The Fabric frame of this process, on its device; how processes share the work is `build_model`'s business.
 
     Raises:
         ValueError: the device is not there.

@@ -177,7 +177,6 @@ def train(plan: Plan, world: World, command: list[str]) -> None:
     if world.is_first:
         settings = yaml.safe_dump(to_plain(config), sort_keys=False)
         write_atomically(out_dir / CONFIG_FILE, settings.encode())  # those of this sitting; some may change
-    if world.is_first:
         describe(plan)
     say(f"compute: {compute.precision}, compile {compute.compile} ({compute.reason})")
     if world.size > 1:
