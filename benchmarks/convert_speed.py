@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.grow_speed import RandomWeights, copy
+from benchmarks.grow_speed import RandomWeights, copy, report_goals
 from benchmarks.machine import describe
 
 RESULT = Path(__file__).parent / "results" / "convert_speed.json"
@@ -208,8 +208,7 @@ def report(summary: dict[str, Any]) -> None:
             f"{name}: {each['secs']:.2f} s{ratio}, {each['peak_rss_bytes'] / 1e6:.0f} MB at most, "
             f"{each['import_rss_bytes'] / 1e6:.0f} MB of that after the imports"
         )
-    for goal, kept in summary["kept"].items():
-        print(f"{goal}: {'kept' if kept else 'MISSED'}")
+    report_goals(summary["kept"])
 
 
 if __name__ == "__main__":

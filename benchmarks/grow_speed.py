@@ -309,8 +309,12 @@ def report(summary: dict[str, Any]) -> None:
             f"{each['peak_rss_bytes'] / 1e6:.0f} MB at most, "
             f"{each['import_rss_bytes'] / 1e6:.0f} MB of that after the imports"
         )
-    for goal, kept in summary["kept"].items():
-        print(f"{goal}: {'kept' if kept else 'MISSED'}")
+    report_goals(summary["kept"])
+
+
+def report_goals(kept: Mapping[str, bool]) -> None:
+    for goal, is_kept in kept.items():
+        print(f"{goal}: {'kept' if is_kept else 'MISSED'}")
 
 
 if __name__ == "__main__":
