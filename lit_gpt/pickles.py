@@ -1,15 +1,12 @@
-"""Files of torch.save, read without unpickling and written without holding the tensors.
+"""Files of torch.save, read without unpickling (pickle_machine.py): dicts, lists, tensors, paths and nothing else.
 
-A pickle is a program. Here its opcodes are interpreted by a machine that knows dicts, lists, tensors and paths and
-nothing else: no import, no call, no attribute of anything outside this file can be reached. Tensors stay in the file
-until they are read. Only the zip format (torch 1.6 and later) is known, uncompressed as torch writes it.
+Tensors stay in the file until they are read. Only the zip format (torch 1.6 and later) is known, uncompressed as torch
+writes it.
 """
 
 from __future__ import annotations
 
-import pickletools
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,12 +16,11 @@ import torch
 from torch import Tensor
 
 from lit_gpt.errors import DataError
+from lit_gpt.pickle_machine import UNREADABLE, Vocabulary, interpret
 
 MAX_PICKLE_BYTES = 1 << 24  # of the structure; that of a 7B model with optimizer state has 0.3 MB
-MAX_STEPS = 1 << 19  # opcodes, each of which may make an object of 64 bytes; those of a 7B model are some 70,000
 MAX_DIMENSIONS = 64  # torch's own
 MAX_SIZE = 1 << 63
-SPARE_ENTRIES = 1 << 12  # what calls may make, for files so small that nothing is bounded by their size
 LOCAL_HEADER_BYTES = 30
 WAY_OUT = "get it again, or load it where it was made and save its weights with safetensors"
 _DTYPES = {
@@ -86,7 +82,8 @@ def read_pickle(path: str | Path) -> Any:
     path = Path(path)
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-            return _Machine(path, _Records(path, file, archive)).run()
+            records = _Records(path, file, archive)
+            return interpret(records.pickle(), _vocabulary(records), path)
     except DataError:
         raise
     except FileNotFoundError:
@@ -96,19 +93,8 @@ def read_pickle(path: str | Path) -> Any:
             f"{path} is not a whole file of torch.save in its zip format ({error}); get it again if it was cut short, "
             f"or save it again with torch 1.6 or later"
         ) from error
-    except (ValueError, KeyError, IndexError, TypeError, EOFError, OverflowError, NotImplementedError) as error:
+    except UNREADABLE as error:
         raise DataError(f"{path} is damaged ({type(error).__name__}: {error}); {WAY_OUT}") from error
-
-
-def check_sizes(content: bytes) -> None:
-    """Refuse a pickle that makes Python's own unpickler allocate what the file does not back.
-
-    Raises:
-        ValueError: text or bytes longer than what is left, or a place in the memo beyond what could be stored.
-    """
-    for opcode, argument, position in pickletools.genops(content):
-        if opcode.name in _MEMO and argument is not None and argument > len(content):
-            raise ValueError(f"at position {position} it stores under number {argument}, more than it has bytes")
 
 
 class _Records:
@@ -177,7 +163,9 @@ def _tensor(storage: _Storage, offset: int, shape: tuple, stride: tuple, *_: Any
 def _mapping(pairs: Any = ()) -> dict[Any, Any]:
     found: dict[Any, Any] = {}
     for key, value in pairs.items() if isinstance(pairs, dict) else pairs:
-        _set_item(found, key, value)
+        if not isinstance(key, str | int | float | None):  # a deep tuple takes for ever to hash
+            raise ValueError(f"an entry under a {type(key).__name__}")
+        found[key] = value
     return found
 
 
@@ -195,7 +183,7 @@ def _device(kind: Any, *index: Any) -> Any:
     return (kind, *index) if index else kind
 
 
-_KNOWN: dict[tuple[str, str], Any] = {
+_NAMES: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): _mapping,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch._utils", "_rebuild_tensor"): _tensor,
@@ -211,174 +199,19 @@ _KNOWN: dict[tuple[str, str], Any] = {
         for name in ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")
     },
 }
-_CALLABLE = frozenset(id(value) for value in _KNOWN.values() if not isinstance(value, torch.dtype))
 
 
-def _set_item(target: Any, key: Any, value: Any) -> None:
-    if type(target) is not dict or not isinstance(key, str | int | float | None):  # a deep tuple takes for ever to hash
-        raise ValueError(f"an entry of a {type(target).__name__} under a {type(key).__name__}")
-    target[key] = value
+def _no_state(target: Any, state: Any) -> None:
+    """State of an object beside its content: state dicts have their versions there. It is left out."""
 
 
-_MARK = object()
-_SIZED = (str, bytes, tuple, list, dict)
-_MEMO = ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE")
-
-
-class _Machine:
-    """Interprets the opcodes of one pickle."""
-
-    def __init__(self, path: Path, records: _Records) -> None:
-        self._path, self._records = path, records
-        self._stack: list[Any] = []
-        self._memo: dict[int, Any] = {}
-        self._entries_left = SPARE_ENTRIES
-
-    def run(self) -> Any:
-        content = self._records.pickle()
-        self._entries_left += len(content)
-        for step, (opcode, argument, _) in enumerate(pickletools.genops(content)):
-            if step == MAX_STEPS:
-                raise ValueError(f"more than {MAX_STEPS:,} steps")
-            if opcode.name == "STOP":
-                return self._stack.pop()
-            if opcode.name in _PUSHING:
-                self._stack.append(argument)
-            elif opcode.name in _CONSTANT:
-                self._stack.append(_CONSTANT[opcode.name]())
-            elif opcode.name in _STEPS:
-                _STEPS[opcode.name](self, argument)
-            else:
-                raise DataError(f"{self._path} uses {opcode.name}, which a checkpoint never needs (refused, not run)")
-        raise ValueError("no end")
-
-    def nothing(self, _: Any) -> None:
-        """Protocol numbers and frames."""
-
-    def pop(self, _: Any) -> None:
-        self._stack.pop()
-
-    def _above_mark(self) -> list[Any]:
-        for index in range(len(self._stack) - 1, -1, -1):
-            if self._stack[index] is _MARK:
-                found = self._stack[index + 1 :]
-                del self._stack[index:]
-                return found
-        raise ValueError("no mark")
-
-    def tuple_of(self, count: int) -> None:
-        if len(self._stack) < count:
-            raise ValueError("a tuple of more than there is")
-        parts = self._stack[-count:]
-        del self._stack[-count:]
-        self._stack.append(tuple(parts))
-
-    def marked_tuple(self, _: Any) -> None:
-        self._stack.append(tuple(self._above_mark()))
-
-    def marked_list(self, _: Any) -> None:
-        self._stack.append(self._above_mark())
-
-    def append(self, _: Any) -> None:
-        self._extend([self._stack.pop()])
-
-    def appends(self, _: Any) -> None:
-        self._extend(self._above_mark())
-
-    def _extend(self, values: list[Any]) -> None:
-        if type(self._stack[-1]) is not list:
-            raise ValueError("appending to what is no list")
-        self._stack[-1].extend(values)
-
-    def set_item(self, _: Any) -> None:
-        value, key = self._stack.pop(), self._stack.pop()
-        _set_item(self._stack[-1], key, value)
-
-    def set_items(self, _: Any) -> None:
-        flat = self._above_mark()
-        for key, value in zip(flat[::2], flat[1::2], strict=True):
-            _set_item(self._stack[-1], key, value)
-
-    def put(self, number: Any) -> None:
-        self._memo[len(self._memo) if number is None else number] = self._stack[-1]
-
-    def get(self, number: int) -> None:
-        self._stack.append(self._memo[number])
-
-    def named(self, argument: str) -> None:
-        self._push_known(*argument.split(" ", 1))
-
-    def named_on_stack(self, _: Any) -> None:
-        name, module = self._stack.pop(), self._stack.pop()
-        self._push_known(module, name)
-
-    def _push_known(self, module: Any, name: Any) -> None:
-        if not isinstance(module, str) or not isinstance(name, str):
-            raise ValueError(f"a name made of a {type(module).__name__} and a {type(name).__name__}")
-        if (module, name) not in _KNOWN:
-            raise DataError(
-                f"{self._path} asks for {module}.{name}, which a checkpoint never needs (refused, not run); {WAY_OUT}"
-            )
-        self._stack.append(_KNOWN[module, name])
-
-    def call(self, _: Any) -> None:
-        """Only what `_KNOWN` has, which all lives in this file."""
-        arguments, target = self._stack.pop(), self._stack.pop()
-        if id(target) not in _CALLABLE or type(arguments) is not tuple:
-            raise ValueError(f"a call of {type(target).__name__}")
-        # a few bytes call again with what lies in the memo: what all calls together make is bounded by the file
-        self._entries_left -= len(arguments) + sum(len(each) for each in arguments if isinstance(each, _SIZED))
-        if self._entries_left < 0:
-            raise ValueError("calls that make more than the file has")
-        self._stack.append(target(*arguments))
-
-    def build(self, _: Any) -> None:
-        """State of an object beside its content: state dicts have their versions there. It is left out."""
-        self._stack.pop()
-        if type(self._stack[-1]) is not dict:
-            raise ValueError(f"state of a {type(self._stack[-1]).__name__}")
-
-    def persistent(self, _: Any) -> None:
-        kind, dtype, key, _, n_elements = self._stack.pop()
+def _vocabulary(records: _Records) -> Vocabulary:
+    def storage(reference: Any) -> _Storage:
+        kind, dtype, key, _, n_elements = reference
         if kind != "storage" or not isinstance(dtype, torch.dtype) or type(n_elements) is not int:
             raise ValueError(f"a reference by a {type(kind).__name__} that is to no storage")
         if not isinstance(key, str):
             raise ValueError(f"a storage whose name is a {type(key).__name__}")
-        self._stack.append(self._records.storage(key, dtype, n_elements))
+        return records.storage(key, dtype, n_elements)
 
-
-_PUSHING = frozenset(
-    """BININT BININT1 BININT2 LONG1 LONG4 INT LONG FLOAT BINFLOAT UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8
-    STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8""".split()
-)
-_CONSTANT: dict[str, Callable[[], Any]] = {
-    "NONE": lambda: None,
-    "NEWTRUE": lambda: True,
-    "NEWFALSE": lambda: False,
-    "EMPTY_DICT": dict,
-    "EMPTY_LIST": list,
-    "EMPTY_TUPLE": tuple,
-    "MARK": lambda: _MARK,
-}
-_STEPS: dict[str, Callable[[_Machine, Any], None]] = {
-    "PROTO": _Machine.nothing,
-    "FRAME": _Machine.nothing,
-    "POP": _Machine.pop,
-    "TUPLE": _Machine.marked_tuple,
-    "TUPLE1": lambda machine, _: machine.tuple_of(1),
-    "TUPLE2": lambda machine, _: machine.tuple_of(2),
-    "TUPLE3": lambda machine, _: machine.tuple_of(3),
-    "LIST": _Machine.marked_list,
-    "APPEND": _Machine.append,
-    "APPENDS": _Machine.appends,
-    "SETITEM": _Machine.set_item,
-    "SETITEMS": _Machine.set_items,
-    **dict.fromkeys(_MEMO, _Machine.put),
-    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _Machine.get),
-    "GLOBAL": _Machine.named,
-    "STACK_GLOBAL": _Machine.named_on_stack,
-    "REDUCE": _Machine.call,
-    "NEWOBJ": _Machine.call,
-    "BUILD": _Machine.build,
-    "BINPERSID": _Machine.persistent,
-}
+    return Vocabulary(names=_NAMES, states={dict: _no_state}, persistent=storage, way_out=WAY_OUT)

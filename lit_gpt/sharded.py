@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import io
-import pickle
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +16,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 
 from lit_gpt.errors import DataError
 from lit_gpt.lazy_tensors import LazyTensors, TensorSpec
-from lit_gpt.pickles import check_sizes
-
-METADATA = ".metadata"
-_CHECKPOINT = "torch.distributed.checkpoint"
-ALLOWED_GLOBALS = frozenset(
-    {
-        ("torch", "Size"),
-        ("torch.serialization", "_get_layout"),
-        (f"{_CHECKPOINT}.filesystem", "_StorageInfo"),
-        (f"{_CHECKPOINT}.metadata", "ChunkStorageMetadata"),
-        (f"{_CHECKPOINT}.metadata", "Metadata"),
-        (f"{_CHECKPOINT}.metadata", "MetadataIndex"),
-        (f"{_CHECKPOINT}.metadata", "StorageMeta"),
-        (f"{_CHECKPOINT}.metadata", "TensorProperties"),
-        (f"{_CHECKPOINT}.metadata", "TensorStorageMetadata"),
-        (f"{_CHECKPOINT}.metadata", "_MEM_FORMAT_ENCODING"),
-    }
-)
-DTYPES = frozenset(name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype))
+from lit_gpt.sharded_metadata import METADATA, load_metadata
 
 
 @contextmanager
@@ -108,66 +87,11 @@ class StoredTensors(LazyTensors):
 
 
 class _Reader(dcp.FileSystemReader):
-    """Reads the metadata once, through the allow-list, and checks it against the files."""
+    """Reads the metadata once, without unpickling it, and checks it against the files."""
 
     def __init__(self, directory: Path, sizes: Mapping[str, int]) -> None:
         super().__init__(directory)
-        self.metadata = load_metadata(directory / METADATA)
-        problem = _metadata_problem(self.metadata, sizes)
-        if problem:
-            raise DataError(f"{directory / METADATA}: {problem}; the file is damaged, use an earlier checkpoint")
+        self.metadata = load_metadata(directory / METADATA, sizes)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self.metadata
-
-
-def load_metadata(path: Path) -> Metadata:
-    """Unpickle dcp's metadata with nothing but an allow-list of its own data classes.
-
-    Raises:
-        DataError: it is not such metadata, or it names anything else; nothing of it was executed.
-    """
-    try:
-        content = path.read_bytes()
-        check_sizes(content)
-        metadata = _AllowListed(io.BytesIO(content)).load()
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing; use an earlier checkpoint") from None
-    except Exception as error:  # a damaged pickle may raise anything
-        raise DataError(f"{path} cannot be read: {error}; use an earlier checkpoint") from error
-    if not isinstance(metadata, Metadata):
-        raise DataError(f"{path} holds a {type(metadata).__name__}, not the metadata of a checkpoint")
-    return metadata
-
-
-class _AllowListed(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in ALLOWED_GLOBALS or (module == "torch" and name in DTYPES):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a checkpoint never needs (refused, not run)")
-
-
-def _metadata_problem(metadata: Metadata, sizes: Mapping[str, int]) -> str | None:
-    """What does not hold together; a size must be backed by bytes before anything of that size is allocated."""
-    try:
-        for name, entry in metadata.state_dict_metadata.items():
-            if not isinstance(entry, TensorStorageMetadata):
-                return f"{name} is not a tensor"
-            if sum(prod(chunk.sizes) for chunk in entry.chunks) != prod(entry.size):
-                return f"the parts of {name} do not add up to its shape {tuple(entry.size)}"
-        for index, place in metadata.storage_data.items():
-            if not 0 <= place.offset <= place.offset + place.length <= sizes.get(place.relative_path, -1):
-                return f"{index.fqn} lies outside the files of the checkpoint"
-        return _unbacked_tensor(metadata)
-    except Exception as error:  # the unpickled classes check no type
-        return f"it does not hold together ({error!r})"
-
-
-def _unbacked_tensor(metadata: Metadata) -> str | None:
-    stored: dict[str, int] = {}
-    for index, place in metadata.storage_data.items():
-        stored[index.fqn] = stored.get(index.fqn, 0) + place.length
-    for name, entry in metadata.state_dict_metadata.items():
-        if prod(entry.size) * entry.properties.dtype.itemsize > stored.get(name, 0):
-            return f"{name} of shape {tuple(entry.size)} is longer than what is stored of it"
-    return None

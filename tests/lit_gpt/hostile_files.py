@@ -217,7 +217,72 @@ FOLDERS: dict[str, dict[str, bytes]] = {
     },
     "a config nested deep": {"config.json": b'{"a":' * 50_000, "model.safetensors": safetensors({})},
 }
+DCP = "torch.distributed.checkpoint.metadata"
+
+
+def filled(kind: str, **fields: bytes) -> bytes:
+    """An object of one of torch's classes for metadata, with these fields."""
+    entries = b"".join(text(name) + value for name, value in fields.items())
+    return named(DCP, kind) + b")\x81}(" + entries + b"ub"
+
+
+def metadata(
+    state: bytes = b"}", storage: bytes = b"}", planner: bytes = b"}", before: bytes = b"", after: bytes = b""
+) -> bytes:
+    parts = {"state_dict_metadata": state, "storage_data": storage, "planner_data": planner, "storage_meta": b"N"}
+    return whole(before + filled("Metadata", **parts) + after)
+
+
+def size_of(*dimensions: int) -> bytes:
+    return named("torch", "Size") + numbers(*dimensions) + b"\x85R"
+
+
+PROPERTIES = (
+    named(DCP, "TensorProperties") + b")\x81(" + named("torch", "float32")
+    + named("torch.serialization", "_get_layout") + text("torch.strided") + b"\x85R"
+    + b"\x89" + named(DCP, "_MEM_FORMAT_ENCODING") + b"K\x00\x85R" + b"\x89tb"
+)  # fmt: skip
+
+
+def stored(size: bytes, chunks: bytes, properties: bytes = PROPERTIES) -> bytes:
+    return filled("TensorStorageMetadata", properties=properties, size=size, chunks=chunks)
+
+
 METADATA: dict[str, bytes] = {
+    "nothing in it": metadata(),
+    "a key that hashes for ever": metadata(state=b"}" + doubled() + b"Ns"),
+    "an index that hashes for ever": metadata(
+        storage=b"}" + filled("MetadataIndex", fqn=text("a"), offset=doubled()) + b"Ns"
+    ),
+    "an index that changes": metadata(
+        storage=b"}" + filled("MetadataIndex", fqn=text("a")) + b"}" + text("fqn") + text("b") + b"sb" + b"Ns"
+    ),
+    "an index without a name": metadata(storage=b"}" + named(DCP, "MetadataIndex") + b")\x81Ns"),
+    "a shape that never ends": metadata(state=entry(text("a"), stored(doubled(), b"]"))),
+    "a shape of a hundred thousand dimensions": metadata(
+        state=entry(text("a"), stored(size_of(*[(1 << 62) - 1] * 100_000), b"]"))
+    ),
+    "a shape of a terabyte": metadata(
+        state=entry(
+            text("model.lm_head.weight"),
+            stored(
+                size_of(1 << 40),
+                b"]" + filled("ChunkStorageMetadata", offsets=size_of(0), sizes=size_of(1 << 40)) + b"a",
+            ),
+        )
+    ),
+    "parts that are none": metadata(state=entry(text("a"), stored(size_of(4), b"]" + doubled() + b"a"))),
+    "properties that never end": metadata(state=entry(text("a"), stored(size_of(4), b"]", properties=doubled()))),
+    "a name in memory that never ends": metadata(planner=entry(text("a"), doubled())),
+    "ten million dicts": metadata(before=b"(" + b"}" * 10_000_000 + b"t0"),
+    "ten million objects": metadata(before=named(DCP, "Metadata") + b"q\x070(" + b"h\x07)\x81" * 3_000_000 + b"t0"),
+    "a hundred thousand parts under twenty thousand names": metadata(
+        before=filled("ChunkStorageMetadata", offsets=size_of(0), sizes=size_of(1))
+        + b"q\x070"
+        + stored(size_of(100_000), b"](" + b"h\x07" * 100_000 + b"e")
+        + b"q\x080",
+        state=b"}(" + b"".join(text(str(key)) + b"h\x08" for key in range(20_000)) + b"u",
+    ),
     "calls os.system": whole(call("os", "system")),
     "calls builtins.eval": whole(call("builtins", "eval", "__import__('os').system('" + SHELL + "')")),
     "calls inside a call": whole(named("torch", "Size") + call("os", "system") + b"\x85R"),
