@@ -277,9 +277,9 @@ METADATA: dict[str, bytes] = {
     "ten million dicts": metadata(before=b"(" + b"}" * 10_000_000 + b"t0"),
     "ten million objects": metadata(before=named(DCP, "Metadata") + b"q\x070(" + b"h\x07)\x81" * 3_000_000 + b"t0"),
     "a hundred thousand parts under twenty thousand names": metadata(
-        before=filled("ChunkStorageMetadata", offsets=size_of(0), sizes=size_of(1))
+        before=filled("ChunkStorageMetadata", offsets=size_of(0), sizes=size_of(0))
         + b"q\x070"
-        + stored(size_of(100_000), b"](" + b"h\x07" * 100_000 + b"e")
+        + stored(size_of(0), b"](" + b"h\x07" * 100_000 + b"e")
         + b"q\x080",
         state=b"}(" + b"".join(text(str(key)) + b"h\x08" for key in range(20_000)) + b"u",
     ),
