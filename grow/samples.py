@@ -22,7 +22,7 @@ from lit_gpt.packed_dataset import manifest_of
 from lit_gpt.token_files import find_token_files
 from lit_gpt.token_listing import is_there
 from lit_gpt.token_source import TokenSource
-from lit_gpt.tokenizer import Tokenizer
+from lit_gpt.tokenizer import tokenizer_beside
 
 SOURCE = "growth"  # its name in the order; the order depends on it
 
@@ -147,7 +147,5 @@ def _tokenizer_of(checkpoint: Path) -> str | None:
     if detect_form(checkpoint) == TRAINING:
         entry = read_training(checkpoint, verify=False).state.get("tokenizer")
         return None if entry is None else entry.get("sha256")
-    try:
-        return Tokenizer.load(checkpoint).fingerprint
-    except (ValueError, FileNotFoundError):
-        return None  # a folder of weights alone
+    beside = tokenizer_beside(checkpoint)
+    return None if beside is None else beside.fingerprint

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +36,8 @@ from lit_gpt.versions import versions
 TO = ("exchange", "legacy")
 PARITY = ("auto", "always", "never")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-RECEIPT = ".receipt.json"
+RECEIPT, WRONG = ".receipt.json", ".wrong"
+GAP = 1e-3  # of the largest logit; rounding in fp32 stays a hundred times below, a wrong layout far above
 BYTES = "bytes"  # as `Tokenizer.load` has it
 
 
@@ -198,7 +200,8 @@ def convert(
             less of it in a second than a disk reads.
 
     Returns:
-        The receipt, which is also in `receipt_path(destination)`.
+        The receipt, which is also in `receipt_path` of its "destination". Where the logits of its "wrong" batches
+        differ by more than rounding, that is not `destination`, which is not made, but a name that ends in .wrong.
 
     Raises:
         ValueError: settings that do not fit, or a model that the destination cannot express.
@@ -230,6 +233,10 @@ def convert(
             tokenizer_dir = tokenizer_dir and destination
         inputs = hashes.result()
     skipped = left_out(source)
+    parity_found = _parity(source, destination, to, tokenizer_dir, parity)
+    wrong = [name for name, batch in parity_found.items() if not _agrees(batch, was_cast=dtype is not None)]
+    if wrong:
+        destination = _set_aside(destination)
     receipt = {
         "source": str(source_path),
         "source_kind": source.kind,
@@ -240,7 +247,8 @@ def convert(
         "dtype": str(spec_of(weights, EMBEDDING).dtype).removeprefix("torch."),
         "tensors": {"mapped": len(source.stored) - len(skipped), "unmapped": 0, "left_out": skipped},
         "inputs": inputs,
-        "parity": _parity(source, destination, to, tokenizer_dir, parity),
+        "parity": parity_found,
+        "wrong": wrong,
         "secs": round(time.perf_counter() - began, 3),
         "versions": versions(),
     }
@@ -251,6 +259,19 @@ def convert(
 def receipt_path(destination: Path) -> Path:
     """Where the receipt of a conversion lies: beside its destination."""
     return destination.with_name(destination.name + RECEIPT)
+
+
+def _agrees(batch: Any, *, was_cast: bool) -> bool:
+    """Whether a batch's logits are the same up to rounding; a cast of the weights rounds more than any limit knows."""
+    return was_cast or not isinstance(batch, dict) or batch["max_abs_logit_gap"] <= GAP * batch["max_abs_logit"]
+
+
+def _set_aside(destination: Path) -> Path:
+    """Move what came out wrong out of the way, so that nobody takes it for the model; returns where it is."""
+    aside = destination.with_name(destination.name + WRONG)
+    if aside.is_dir():
+        shutil.rmtree(aside)
+    return destination.replace(aside)
 
 
 def _copies(source: Source, weights: Mapping[str, Tensor]) -> Copies | None:
@@ -264,8 +285,8 @@ def _described(file: Path, with_hash: bool) -> dict[str, Any]:
     return {"file": file.name, "bytes": file.stat().st_size, "sha256": file_sha256(file) if with_hash else None}
 
 
-def _parity(source: Source, destination: Path, to: str, tokenizer_dir: Path | None, wish: str) -> dict[str, Any] | None:
-    """What the comparison of the logits showed; None, or a reason, where there was none."""
+def _parity(source: Source, destination: Path, to: str, tokenizer_dir: Path | None, wish: str) -> dict[str, Any]:
+    """What the comparison of the logits showed, or the reason why there was none."""
     if wish == "never":
         return {"skipped": "it was not asked for"}
     if wish == "auto" and not fits_in_memory(source.config):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +67,9 @@ def stream(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
-    eos_id: int | None = None,
+    eos_ids: Collection[int] = (),
 ) -> Iterator[int]:
-    """The ids that continue a prompt, one by one as they are drawn. Stops after eos_id.
+    """The ids that continue a prompt, one by one as they are drawn. Stops after any of eos_ids.
 
     Raises:
         ValueError: an empty prompt, ids outside the vocabulary, more tokens than block_size, or a setting out of range.
@@ -99,7 +99,7 @@ def stream(
         prompt_ids,
         max_new_tokens,
         lambda logits: pick_token(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator),
-        eos_id,
+        eos_ids,
     )
 
 
@@ -109,7 +109,7 @@ def _drawn(
     prompt_ids: list[int],
     max_new_tokens: int,
     pick: Callable[[Tensor], int],
-    eos_id: int | None,
+    eos_ids: Collection[int],
 ) -> Iterator[int]:
     """The loop of `stream`, whose errors shall come before the first id is asked for."""
     device = model.transformer.wte.weight.device
@@ -119,7 +119,7 @@ def _drawn(
             logits = model(torch.tensor([fresh], device=device), first_position=position, kv_store=cache)
             next_id = pick(logits[0, -1, : model.config.vocab_size].float().cpu())
         yield next_id
-        if next_id == eos_id:
+        if next_id in eos_ids:
             return
         position, fresh = position + len(fresh), [next_id]
 

@@ -302,6 +302,18 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def tokenizer_beside(checkpoint: str | os.PathLike[str]) -> Tokenizer | None:
+    """The tokenizer in the folder of a checkpoint, or None; one that cannot be read is none."""
+    path = Path(checkpoint)
+    folder = path if path.is_dir() else path.parent
+    if not any((folder / name).is_file() for name in FILE_NAMES):
+        return None
+    try:
+        return Tokenizer.load(folder)
+    except (DataError, ValueError):
+        return None
+
+
 def tokenizer_file(path: Path) -> Path:
     """The tokenizer file that a path means: itself, or the one inside a folder; of a pair, the vocabulary."""
     if not path.exists():

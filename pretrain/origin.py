@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from grow.plan import GrowthPlan
 from grow.registry import OPERATORS
 from lit_gpt.checkpoint import TRAINING, detect_form, find_checkpoint, latest, read_config, read_exchange, read_training
@@ -17,6 +19,8 @@ from lit_gpt.errors import DataError
 from lit_gpt.flops import Flops
 from lit_gpt.legacy_order import LEGACY
 from lit_gpt.packed_data import describe_overlap
+from lit_gpt.parity import TEXT
+from lit_gpt.tokenizer import Tokenizer, tokenizer_beside
 from pretrain.config import RunConfig
 from pretrain.corpus import Corpus
 from pretrain.data import TrainData
@@ -146,18 +150,28 @@ def with_saved_name(config: RunConfig, own: Mapping[str, Any] | None) -> RunConf
     return dataclasses.replace(config, data=dataclasses.replace(data, train={names[0]: data.train}))
 
 
-def check_tokenizer(state: Mapping[str, Any], corpus: Corpus) -> None:
+def check_tokenizer(state: Mapping[str, Any], corpus: Corpus, origin: Path | None) -> None:
     """Refuse data whose token ids mean something else than those a checkpoint was trained on.
+
+    state: what the checkpoint says of itself. origin: where it is, if what lies beside it may tell too.
 
     Raises:
         ValueError: with both fingerprints.
     """
-    before, now = state.get("tokenizer"), corpus.tokenizer_entry
-    if before and now and before["sha256"] != now["sha256"]:
+    now, before = corpus.tokenizer_entry, (state.get("tokenizer") or {}).get("sha256")
+    beside = tokenizer_beside(origin) if before is None and origin is not None else None
+    if beside is not None and not _encode_alike(beside, corpus.tokenizer):
+        before = beside.fingerprint
+    if now is not None and before not in (None, now["sha256"]):
         raise ValueError(
-            f"the checkpoint was trained with another tokenizer ({before['sha256'][:12]}) than the data's "
+            f"the checkpoint was trained with another tokenizer ({before[:12]}) than that of the data "
             f"({now['sha256'][:12]}); prepare the data with the checkpoint's own: scripts/prepare.py --tokenizer PATH"
         )
+
+
+def _encode_alike(one: Tokenizer, other: Tokenizer | None) -> bool:
+    """Whether two tokenizers give a text the same ids, as far as is known: one may be a form of the other's file."""
+    return other is None or np.array_equal(one.encode(TEXT), other.encode(TEXT))
 
 
 def check_separator(state: Mapping[str, Any], train: TrainData) -> None:

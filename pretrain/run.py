@@ -282,7 +282,8 @@ def open_stream(
         cache: folder for finished indices; None keeps none.
     """
     state = parent_state(config) if own is None else own
-    check_tokenizer(state, corpus)
+    origin = None if own is not None or config.init_from is None else find_checkpoint(config.init_from)
+    check_tokenizer(state, corpus, origin)
     saved = state.get("data")
     inherited = saved if config.init_from is not None else None
     data, taken_over = continued_settings(config.data, inherited)

@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
 
     from lit_gpt.generate import load_for_inference, stream
 
-    state = own_words(checkpoint)
+    state, special_ids = own_words(checkpoint)
     tokenizer = find_tokenizer(args.tokenizer, checkpoint, state)
     first_id = find_first_id(args.first_id, tokenizer, state)
     device = find_device(args.device, torch.cuda.device_count())
@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
             top_k=args.top_k,
             top_p=args.top_p,
             seed=args.seed + number,
-            eos_id=tokenizer.eos_id,
+            eos_ids=find_eos_ids(tokenizer, special_ids),
         )
         text = args.prompt
         show(text, args.json)
@@ -118,13 +118,20 @@ def pieces(tokenizer: Tokenizer, ids: list[int], new_ids: Iterator[int]) -> Iter
         yield tokenizer.decode(so_far)[len(shown) :], waiting
 
 
-def own_words(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself: state.json, or growth.json."""
+def own_words(checkpoint: Path) -> tuple[dict[str, Any], Mapping[str, Any]]:
+    """What a checkpoint says of itself, in state.json or growth.json, and its special ids where it names them."""
     from lit_gpt.checkpoint import TRAINING, detect_form, read_exchange, read_training
 
     if detect_form(checkpoint) == TRAINING:
-        return read_training(checkpoint, verify=False).state
-    return read_exchange(checkpoint, verify=False).provenance or {}
+        return read_training(checkpoint, verify=False).state, {}
+    folder = read_exchange(checkpoint, verify=False)
+    return folder.provenance or {}, folder.special_ids
+
+
+def find_eos_ids(tokenizer: Tokenizer, special_ids: Mapping[str, Any]) -> set[int]:
+    """Tokens after which a text ends: the tokenizer's and those of generation_config.json; Llama 3 has three."""
+    named = special_ids.get("eos_token_id", [])
+    return {*([] if tokenizer.eos_id is None else [tokenizer.eos_id]), *(named if isinstance(named, list) else [named])}
 
 
 def find_tokenizer(given: str | None, checkpoint: Path, state: dict[str, Any]) -> Tokenizer:

@@ -81,5 +81,5 @@ def _continue(model: GPT, tokenizer: Tokenizer, first_id: int | None, prompt: st
     if room < 1:
         raise ValueError(f"a prompt of {len(ids)} tokens fills block_size={model.config.block_size}; use a shorter one")
     settings = {**SETTINGS, "max_new_tokens": min(SETTINGS["max_new_tokens"], room)}
-    full = generate(model, ids, **settings, eos_id=first_id)
+    full = generate(model, ids, **settings, eos_ids=() if first_id is None else (first_id,))
     return tokenizer.decode(full[len(ids) :])

@@ -112,7 +112,7 @@ def test_generation_ends_with_the_end_of_text():
     free = generate(model, [1], 15, temperature=0)
     end = free[4]
 
-    stopped = generate(model, [1], 15, temperature=0, eos_id=end)
+    stopped = generate(model, [1], 15, temperature=0, eos_ids=[19, end])
 
     assert stopped == free[: free.index(end, 1) + 1]
 

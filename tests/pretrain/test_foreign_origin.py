@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,22 @@ def test_fewer_tokens_than_rows_are_a_padded_vocabulary(pretrain, prepared, tmp_
     origin = as_folder(tmp_path / "folder", toy_config(vocab_size=VOCAB + 5, padded_vocab_size=VOCAB + 5))
 
     assert pretrain(settings_from(origin, prepared, tmp_path / "run")).returncode == 0
+
+
+def test_a_folder_that_brings_another_tokenizer_is_refused(pretrain, prepared, tmp_path, data_dir):
+    origin = as_folder(tmp_path / "folder")
+    shutil.copyfile(data_dir("tokenizers/sp1000/test_model.model"), origin / "tokenizer.model")
+
+    result = pretrain(settings_from(origin, prepared, tmp_path / "run"), "--dry-run")
+
+    assert result.returncode == 2 and "was trained with another tokenizer" in result.stderr
+
+
+def test_a_folder_that_brings_the_tokenizer_of_the_data_is_taken(pretrain, prepared, tmp_path):
+    origin = as_folder(tmp_path / "folder")
+    Tokenizer.load("bytes").save(origin)
+
+    assert pretrain(settings_from(origin, prepared, tmp_path / "run"), "--dry-run").returncode == 0
 
 
 def test_another_block_size_has_to_be_asked_for(pretrain, prepared, tmp_path):

@@ -20,6 +20,7 @@ from lit_gpt.config import Config
 from lit_gpt.errors import run_command
 from lit_gpt.exchange import write_exchange
 from lit_gpt.flops import flops_per_token
+from lit_gpt.generate import generate, load_for_inference
 from lit_gpt.legacy import read_legacy
 from lit_gpt.legacy_sizes import Sizes
 from lit_gpt.tokenizer import Tokenizer
@@ -139,6 +140,7 @@ def test_logits_that_differ_are_an_error_that_says_so(script, tmp_path, monkeypa
 
     assert code == 3
     assert "against this model, read back" in out and "WRONG      the logits of the random batch differ" in out
+    assert sorted(each.name for each in tmp_path.glob("out*")) == ["out.wrong", "out.wrong.receipt.json"]
 
 
 def test_two_models_that_do_not_fit_in_memory_are_not_compared(script, tmp_path, monkeypatch):
@@ -428,6 +430,18 @@ def test_seeds_and_settings_decide_the_text(script, talker):
     assert texts("--top-k", "1") == texts("--top_p", "1e-9") == texts("--greedy")
     assert texts("--num_samples", "2", "--seed", "1") == texts("--seed", "1") + texts("--seed", "2")
     assert texts("--precision", "bf16", "--greedy")[0].startswith("a")
+
+
+def test_a_text_ends_with_any_of_the_ends_that_the_folder_names(script, talker):
+    flags = (talker, "--prompt", "a", "--greedy", "--json")
+    tokenizer = Tokenizer.load("bytes")
+    prompt = [tokenizer.bos_id, *tokenizer.encode("a").tolist()]
+    free = generate(load_for_inference(talker, torch.float32), prompt, 40, temperature=0)[len(prompt) :]
+    end = next(i for i, each in enumerate(free) if i > 3 and each not in free[:i])
+    (talker / "MANIFEST.json").unlink()
+    (talker / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, free[end]]}))
+
+    assert json.loads(script("generate", *flags)[1])["new_tokens"] == end + 1
 
 
 def test_a_prompt_that_leaves_little_room_is_told_and_continued_as_far_as_it_goes(script, talker):
