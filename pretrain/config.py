@@ -137,6 +137,7 @@ class StageConfig:
     max_tokens: int | str | None = None
     """Training tokens of this stage, rounded down to whole steps; or give max_steps."""
     max_steps: int | None = None
+    """0 in the first stage of a run with init_from: that checkpoint as it is, for the second stage to grow."""
     n_layer: int | None = None
     """Blocks during this stage. Default: those of `model`."""
     n_embd: int | None = None
@@ -360,7 +361,10 @@ def _growth_problems(stage: StageConfig, *, is_first: bool) -> list[str]:
     """What does not fit within one stage's settings of growth and schedule."""
     problems = []
     if is_first and (stage.operator or stage.layer_map):
-        problems.append("it has a growth operator but nothing to grow from; use `grow apply` and init_from")
+        problems.append(
+            "it has a growth operator but nothing to grow from; use `grow apply` and init_from, or init_from and a "
+            "stage of max_steps: 0 before this one"
+        )
     if is_first and stage.continue_schedule:
         problems.append("continue_schedule needs a stage before this one; remove it")
     if not stage.operator and (stage.layer_map or stage.options):

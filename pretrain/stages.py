@@ -139,7 +139,7 @@ def _stage(
     if plan is not None:
         check_policy(plan, settings.optimizer_policy)
         config = dataclasses.replace(plan.dst, name=config.name)
-    steps = _stage_steps(settings, config, run.batch.global_batch_size)
+    steps = _stage_steps(settings, config, run.batch.global_batch_size, at_least=int(not _only_hands_on(run, index)))
     continued = before is not None and settings.continue_schedule
     stage = Stage(
         index=index,
@@ -229,10 +229,15 @@ def _learning(plan: GrowthPlan | None, steps: int) -> Learning | None:
     return Learning(learn_steps, plan.options.get("learn_rate", default_rate(plan)))
 
 
-def _stage_steps(settings: StageConfig, config: Config, global_batch_size: int) -> int:
+def _only_hands_on(run: RunConfig, index: int) -> bool:
+    """Whether a stage may be without steps: the first, which then is init_from as it is, for the second to grow."""
+    return index == 1 and run.init_from is not None and len(run.stages) > 1
+
+
+def _stage_steps(settings: StageConfig, config: Config, global_batch_size: int, at_least: int) -> int:
     if settings.max_steps is not None:
         steps = settings.max_steps
-        rule = f"max_steps={steps} must be at least 1"
+        rule = f"max_steps={steps} must be at least {at_least}"
     else:
         tokens_per_step = global_batch_size * config.block_size
         steps = parse_token_count(settings.max_tokens or 0) // tokens_per_step
@@ -241,7 +246,7 @@ def _stage_steps(settings: StageConfig, config: Config, global_batch_size: int) 
             f"(batch.global_batch_size={global_batch_size} samples of block_size={config.block_size}); "
             f"give more tokens, or lower one of the two"
         )
-    if steps < 1:
+    if steps < at_least:
         raise ValueError(rule)
     return steps
 

@@ -297,6 +297,24 @@ def test_block_expansion_between_runs_trains_the_new_layers_alone(finish, tmp_pa
     assert changed == {name for name in grown if layer_of(name) == 2}
 
 
+def test_a_first_stage_without_steps_hands_on_the_checkpoint_that_the_second_one_grows(finish, tmp_path):
+    base = {"name": "base", "n_layer": 1}
+    grown = {"name": "grown", "operator": "stack", "optimizer_policy": "map", "max_steps": 3}
+    whole = finish([{**base, "max_steps": 3}, grown])
+    parent = latest(finish([{**base, "max_steps": 3}]) / "checkpoints")
+    stages = [{**base, "max_steps": 0}, grown]
+
+    folder = finish(stages, tmp_path / "run", init_from=str(parent))
+    for last in checkpoints(folder)[1:]:
+        shutil.rmtree(last)
+    finish(stages, folder, init_from=str(parent))  # and so it does when it goes on
+
+    ended, expected = (read_training(latest(each / "checkpoints")) for each in (folder, whole))
+    assert all(torch.equal(ended.model[name], tensor) for name, tensor in expected.model.items())
+    assert [record["operator"] for record in ended.state["history"]] == ["stack"]
+    assert records(folder)[-1]["flops_total"] == records(whole)[-1]["flops_total"]
+
+
 @pytest.mark.parametrize(
     ("stage", "message"),
     [
