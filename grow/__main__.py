@@ -217,6 +217,18 @@ def run_check(args: argparse.Namespace) -> None:
         print("  (after the first step): attn.proj or mlp.swiglu.w3, which pass it on, are zero and are trained first")
 
 
+def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
+    from grow.compare.command import add_arguments
+
+    add_arguments(parser)
+
+
+def run_compare(args: argparse.Namespace) -> int | None:
+    from grow.compare.command import run
+
+    return run(args)
+
+
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     from grow.report.command import add_arguments
 
@@ -244,6 +256,9 @@ COMMANDS = {
     "inspect": Command("sizes, growth history and health of a checkpoint", add_inspect_arguments, run_inspect),
     "operators": Command("the growth operators", add_operators_arguments, run_operators),
     "check": Command("what a growth did to the function and to the gradients", add_check_arguments, run_check),
+    "compare": Command(
+        "probe several operators on your data, ranked with error bars", add_compare_arguments, run_compare
+    ),
     "report": Command("figures and a page that compare finished runs", add_report_arguments, run_report),
 }
 

@@ -35,7 +35,7 @@ def build_charts(
         _training_chart(models, comparisons, styles, quantity) for quantity in ("flops", "tokens", "seconds")
     )
     charts = [flops, *_zoom(flops), _validation_chart(models, comparisons, styles), tokens, seconds]
-    return [_with_axes(chart) for chart in charts if chart["series"]]
+    return [with_axes(chart) for chart in charts if chart["series"]]
 
 
 def line_styles(models: Sequence[TrainedModel]) -> dict[str, int]:
@@ -75,8 +75,8 @@ def _training_chart(
             continue
         common = {"name": model.name, "role": model.role, "style": styles[model.name]}
         keep = SPIKE_WIDTH_POINTS if model.role == "grown" else 0
-        series.append({**common, "kind": "logged", "points": _points(x_of(model.curve), model.curve.loss, keep)})
-        series.append({**common, "kind": "line", "points": _points(x_of(smoothed), smoothed.loss)})
+        series.append({**common, "kind": "logged", "points": thinned(x_of(model.curve), model.curve.loss, keep)})
+        series.append({**common, "kind": "line", "points": thinned(x_of(smoothed), smoothed.loss)})
     return {
         "id": f"train-{quantity}",
         "title": QUANTITIES[quantity]["title"],
@@ -111,7 +111,7 @@ def _validation_chart(
             "role": model.role,
             "style": styles[model.name],
             "kind": "dots",
-            "points": _points(curve.flops, curve.loss, SPIKE_WIDTH_POINTS),
+            "points": thinned(curve.flops, curve.loss, SPIKE_WIDTH_POINTS),
         }
         for model in models
         if (curve := curves[model.name]) is not None
@@ -128,7 +128,7 @@ def _validation_chart(
     }
 
 
-def _points(x: np.ndarray, y: np.ndarray, keep_first: int = 0) -> list[list[float]]:
+def thinned(x: np.ndarray, y: np.ndarray, keep_first: int = 0) -> list[list[float]]:
     """At most about MAX_POINTS of a line, the first and the last among them."""
     chosen = np.unique(np.linspace(0, len(x) - 1, MAX_POINTS).round().astype(int))
     chosen = np.union1d(chosen, np.arange(min(keep_first, len(x))))
@@ -199,7 +199,7 @@ def _zoom(chart: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _with_axes(chart: dict[str, Any]) -> dict[str, Any]:
+def with_axes(chart: dict[str, Any]) -> dict[str, Any]:
     """Axes that show the ends of all curves and every spike, and cut off the steep fall at the very start."""
     lines = [series["points"] for series in chart["series"] if series["kind"] != "logged"]
     x_max = max(points[-1][0] for points in lines)

@@ -36,17 +36,19 @@ def run(args: argparse.Namespace) -> int:
         ValueError: a package of the `report` extra is missing, or a setting is wrong.
         FileNotFoundError: a run is not there. DataError: a run is damaged. OSError: the folder cannot be written.
     """
-    _check_extra()
+    check_extra()
     report = make_report(args)
     write_report(report, args.out)
     sys.stdout.write(json.dumps(report, indent=1) + "\n" if args.json else summary(report, args.out))
     return 0
 
 
-def _check_extra() -> None:
+def check_extra() -> None:
+    """Raises ValueError where a package that draws or computes a report is missing."""
     try:
         import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
+        import scipy  # noqa: F401
     except ModuleNotFoundError as error:
         raise ValueError(
             f"the report needs {error.name}, which is not installed; install the `report` extra: "

@@ -1,0 +1,203 @@
+"""What came out of a comparison: the arms in order of their loss, with errors over seeds, and who differs from whom."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from grow.compare.runs import BASE, run_dirs
+from grow.compare.settings import FROM_SCRATCH, CompareConfig
+from grow.curves import Curve, RunLog, default_window, read_run_log, smooth, speedup, training_curve
+from lit_gpt.errors import DataError
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds."""
+
+    mean: float
+    stderr: float | None
+    """Standard error of the mean; None for a single seed."""
+    low: float | None
+    """Ends of the 95 % interval by Student's t."""
+    high: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class RankedArm:
+    """One arm, over all seeds."""
+
+    name: str
+    loss: Estimate
+    """Nats per token at the end."""
+    losses: tuple[float, ...]
+    """By seed."""
+    spike: Estimate | None
+    """Loss right after growth minus loss right before it; None for `scratch`."""
+    behind_best: Estimate
+    """Loss minus that of the first in the ranking, seed by seed."""
+    against_scratch: Estimate | None
+    """Loss minus that of training from scratch, seed by seed; None without such an arm."""
+    speedup: Estimate | None
+    """FLOPs of scratch over those of this arm minus one, at equal training loss; None where no seed has one."""
+    flops: float
+    """Of the base and the probe, the mean over seeds."""
+
+    @property
+    def is_told_apart(self) -> bool:
+        """Whether its interval of differences to the best leaves 0 out."""
+        return self.behind_best.low is not None and self.behind_best.low > 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "is_told_apart": self.is_told_apart}
+
+
+@dataclass(frozen=True)
+class ArmCurve:
+    """Smoothed training loss of an arm, the mean over seeds, where all seeds have one."""
+
+    name: str
+    curve: Curve
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """All arms, the lowest loss first."""
+
+    arms: tuple[RankedArm, ...]
+    measured: str
+    """What the loss is of."""
+    seeds: tuple[int, ...]
+    curves: tuple[ArmCurve, ...]
+    window_tokens: float
+    """In which training losses are smoothed for curves and speed-ups."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "measured": self.measured,
+            "seeds": list(self.seeds),
+            "window_tokens": self.window_tokens,
+            "arms": [arm.to_dict() for arm in self.arms],
+        }
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean, standard error and 95 % interval of independent values."""
+    from scipy.stats import t
+
+    n, mean = len(values), float(np.mean(values))
+    if n < 2:
+        return Estimate(mean, None, None, None, n)
+    stderr = float(np.std(values, ddof=1)) / math.sqrt(n)
+    reach = float(t.ppf((1 + CONFIDENCE) / 2, n - 1)) * stderr
+    return Estimate(mean, stderr, mean - reach, mean + reach, n)
+
+
+def rank(config: CompareConfig) -> Ranking:
+    """Read what the runs left behind.
+
+    Raises:
+        DataError, OSError: a run is missing, is not at its end, or its log is damaged.
+    """
+    logs = {name: [read_run_log(folder) for _, folder in run_dirs(config, name)] for name in config.arms}
+    set_name = _common_set(logs)
+    ends = {
+        name: [
+            _final_loss(log, name, set_name, folder)
+            for log, (_, folder) in zip(each, run_dirs(config, name), strict=True)
+        ]
+        for name, each in logs.items()
+    }
+    curves = {name: [_curve(log, name) for log in each] for name, each in logs.items()}
+    window = default_window([curve for each in curves.values() for curve in each])
+    smoothed = {name: [smooth(curve, window) for curve in each] for name, each in curves.items()}
+    order = sorted(config.arms, key=lambda name: float(np.mean(ends[name])))
+    arms = [_ranked(name, ends, logs[name], smoothed, order[0], set_name) for name in order]
+    measured = f"validation loss on {set_name}" if set_name else "training loss, smoothed"
+    means = tuple(ArmCurve(name, _mean_curve(smoothed[name])) for name in order)
+    return Ranking(tuple(arms), measured, tuple(config.seeds), means, window)
+
+
+def _common_set(logs: dict[str, list[RunLog]]) -> str | None:
+    """The first validation set that every run measured at its end."""
+    each = [
+        [e.set for e in log.evaluations if e.metric == "loss" and e.when == "end" and e.stage_name == name]
+        for name, runs in logs.items()
+        for log in runs
+    ]
+    return next((name for name in each[0] if all(name in sets for sets in each)), None)
+
+
+def _final_loss(log: RunLog, name: str, set_name: str | None, folder: Path) -> float:
+    if set_name is None:
+        curve = _curve(log, name)
+        return float(smooth(curve, default_window([curve])).loss[-1])
+    found = _evaluation(log, set_name, ("end",))
+    if found is None:
+        raise DataError(f"{folder} has not come to its end; repeat the command")
+    return found
+
+
+def _evaluation(log: RunLog, set_name: str, whens: Sequence[str]) -> float | None:
+    found = [e.value for e in log.evaluations if (e.metric, e.set) == ("loss", set_name) and e.when in whens]
+    return found[-1] if found else None
+
+
+def _curve(log: RunLog, name: str) -> Curve:
+    metrics = [metric for metric in log.metrics if metric.stage_name == name]
+    if not metrics:
+        raise DataError(f"no step of {name!r} was logged; lower logging.every_steps or lengthen the probe")
+    return training_curve(metrics, 0)
+
+
+def _mean_curve(curves: Sequence[Curve]) -> Curve:
+    """Point by point; the runs of an arm have the same steps."""
+    shortest = min(len(curve) for curve in curves)
+    parts = [np.mean([getattr(c, key)[-shortest:] for c in curves], axis=0) for key in ("tokens", "flops", "loss")]
+    return Curve(parts[0].astype(np.int64), parts[1], parts[2])
+
+
+def _ranked(
+    name: str,
+    ends: dict[str, list[float]],
+    logs: Sequence[RunLog],
+    smoothed: dict[str, list[Curve]],
+    best: str,
+    set_name: str | None,
+) -> RankedArm:
+    scratch = FROM_SCRATCH if FROM_SCRATCH in ends and name != FROM_SCRATCH else None
+    found = [] if scratch is None else [speedup(a, b) for a, b in zip(smoothed[name], smoothed[scratch], strict=True)]
+    speedups = [each.speedup for each in found if each.speedup is not None]
+    spikes = [] if name == FROM_SCRATCH or set_name is None else [_spike(log, set_name) for log in logs]
+    known = [each for each in spikes if each is not None]
+    return RankedArm(
+        name=name,
+        loss=estimate(ends[name]),
+        losses=tuple(ends[name]),
+        spike=estimate(known) if known else None,
+        behind_best=_difference(ends[name], ends[best]),
+        against_scratch=None if scratch is None else _difference(ends[name], ends[scratch]),
+        speedup=estimate(speedups) if speedups else None,
+        flops=float(np.mean([log.metrics[-1].flops_total for log in logs])),
+    )
+
+
+def _difference(ours: Sequence[float], theirs: Sequence[float]) -> Estimate:
+    return estimate([a - b for a, b in zip(ours, theirs, strict=True)])
+
+
+def _spike(log: RunLog, set_name: str) -> float | None:
+    before = next(
+        (e.value for e in log.evaluations if e.stage_name == BASE and (e.metric, e.set) == ("loss", set_name)), None
+    )
+    after = _evaluation(log, set_name, ("after_growth",))
+    return None if before is None or after is None else after - before

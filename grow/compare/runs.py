@@ -1,0 +1,194 @@
+"""The runs of a comparison, each a `python -m pretrain` of its own: a base for every seed, then the arms."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from grow.compare.settings import FROM_SCRATCH, CompareConfig
+from grow.operators import with_depth
+from grow.registry import SIZES
+from grow.sizes import resized
+from lit_gpt.atomic import write_atomically
+from lit_gpt.checkpoint import TRAINING, detect_form, find_checkpoint, read_config, read_exchange, read_training
+from lit_gpt.config import Config
+from lit_gpt.counts import parse_token_count
+from lit_gpt.errors import EXIT_STOPPED, DataError
+from lit_gpt.flops import flops_per_token
+from lit_gpt.stored_state import FLOPS, flops_behind
+
+DONE = "done.json"
+SETTINGS = "compare.yaml"
+BASE = "base"
+
+
+class RunFailed(Exception):
+    """A run of the comparison ended with an error; its own message is on the terminal."""
+
+    def __init__(self, name: str, code: int) -> None:
+        super().__init__(f"{name} ended with exit code {code}; repeat the command to go on from there")
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What the arms of one seed go on from."""
+
+    checkpoint: Path
+    config: Config
+    flops: float | None
+    """Behind it, in the paper's convention; None: nobody wrote that down."""
+
+
+def run_all(config: CompareConfig) -> None:
+    """Train what is not trained yet; everything that is done already is left alone.
+
+    Raises:
+        RunFailed: one of the runs did not come to its end. ValueError, DataError, OSError: before anything is trained.
+    """
+    for seed in config.seeds:
+        origin = _origin(config, seed)
+        steps = arm_steps(config, origin)
+        for name, arm in config.arms.items():
+            settings = {"seed": seed, **_arm_settings(config, name, arm, origin, steps[name])}
+            run_once(config, f"seed-{seed}/{name}", settings)
+
+
+def run_dirs(config: CompareConfig, name: str) -> Iterator[tuple[int, Path]]:
+    """Seed and folder of every run of an arm."""
+    for seed in config.seeds:
+        yield seed, Path(config.out_dir) / f"seed-{seed}" / name
+
+
+def _origin(config: CompareConfig, seed: int) -> Origin:
+    if "checkpoint" in config.base:
+        checkpoint = find_checkpoint(str(config.base["checkpoint"]))
+    else:
+        stages = [{"name": BASE, **config.base}]
+        run_once(config, f"seed-{seed}/{BASE}", {"seed": seed, "stages": stages})
+        checkpoint = find_checkpoint(Path(config.out_dir) / f"seed-{seed}" / BASE)
+    if detect_form(checkpoint) == TRAINING:
+        flops: float | None = flops_behind(read_training(checkpoint, verify=False).state).paper
+    else:
+        flops = (read_exchange(checkpoint, verify=False).provenance or {}).get(FLOPS["paper"])
+    return Origin(checkpoint, read_config(checkpoint), flops)
+
+
+def arm_steps(config: CompareConfig, origin: Origin) -> dict[str, int]:
+    """Name -> optimizer steps, so that every arm costs the FLOPs of the probe, and `scratch` those of the base too.
+
+    Raises:
+        ValueError: the FLOPs behind the base are not known, or do not pay for a step of an arm.
+    """
+    settings = merged_settings(config)
+    target = _target(settings, origin.config)
+    tokens_per_step = settings["batch"]["global_batch_size"] * target.block_size
+    probe_steps = _probe_steps(config, tokens_per_step)
+    budget = flops_per_token(target).paper * tokens_per_step * probe_steps
+    found = {}
+    for name, arm in config.arms.items():
+        if name == FROM_SCRATCH and origin.flops is None:
+            raise ValueError(
+                f"nobody wrote down the FLOPs behind {origin.checkpoint}, so {FROM_SCRATCH} cannot be given as many; "
+                f"leave that arm out"
+            )
+        flops = budget + (origin.flops or 0.0 if name == FROM_SCRATCH else 0.0)
+        per_step = flops_per_token(_sized(target, arm)).paper * tokens_per_step
+        found[name] = round(flops / per_step)
+        if not found[name]:
+            raise ValueError(f"arm {name!r}: the probe's {flops:.3g} FLOPs do not pay for a step of {per_step:.3g}")
+    return found
+
+
+def merged_settings(config: CompareConfig) -> dict[str, Any]:
+    """What the files and `settings` say of a run, with the defaults of what is needed here.
+
+    Raises:
+        ValueError: a file that is no YAML mapping, or no model in any.
+    """
+    merged: dict[str, Any] = {"batch": {"global_batch_size": 512}}
+    for path in config.config:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} must hold a mapping of settings")
+        merged = _merge(merged, values)
+    merged = _merge(merged, config.settings)
+    if not isinstance(merged.get("model"), dict) or "name" not in merged["model"]:
+        raise ValueError(f"none of {', '.join(config.config)} names a model; give model: {{name: ...}}")
+    return merged
+
+
+def _merge(low: dict[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
+    """As `pretrain` lays its files over each other: mappings key by key, anything else as a whole."""
+    merged = dict(low)
+    for key, value in high.items():
+        below = merged.get(key)
+        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _target(settings: Mapping[str, Any], base: Config) -> Config:
+    """The model that the settings name, with the vocabulary of the base."""
+    given = {key: value for key, value in settings["model"].items() if value is not None and key != "name"}
+    return Config.from_name(settings["model"]["name"], **{"vocab_size": base.vocab_size, **given})
+
+
+def _sized(target: Config, arm: Mapping[str, Any]) -> Config:
+    widths = {name: arm[name] for name in SIZES if arm.get(name) is not None}
+    config = resized(target, **widths) if widths else target
+    return with_depth(config, arm["n_layer"]) if arm.get("n_layer") is not None else config
+
+
+def _probe_steps(config: CompareConfig, tokens_per_step: int) -> int:
+    if "max_steps" in config.probe:
+        return int(config.probe["max_steps"])
+    return parse_token_count(config.probe["max_tokens"]) // tokens_per_step
+
+
+def _arm_settings(
+    config: CompareConfig, name: str, arm: Mapping[str, Any], origin: Origin, steps: int
+) -> dict[str, Any]:
+    stage = {"name": name, "max_steps": steps, **arm}
+    if name == FROM_SCRATCH:
+        return {"stages": [stage]}
+    start = {"name": BASE, "max_steps": 0, "n_layer": origin.config.n_layer}
+    start |= {size: getattr(origin.config, size) for size in SIZES}
+    by_hand = {"data": {"start_position": 0}} if "checkpoint" in config.base else {}
+    return {"init_from": str(origin.checkpoint), "stages": [start, stage], **by_hand}
+
+
+def run_once(config: CompareConfig, name: str, settings: Mapping[str, Any]) -> None:
+    """Run `pretrain` in the folder `name`, or go on there; does nothing where that was done with the same settings.
+
+    Raises:
+        RunFailed: it did not come to its end.
+        DataError: the folder holds a finished run of other settings.
+    """
+    folder = Path(config.out_dir) / name
+    own = _merge(dict(config.settings), {**settings, "out_dir": str(folder)})
+    digest = hashlib.sha256(json.dumps([_contents(config.config), own], sort_keys=True).encode()).hexdigest()
+    if (folder / DONE).is_file():
+        if json.loads((folder / DONE).read_text())["settings"] == digest:
+            return
+        raise DataError(f"{folder} was trained with other settings; choose another out_dir, or remove it")
+    path = folder.parent / f"{folder.name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, yaml.safe_dump(own, sort_keys=False).encode())
+    files = [part for each in (*config.config, str(path)) for part in ("--config", each)]
+    sys.stderr.write(f"== {name}\n")
+    code = subprocess.run([sys.executable, "-m", "pretrain", *files], stdout=sys.stderr).returncode
+    if code:
+        raise RunFailed(name, code if code in (2, 3, 4, EXIT_STOPPED) else 1)
+    write_atomically(folder / DONE, json.dumps({"settings": digest}).encode())
+
+
+def _contents(paths: list[str]) -> list[str]:
+    return [Path(path).read_text(encoding="utf-8") for path in paths]

@@ -1,0 +1,104 @@
+"""What `grow compare` is asked for: a base, arms that go on from it, seeds. From a YAML file, checked as a whole."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lit_gpt.config import unknown_key
+
+FROM_SCRATCH = "scratch"
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """One comparison. Repeating the command goes on where it was stopped."""
+
+    config: list[str]
+    """YAML files of `pretrain`, in order: model, data, batch, optimizer. Their stages and out_dir are not used."""
+    base: dict[str, Any]
+    """The stage that every arm but `scratch` goes on from, as in `pretrain`; or {checkpoint: PATH}."""
+    probe: dict[str, Any]
+    """{max_tokens: N} or {max_steps: N} of `model` after growth. Every arm gets as many steps as its FLOPs pay for."""
+    arms: dict[str, dict[str, Any]]
+    """Name -> the stage that follows, as in `pretrain`: operator, options, sizes, optimizer_policy, learning_rate, ...
+    `scratch` is the target model from its first step on, for the FLOPs of base and probe together."""
+    out_dir: str = "out/compare"
+    seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
+    """Each has a base of its own, and is that of the weights, the data order and whatever an operator draws."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Further settings of `pretrain`, laid over the files'."""
+
+
+def read_settings(path: str | Path) -> CompareConfig:
+    """A comparison from its file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line for everything that is wrong with it.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a mapping of settings")
+    if isinstance(values.get("config"), str):
+        values = {**values, "config": [values["config"]]}
+    problems = list(_problems(values))
+    if problems:
+        raise ValueError("\n".join(f"{path}: {problem}" for problem in problems))
+    return CompareConfig(**values)
+
+
+def _problems(values: Mapping[str, Any]) -> list[str]:
+    fields = dataclasses.fields(CompareConfig)
+    known = [each.name for each in fields]
+    problems = [unknown_key(str(key), known) for key in values if key not in known]
+    needed = [each.name for each in fields if each.default is each.default_factory is dataclasses.MISSING]
+    problems += [f"{key} is missing" for key in needed if key not in values]
+    kinds: dict[str, type] = {"config": list, "base": dict, "probe": dict, "arms": dict, "out_dir": str}
+    kinds |= {"seeds": list, "settings": dict}
+    wrong = [key for key, kind in kinds.items() if key in values and not isinstance(values[key], kind)]
+    problems += [f"{key}={values[key]!r} is not a {kinds[key].__name__}" for key in wrong]
+    return problems or [*_seed_problems(values), *_length_problems(values), *_arm_problems(values)]
+
+
+def _seed_problems(values: Mapping[str, Any]) -> list[str]:
+    seeds = values.get("seeds", [1])
+    if not seeds or any(type(seed) is not int or seed < 0 for seed in seeds) or len(set(seeds)) < len(seeds):
+        return [f"seeds={seeds} must be different whole numbers from 0 on, at least one"]
+    return []
+
+
+def _length_problems(values: Mapping[str, Any]) -> list[str]:
+    base, probe = values["base"], values["probe"]
+    problems = []
+    if set(probe) not in ({"max_tokens"}, {"max_steps"}):
+        problems.append(f"probe={probe} must be {{max_tokens: N}} or {{max_steps: N}}")
+    if "checkpoint" in base and set(base) != {"checkpoint"}:
+        problems.append(f"base names a checkpoint, so {', '.join(sorted({*base} - {'checkpoint'}))} has no effect")
+    if "checkpoint" not in base and ("max_tokens" in base) == ("max_steps" in base):
+        problems.append("base needs exactly one of max_tokens and max_steps, or a checkpoint")
+    return problems
+
+
+def _arm_problems(values: Mapping[str, Any]) -> list[str]:
+    arms, problems = values["arms"], []
+    if len(arms) < 2:
+        problems.append("arms must hold at least two, e.g. {scratch: {}, stack: {operator: stack}}")
+    for name, arm in arms.items():
+        if not isinstance(name, str) or not name.strip() or set(name) & set("/\\\0") or name.startswith("."):
+            problems.append(f"arm {name!r} needs a name that a folder can have")
+        elif not isinstance(arm, dict):
+            problems.append(f"arm {name!r} must be a mapping, e.g. {{operator: stack}}")
+        elif lengths := {"max_tokens", "max_steps", "name"} & set(arm):
+            problems.append(f"arm {name!r}: {', '.join(sorted(lengths))} is not for arms; probe says how long they are")
+        elif name != FROM_SCRATCH and "operator" not in arm:
+            problems.append(f"arm {name!r} has no operator; see `grow operators`")
+    return problems

@@ -1,0 +1,69 @@
+"""A ranking for a terminal and in sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from grow.compare.settings import FROM_SCRATCH
+
+if TYPE_CHECKING:
+    from grow.compare.ranking import Estimate, RankedArm, Ranking
+
+HEAD = ("", "loss", "behind the first", "against scratch", "after growth", "speed-up", "FLOPs")
+
+
+def number(found: Estimate | None, digits: int = 4, *, signed: bool = False, scale: float = 1.0) -> str:
+    """`3.5911 ± 0.0042`; an en dash where nothing was measured."""
+    if found is None:
+        return "–"
+    sign = "+" if signed else ""
+    error = "" if found.stderr is None else f" ± {scale * found.stderr:.{digits}f}"
+    return f"{scale * found.mean:{sign}.{digits}f}{error}"
+
+
+def percent(found: Estimate | None) -> str:
+    return "–" if found is None else number(found, 0, signed=True, scale=100.0) + " %"
+
+
+def rows(ranking: Ranking) -> Iterator[tuple[str, ...]]:
+    """Cells of every arm, under HEAD."""
+    for place, arm in enumerate(ranking.arms):
+        yield (
+            arm.name,
+            number(arm.loss),
+            "–" if place == 0 else number(arm.behind_best, signed=True),
+            number(arm.against_scratch, signed=True),
+            number(arm.spike, signed=True),
+            percent(arm.speedup),
+            f"{arm.flops:.3g}",
+        )
+
+
+def sentences(ranking: Ranking) -> list[str]:
+    """What may be concluded."""
+    first, seeds = ranking.arms[0], len(ranking.seeds)
+    close = [arm.name for arm in ranking.arms[1:] if not arm.is_told_apart]
+    found = [f"{first.name} ends lowest: {number(first.loss)} nats per token ({ranking.measured}, {seeds} seeds)."]
+    if seeds < 2:
+        return [*found, "One seed says nothing about chance; give several."]
+    if close:
+        found.append(f"Not told apart from it with 95 % confidence: {', '.join(close)}.")
+    scratch = next((arm for arm in ranking.arms if arm.name == FROM_SCRATCH), None)
+    if scratch is not None and first is not scratch:
+        found.append(_against_scratch(first))
+    return found
+
+
+def _against_scratch(first: RankedArm) -> str:
+    found = first.against_scratch
+    assert found is not None
+    wins = "in every seed" if found.high is not None and found.high < 0 else "on average"
+    return f"Against training from scratch for the same FLOPs that is {number(found, signed=True)}, lower {wins}."
+
+
+def table(ranking: Ranking) -> str:
+    """The ranking as columns of text."""
+    lines = [HEAD, *rows(ranking)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEAD))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)

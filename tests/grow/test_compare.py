@@ -1,0 +1,174 @@
+"""`grow compare`: its settings, what an arm may cost, and what is concluded from the losses of several seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+
+from grow.compare.ranking import estimate, rank
+from grow.compare.runs import Origin, arm_steps
+from grow.compare.settings import CompareConfig, read_settings
+from grow.compare.text import sentences, table
+from lit_gpt.config import Config
+from lit_gpt.errors import DataError
+from lit_gpt.flops import flops_per_token
+from tests.toys import toy_config
+
+BASE = toy_config(n_layer=1)
+MODEL = {"name": "4L16H", "n_head": 4, "n_query_groups": 2, "intermediate_size": 24, "block_size": 16}
+WHOLE = {
+    "config": [],
+    "settings": {"model": MODEL, "batch": {"global_batch_size": 4}},
+    "base": {"n_layer": 1, "max_steps": 10},
+    "probe": {"max_steps": 20},
+    "arms": {"scratch": {}, "stack": {"operator": "stack"}},
+}
+
+
+def settings_file(folder: Path, **changes: object) -> Path:
+    path = folder / "compare.yaml"
+    path.write_text(yaml.safe_dump({**WHOLE, **changes}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arm": {}}, "unknown key 'arm'; did you mean 'arms'"),
+        ({"seeds": [1, 1]}, "must be different whole numbers"),
+        ({"seeds": []}, "at least one"),
+        ({"probe": {"tokens": 3}}, "must be {max_tokens: N} or {max_steps: N}"),
+        ({"base": {"n_layer": 1}}, "base needs exactly one of max_tokens and max_steps, or a checkpoint"),
+        ({"base": {"checkpoint": "a", "n_layer": 1}}, "base names a checkpoint, so n_layer has no effect"),
+        ({"arms": {"stack": {"operator": "stack"}}}, "arms must hold at least two"),
+        ({"arms": {"scratch": {}, "a/b": {"operator": "stack"}}}, "needs a name that a folder can have"),
+        ({"arms": {"scratch": {}, "stack": {}}}, "arm 'stack' has no operator"),
+        ({"arms": {"scratch": {}, "stack": {"operator": "stack", "max_steps": 3}}}, "max_steps is not for arms"),
+        ({"arms": ["stack"]}, "is not a dict"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        read_settings(settings_file(tmp_path, **changes))
+
+
+def test_what_is_missing_is_named(tmp_path):
+    (tmp_path / "compare.yaml").write_text("seeds: [1]\n")
+    with pytest.raises(ValueError, match=r"config is missing(.|\n)*arms is missing"):
+        read_settings(tmp_path / "compare.yaml")
+
+
+def comparison(tmp_path: Path, **changes: object) -> CompareConfig:
+    return dataclasses.replace(read_settings(settings_file(tmp_path, **changes)), out_dir=str(tmp_path / "out"))
+
+
+def test_arms_cost_the_same_and_scratch_the_base_too(tmp_path):
+    arms = {"scratch": {}, "stack": {"operator": "stack"}, "shallow": {"operator": "stack", "n_layer": 2}}
+    model = Config.from_name(**MODEL, vocab_size=BASE.vocab_size)
+    cost = {n: flops_per_token(dataclasses.replace(model, n_layer=n)).paper for n in (2, 4)}
+
+    steps = arm_steps(comparison(tmp_path, arms=arms), Origin(Path("base"), BASE, 7 * cost[4] * 64))
+
+    assert steps == {"scratch": 27, "stack": 20, "shallow": round(20 * cost[4] / cost[2])}
+
+
+def test_a_base_of_unknown_cost_has_no_baseline(tmp_path):
+    with pytest.raises(ValueError, match="nobody wrote down the FLOPs behind base, so scratch cannot be given as many"):
+        arm_steps(comparison(tmp_path), Origin(Path("base"), BASE, None))
+
+
+def write_run(folder: Path, name: str, loss: float, *, ended: bool = True, base: bool = True) -> None:
+    """A run that comes down to a loss along a power law, with the records that `rank` reads."""
+    folder.mkdir(parents=True)
+    common = {"stage": 2, "stage_name": name}
+    metrics = [
+        {
+            **common,
+            **{"step": step, "stage_step": step, "tokens": 64 * step, "flops_total": 1e6 * step, "seconds": step},
+            "loss": loss * (20 / step) ** 0.1,
+        }
+        for step in range(1, 21)
+    ]
+    evals = [{"when": "start", "stage_name": "base", "value": loss + 1}] if base else []
+    evals += [{"when": "after_growth", "stage_name": name, "value": loss + 1.5}] if base else []
+    evals += [{"when": "end", "stage_name": name, "value": loss}] if ended else []
+    rest = {"step": 0, "stage": 2, "tokens": 0, "flops_total": 0.0, "set": "text", "metric": "loss"}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    (folder / "evals.jsonl").write_text("".join(json.dumps({**rest, **line}) + "\n" for line in evals))
+
+
+@pytest.fixture
+def ranked(tmp_path):
+    """A comparison with these losses, by arm and seed."""
+
+    def make(**losses: list[float]):
+        arms = {name: {} if name == "scratch" else {"operator": name} for name in losses}
+        seeds = list(range(1, len(next(iter(losses.values()))) + 1))
+        config = comparison(tmp_path, arms=arms, seeds=seeds)
+        for name, each in losses.items():
+            for seed, loss in zip(seeds, each, strict=True):
+                write_run(tmp_path / "out" / f"seed-{seed}" / name, name, loss, base=name != "scratch")
+        return rank(config)
+
+    return make
+
+
+def test_the_lowest_mean_comes_first_and_differences_are_taken_seed_by_seed(ranked):
+    found = ranked(scratch=[4.0, 4.2, 4.1], stack=[3.5, 3.7, 3.6], interpolate=[3.6, 3.8, 3.7])
+
+    assert [arm.name for arm in found.arms] == ["stack", "interpolate", "scratch"]
+    stack, interpolate, scratch = found.arms
+    assert stack.loss.mean == pytest.approx(3.6) and stack.loss.stderr == pytest.approx(0.1 / math.sqrt(3))
+    assert interpolate.behind_best.mean == pytest.approx(0.1)
+    assert interpolate.behind_best.stderr == pytest.approx(0, abs=1e-12)  # though the losses overlap
+    assert interpolate.is_told_apart and stack.against_scratch.mean == pytest.approx(-0.5)
+    assert stack.spike.mean == pytest.approx(0.5) and scratch.spike is None
+    assert stack.speedup.mean == pytest.approx((4.1 / 3.6) ** 10 - 1, rel=0.15)
+
+
+def test_what_chance_may_have_done_is_not_told_apart(ranked):
+    found = ranked(scratch=[4.0, 4.2, 4.1], stack=[3.5, 3.9, 3.6], interpolate=[3.7, 3.6, 3.75])
+
+    assert found.arms[1].name == "interpolate" and not found.arms[1].is_told_apart
+    assert "Not told apart from it with 95 % confidence: interpolate." in sentences(found)
+    assert "stack ends lowest: 3.6667 ± 0.1202 nats per token (validation loss on text, 3 seeds)." in sentences(found)
+
+
+def test_one_seed_has_no_error_and_says_so(ranked):
+    found = ranked(scratch=[4.0], stack=[3.5])
+
+    assert found.arms[0].loss.stderr is None and not found.arms[1].is_told_apart
+    assert "One seed says nothing about chance; give several." in sentences(found)
+    assert "±" not in table(found)
+
+
+def test_a_run_that_has_not_come_to_its_end_is_an_error(tmp_path):
+    config = comparison(tmp_path, seeds=[1, 2])
+    for seed, name in ((1, "scratch"), (1, "stack"), (2, "scratch"), (2, "stack")):
+        write_run(tmp_path / "out" / f"seed-{seed}" / name, name, 3.0)
+    evals = tmp_path / "out" / "seed-2" / "stack" / "metrics.jsonl"
+    evals.write_text("")
+    with pytest.raises(DataError, match="no complete line"):
+        rank(config)
+
+
+def test_intervals_are_students(monkeypatch):
+    found = estimate([1.0, 2.0, 3.0])
+    assert (found.mean, found.n) == (2.0, 3)
+    assert found.high - found.mean == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)  # t(0.975, 2 degrees)
+
+
+def test_the_page_has_every_number_of_the_table_and_needs_nothing_else(ranked):
+    from grow.compare.page import render
+    from grow.compare.text import rows
+
+    found = ranked(scratch=[4.0, 4.2, 4.1], stack=[3.5, 3.7, 3.6])
+    page = render(found, {"command": "grow compare", "files": {"a.yaml": "x: 1"}, "versions": {"torch": "2.13.0"}})
+
+    assert all(cell in page for row in rows(found) for cell in row)
+    assert "http" not in page.replace("http://www.w3.org", "").replace("http-equiv", "")
