@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from grow.compare.settings import FROM_SCRATCH, CompareConfig
+from grow.compare.settings import CompareConfig, is_from_scratch, stages_of
 from grow.operators import with_depth
 from grow.registry import SIZES
 from grow.sizes import resized
@@ -28,6 +28,7 @@ from lit_gpt.stored_state import FLOPS, flops_behind
 DONE = "done.json"
 SETTINGS = "compare.yaml"
 BASE = "base"
+LENGTHS = frozenset({"max_tokens", "max_steps"})
 
 
 class RunFailed(Exception):
@@ -55,11 +56,11 @@ def run_all(config: CompareConfig) -> None:
         RunFailed: one of the runs did not come to its end. ValueError, DataError, OSError: before anything is trained.
     """
     for seed in config.seeds:
-        origin = _origin(config, seed)
-        steps = arm_steps(config, origin)
+        origin = _origin(config, seed, BASE, {})
         for name, arm in config.arms.items():
-            settings = {"seed": seed, **_arm_settings(config, name, arm, origin, steps[name])}
-            run_once(config, f"seed-{seed}/{name}", settings)
+            own = _origin(config, seed, f"{name}, its base", arm["base"]) if "base" in arm else origin
+            steps = arm_steps(config, name, origin, own)
+            run_once(config, f"seed-{seed}/{name}", {"seed": seed, **_arm_settings(config, name, own, steps)})
 
 
 def run_dirs(config: CompareConfig, name: str) -> Iterator[tuple[int, Path]]:
@@ -68,13 +69,15 @@ def run_dirs(config: CompareConfig, name: str) -> Iterator[tuple[int, Path]]:
         yield seed, Path(config.out_dir) / f"seed-{seed}" / name
 
 
-def _origin(config: CompareConfig, seed: int) -> Origin:
+def _origin(config: CompareConfig, seed: int, name: str, changes: Mapping[str, Any]) -> Origin:
+    """What arms go on from, trained if it is not yet; `changes` to the base make it another one, of that name."""
     if "checkpoint" in config.base:
         checkpoint = find_checkpoint(str(config.base["checkpoint"]))
     else:
-        stages = [{"name": BASE, **config.base}]
-        run_once(config, f"seed-{seed}/{BASE}", {"seed": seed, "stages": stages})
-        checkpoint = find_checkpoint(Path(config.out_dir) / f"seed-{seed}" / BASE)
+        replaced = LENGTHS if LENGTHS & set(changes) else frozenset()
+        stage = {"name": BASE, **{key: config.base[key] for key in config.base if key not in replaced}, **changes}
+        run_once(config, f"seed-{seed}/{name}", {"seed": seed, "stages": [stage]})
+        checkpoint = find_checkpoint(Path(config.out_dir) / f"seed-{seed}" / name)
     if detect_form(checkpoint) == TRAINING:
         flops: float | None = flops_behind(read_training(checkpoint, verify=False).state).paper
     else:
@@ -82,29 +85,36 @@ def _origin(config: CompareConfig, seed: int) -> Origin:
     return Origin(checkpoint, read_config(checkpoint), flops)
 
 
-def arm_steps(config: CompareConfig, origin: Origin) -> dict[str, int]:
-    """Name -> optimizer steps, so that every arm costs the FLOPs of the probe, and `scratch` those of the base too.
+def arm_steps(config: CompareConfig, name: str, base: Origin, own: Origin) -> list[int]:
+    """Optimizer steps of every stage of an arm, so that with what it goes on from it costs what base and probe do.
+
+    Args:
+        name: of the arm.
+        base: the comparison's.
+        own: what the arm goes on from, which is mostly the same.
 
     Raises:
-        ValueError: the FLOPs behind the base are not known, or do not pay for a step of an arm.
+        ValueError: the FLOPs behind the base are not known and matter, or do not pay for a step.
     """
-    settings = merged_settings(config)
-    target = _target(settings, origin.config)
+    arm, settings = config.arms[name], merged_settings(config)
+    target = _target(settings, base.config)
     tokens_per_step = settings["batch"]["global_batch_size"] * target.block_size
-    probe_steps = _probe_steps(config, tokens_per_step)
-    budget = flops_per_token(target).paper * tokens_per_step * probe_steps
-    found = {}
-    for name, arm in config.arms.items():
-        if name == FROM_SCRATCH and origin.flops is None:
+    left = flops_per_token(target).paper * tokens_per_step * _probe_steps(config, tokens_per_step)
+    if is_from_scratch(arm) and base.flops is None:
+        raise ValueError(
+            f"nobody wrote down the FLOPs behind {base.checkpoint}, so {name} cannot be given as many; leave it out"
+        )
+    left += (base.flops or 0.0) - (0.0 if is_from_scratch(arm) else own.flops or 0.0)
+    stages, found = stages_of(arm), []
+    for stage in stages:
+        per_step = flops_per_token(_sized(target, stage)).paper * tokens_per_step
+        taken = sum(other["share"] for other in stages[:-1])
+        found.append(round(left * stage.get("share", 1 - taken) / per_step))
+        if found[-1] < 1:
             raise ValueError(
-                f"nobody wrote down the FLOPs behind {origin.checkpoint}, so {FROM_SCRATCH} cannot be given as many; "
-                f"leave that arm out"
+                f"arm {name!r}: after its base {max(0.0, left):.3g} FLOPs are left, and a step costs {per_step:.3g}; "
+                f"lengthen the probe"
             )
-        flops = budget + (origin.flops or 0.0 if name == FROM_SCRATCH else 0.0)
-        per_step = flops_per_token(_sized(target, arm)).paper * tokens_per_step
-        found[name] = round(flops / per_step)
-        if not found[name]:
-            raise ValueError(f"arm {name!r}: the probe's {flops:.3g} FLOPs do not pay for a step of {per_step:.3g}")
     return found
 
 
@@ -153,16 +163,20 @@ def _probe_steps(config: CompareConfig, tokens_per_step: int) -> int:
     return parse_token_count(config.probe["max_tokens"]) // tokens_per_step
 
 
-def _arm_settings(
-    config: CompareConfig, name: str, arm: Mapping[str, Any], origin: Origin, steps: int
-) -> dict[str, Any]:
-    stage = {"name": name, "max_steps": steps, **arm}
-    if name == FROM_SCRATCH:
-        return {"stages": [stage]}
+def _arm_settings(config: CompareConfig, name: str, origin: Origin, steps: list[int]) -> dict[str, Any]:
+    arm = config.arms[name]
+    parts = stages_of(arm)
+    names = [*(f"{name}, hop {number}" for number in range(1, len(parts))), name]
+    stages = [
+        {"name": each, "max_steps": n, **{key: part[key] for key in part if key != "share"}}
+        for each, n, part in zip(names, steps, parts, strict=True)
+    ]
+    if is_from_scratch(arm):
+        return {"stages": stages}
     start = {"name": BASE, "max_steps": 0, "n_layer": origin.config.n_layer}
     start |= {size: getattr(origin.config, size) for size in SIZES}
     by_hand = {"data": {"start_position": 0}} if "checkpoint" in config.base else {}
-    return {"init_from": str(origin.checkpoint), "stages": [start, stage], **by_hand}
+    return {"init_from": str(origin.checkpoint), "stages": [start, *stages], **by_hand}
 
 
 def run_once(config: CompareConfig, name: str, settings: Mapping[str, Any]) -> None:

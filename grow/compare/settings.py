@@ -22,12 +22,14 @@ class CompareConfig:
     config: list[str]
     """YAML files of `pretrain`, in order: model, data, batch, optimizer. Their stages and out_dir are not used."""
     base: dict[str, Any]
-    """The stage that every arm but `scratch` goes on from, as in `pretrain`; or {checkpoint: PATH}."""
+    """The stage that arms go on from, as in `pretrain`; or {checkpoint: PATH}."""
     probe: dict[str, Any]
-    """{max_tokens: N} or {max_steps: N} of `model` after growth. Every arm gets as many steps as its FLOPs pay for."""
+    """{max_tokens: N} or {max_steps: N} of `model` after growth. Base and probe together are what every arm costs."""
     arms: dict[str, dict[str, Any]]
     """Name -> the stage that follows, as in `pretrain`: operator, options, sizes, optimizer_policy, learning_rate, ...
-    `scratch` is the target model from its first step on, for the FLOPs of base and probe together."""
+    Or {stages: [...]}, several of them, each but the last with its `share` of the FLOPs after the base. `base` in an
+    arm replaces settings of the base, for it alone. An arm without an operator is the model from its first step on,
+    for the FLOPs of base and probe; `scratch` is the one that others are compared with."""
     out_dir: str = "out/compare"
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
     """Each has a base of its own, and is that of the weights, the data order and whatever an operator draws."""
@@ -97,8 +99,36 @@ def _arm_problems(values: Mapping[str, Any]) -> list[str]:
             problems.append(f"arm {name!r} needs a name that a folder can have")
         elif not isinstance(arm, dict):
             problems.append(f"arm {name!r} must be a mapping, e.g. {{operator: stack}}")
-        elif lengths := {"max_tokens", "max_steps", "name"} & set(arm):
-            problems.append(f"arm {name!r}: {', '.join(sorted(lengths))} is not for arms; probe says how long they are")
-        elif name != FROM_SCRATCH and "operator" not in arm:
-            problems.append(f"arm {name!r} has no operator; see `grow operators`")
+        else:
+            problems += [f"arm {name!r}: {problem}" for problem in _stage_problems(name, arm, values["base"])]
     return problems
+
+
+def stages_of(arm: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The stages of an arm after its base, without what is not for `pretrain`."""
+    return list(arm["stages"]) if "stages" in arm else [{key: arm[key] for key in arm if key != "base"}]
+
+
+def is_from_scratch(arm: Mapping[str, Any]) -> bool:
+    return "stages" not in arm and "operator" not in arm
+
+
+def _stage_problems(name: str, arm: Mapping[str, Any], base: Mapping[str, Any]) -> list[str]:
+    if not isinstance(arm.get("base", {}), dict):
+        return [f"base={arm['base']!r} is not a mapping"]
+    if "base" in arm and ("checkpoint" in base or is_from_scratch(arm)):
+        return ["base has no effect: " + ("a checkpoint is the base" if "checkpoint" in base else "it has no operator")]
+    if "stages" in arm and set(arm) - {"stages", "base"}:
+        return [f"{', '.join(sorted(set(arm) - {'stages', 'base'}))} belongs into one of its stages"]
+    if name == FROM_SCRATCH and not is_from_scratch(arm):
+        return ["it is the baseline and has no operator; choose another name"]
+    stages = arm.get("stages", [arm])
+    if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
+        return ["stages must be a list of stages, e.g. [{operator: stack, n_layer: 4, share: 0.5}, {operator: stack}]"]
+    lengths = {"max_tokens", "max_steps", "name"} & {key for stage in stages for key in stage}
+    if lengths:
+        return [f"{', '.join(sorted(lengths))} is not for arms; probe says how long they are"]
+    shares = [stage.get("share") for stage in stages]
+    if shares[-1] is not None or not all(isinstance(each, int | float) and 0 < each < 1 for each in shares[:-1]):
+        return ["every stage but the last needs a share of the FLOPs after the base, between 0 and 1"]
+    return [] if sum(shares[:-1]) < 1 else ["the shares of its stages leave nothing for the last one"]

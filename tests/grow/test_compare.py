@@ -47,9 +47,13 @@ def settings_file(folder: Path, **changes: object) -> Path:
         ({"base": {"checkpoint": "a", "n_layer": 1}}, "base names a checkpoint, so n_layer has no effect"),
         ({"arms": {"stack": {"operator": "stack"}}}, "arms must hold at least two"),
         ({"arms": {"scratch": {}, "a/b": {"operator": "stack"}}}, "needs a name that a folder can have"),
-        ({"arms": {"scratch": {}, "stack": {}}}, "arm 'stack' has no operator"),
         ({"arms": {"scratch": {}, "stack": {"operator": "stack", "max_steps": 3}}}, "max_steps is not for arms"),
         ({"arms": ["stack"]}, "is not a dict"),
+        ({"arms": {"scratch": {"operator": "stack"}, "a": {}}}, "it is the baseline and has no operator"),
+        ({"arms": {"scratch": {}, "a": {"base": {"n_layer": 2}}}}, "base has no effect: it has no operator"),
+        ({"arms": {"scratch": {}, "a": {"stages": []}}}, "stages must be a list of stages"),
+        ({"arms": {"scratch": {}, "a": {"stages": [{"operator": "stack"}] * 2}}}, "needs a share of the FLOPs"),
+        ({"arms": {"scratch": {}, "a": {"stages": [{"share": 0.5}] * 2}}}, "needs a share of the FLOPs"),
     ],
 )
 def test_settings_that_do_not_fit_are_named(tmp_path, changes, message):
@@ -72,14 +76,32 @@ def test_arms_cost_the_same_and_scratch_the_base_too(tmp_path):
     model = Config.from_name(**MODEL, vocab_size=BASE.vocab_size)
     cost = {n: flops_per_token(dataclasses.replace(model, n_layer=n)).paper for n in (2, 4)}
 
-    steps = arm_steps(comparison(tmp_path, arms=arms), Origin(Path("base"), BASE, 7 * cost[4] * 64))
+    base, config = Origin(Path("base"), BASE, 7 * cost[4] * 64), comparison(tmp_path, arms=arms)
 
-    assert steps == {"scratch": 27, "stack": 20, "shallow": round(20 * cost[4] / cost[2])}
+    steps = {name: arm_steps(config, name, base, base) for name in arms}
+
+    assert steps == {"scratch": [27], "stack": [20], "shallow": [round(20 * cost[4] / cost[2])]}
+
+
+def test_a_longer_base_leaves_less_and_hops_share_what_is_left(tmp_path):
+    hops = [{"operator": "stack", "n_layer": 2, "share": 0.25}, {"operator": "stack"}]
+    arms = {"scratch": {}, "late": {"operator": "stack", "base": {"max_steps": 20}}, "hops": {"stages": hops}}
+    model = Config.from_name(**MODEL, vocab_size=BASE.vocab_size)
+    cost = {n: 64 * flops_per_token(dataclasses.replace(model, n_layer=n)).paper for n in (2, 4)}
+    base, late = (Origin(Path("base"), BASE, n * cost[4]) for n in (8, 13))
+    config = comparison(tmp_path, arms=arms)
+
+    assert arm_steps(config, "late", base, late) == [15]
+    assert arm_steps(config, "hops", base, base) == [round(0.25 * 20 * cost[4] / cost[2]), 15]
+    with pytest.raises(ValueError, match="arm 'late': after its base 0 FLOPs are left"):
+        arm_steps(config, "late", base, Origin(Path("base"), BASE, 30 * cost[4]))
 
 
 def test_a_base_of_unknown_cost_has_no_baseline(tmp_path):
+    base = Origin(Path("base"), BASE, None)
+    assert arm_steps(comparison(tmp_path), "stack", base, base) == [20]
     with pytest.raises(ValueError, match="nobody wrote down the FLOPs behind base, so scratch cannot be given as many"):
-        arm_steps(comparison(tmp_path), Origin(Path("base"), BASE, None))
+        arm_steps(comparison(tmp_path), "scratch", base, base)
 
 
 def write_run(folder: Path, name: str, loss: float, *, ended: bool = True, base: bool = True) -> None:

@@ -79,6 +79,23 @@ def test_what_is_done_is_not_done_again_and_a_new_arm_is_added(compare_file, sta
     assert len(started) == 2
 
 
+def test_arms_may_grow_in_hops_and_from_a_base_of_their_own(compare_file, started, tmp_path, capsys):
+    settings = yaml.safe_load(compare_file.read_text())
+    hops = [{"operator": "partial", "n_layer": 2, "layer_map": "11", "share": 0.4}, {"operator": "zero-depth"}]
+    late = {"operator": "stack", "base": {"max_steps": 8}}
+    settings |= {"seeds": [1], "arms": {"hops": {"stages": hops}, "late": late}}
+    compare_file.write_text(yaml.safe_dump(settings))
+
+    assert grow(["compare", "--config", str(compare_file)]) == 0, capsys.readouterr().err
+
+    ended = {
+        name: read_training(latest(tmp_path / "out" / "seed-1" / name / "checkpoints")).state
+        for name in ("hops", "late", "late, its base")
+    }
+    assert [each["operator"] for each in ended["hops"]["history"]] == ["partial", "zero-depth"]
+    assert ended["late, its base"]["step_count"] == 8
+
+
 def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(compare_file, started, capsys):
     assert grow(["compare", "--config", str(compare_file)]) == 0
     settings = yaml.safe_load(compare_file.read_text())
