@@ -3,33 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from decimal import Decimal
 from typing import Any, Literal
 
 from lit_gpt.config import Config, unknown_key
+from lit_gpt.counts import parse_token_count
 from pretrain.data_config import DataConfig, SegmentConfig, data_problems
 from pretrain.time_limit import parse_duration
-
-TOKEN_SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
-_TOKEN_COUNT = re.compile(r"(\d+(?:\.\d+)?(?:e\d+)?)\s*([kmbt]?)", re.IGNORECASE)
-
-
-def parse_token_count(text: int | float | str) -> int:
-    """`10B`, `600M`, `20k`, `15e12` or a plain number as an int.
-
-    Raises:
-        ValueError: anything else, or less than a whole token.
-    """
-    match = _TOKEN_COUNT.fullmatch(str(text).strip().replace("_", ""))
-    if match is None:
-        raise ValueError(f"{text!r} is not a number of tokens; write 10B, 600M, 20k, 15e12 or plain digits")
-    count = Decimal(match[1]) * TOKEN_SUFFIXES[match[2].lower()]  # binary fractions would make 4.1M no whole number
-    if count < 1 or count != int(count):
-        raise ValueError(f"{text!r} is not a whole, positive number of tokens")
-    return int(count)
 
 
 @dataclass(frozen=True)

@@ -113,8 +113,8 @@ def add_stats_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_stats(args: argparse.Namespace) -> int:
+    from lit_gpt.counts import parse_token_count
     from lit_gpt.inspect_data import data_stats
-    from pretrain.config import parse_token_count
 
     budget = None if args.tokens is None else parse_token_count(args.tokens)
     with Meter() as meter:

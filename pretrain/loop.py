@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lit_gpt.counts import parse_token_count
 from lit_gpt.flops import flops_per_token
 from lit_gpt.prefetch import WaitInterrupted
-from pretrain.config import RunConfig, parse_token_count
+from pretrain.config import RunConfig
 from pretrain.evaluate import evaluate
 from pretrain.growth import closed_parts, enter_stage, learn_to_grow, learned_so_far, set_masks
 from pretrain.guards import Diverged

@@ -19,7 +19,8 @@ from grow.trainable import trainable_parameters
 from lit_gpt.axes import parameter_shapes
 from lit_gpt.checkpoint import find_checkpoint, read_config
 from lit_gpt.config import Config
-from pretrain.config import OptimizerConfig, RunConfig, ScheduleConfig, StageConfig, parse_token_count
+from lit_gpt.counts import parse_token_count
+from pretrain.config import OptimizerConfig, RunConfig, ScheduleConfig, StageConfig
 from pretrain.optim import learning_rate
 
 

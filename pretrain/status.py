@@ -17,8 +17,8 @@ from typing import Any
 from grow.curves import METRICS_FILE
 from lit_gpt.atomic import MANIFEST, directory_problems, read_manifest
 from lit_gpt.checkpoint_folder import newest_first
+from lit_gpt.counts import parse_token_count
 from lit_gpt.errors import EXIT_OK, DataError
-from pretrain.config import parse_token_count
 from pretrain.heartbeat import ENDED, read_heartbeat
 from pretrain.run_lock import LOCK_FILE, read_owner
 

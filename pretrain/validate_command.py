@@ -59,7 +59,8 @@ def _settings(checkpoint: TrainingCheckpoint, flags: Sequence[str]) -> RunConfig
 
 def _measure(name: str, checkpoint: TrainingCheckpoint, config: RunConfig) -> list[SetLoss]:
     from lit_gpt.config import Config
-    from pretrain.config import ParallelConfig, parse_token_count
+    from lit_gpt.counts import parse_token_count
+    from pretrain.config import ParallelConfig
     from pretrain.corpus import read_corpus
     from pretrain.data import open_validation_sets
     from pretrain.evaluate import evaluate

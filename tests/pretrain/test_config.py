@@ -7,8 +7,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lit_gpt.counts import parse_token_count
 from pretrain.command_line import normalise, parse
-from pretrain.config import DataConfig, parse_token_count
+from pretrain.config import DataConfig
 
 MINIMAL = {
     "out_dir": "out/x",
