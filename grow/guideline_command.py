@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from grow.guideline import COUNTS, Guideline, Phase, make_guideline, power, short
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | list[str]:
         write_plot(plan, args.plot)
     if args.json:
         return to_dict(plan, hours, memory, warnings)
-    return list(plan_lines(plan, hours, memory, warnings, args))
+    return [part for line in plan_lines(plan, hours, memory, warnings, args) for part in _wrapped(line)]
 
 
 def _model(args: argparse.Namespace) -> Config | None:
@@ -234,7 +235,7 @@ def plan_lines(
     for warning in warnings:
         yield f"warning    {warning}"
     yield ""
-    yield "rules that disagree (not measured here)"
+    yield "Published rules, which disagree; none was measured here:"
     for rule in rules(plan):
         yield from _rule_lines(rule)
 
@@ -273,10 +274,11 @@ def _memory_lines(memory: Memory, args: argparse.Namespace) -> Iterator[str]:
 
 
 def _rule_lines(rule: Rule) -> Iterator[str]:
-    where = {
-        True: "this plan lies in it",
-        False: "this plan lies outside",
-        None: "whether yours is alike is for you to say",
-    }
-    yield f"  {rule.about:10}{rule.name}: {rule.says}"
-    yield f"            {rule.source}. Domain: {rule.domain}; {where[rule.in_domain]}"
+    where = {True: "this plan lies in it", False: "this plan lies outside", None: "judge whether yours is like that"}
+    yield f"{rule.about:11}{rule.name}: {rule.says}"
+    yield f"{'':11}{rule.source}. Domain: {rule.domain}; {where[rule.in_domain]}"
+
+
+def _wrapped(line: str) -> list[str]:
+    """Lines of at most 120 columns, further ones under the second column."""
+    return wrap(line, 120, subsequent_indent=" " * 11, break_on_hyphens=False) or [""]

@@ -54,17 +54,14 @@ def _draw(axes: Axes, plan: Guideline, rule: Callable[[float, float], float], va
 
     low, high = min(SPAN[0], plan.rule_flops / 2), max(SPAN[1], plan.rule_flops * 2)
     budgets = [low * (high / low) ** (i / 200) for i in range(201)]
-    for parameters, colour in zip((*SIZES, plan.rule_parameters), COLOURS, strict=False):
+    for parameters, colour in zip(dict.fromkeys((*SIZES, plan.rule_parameters)), COLOURS, strict=False):
         fits = FITTED_PARAMETERS[0] <= parameters <= FITTED_PARAMETERS[1]
-        values = [rule(parameters, budget) for budget in budgets]
-        axes.plot(budgets, values, color=colour, linewidth=1, linestyle="--")
-        inside = [
-            (budget, each)
-            for budget, each in zip(budgets, values, strict=True)
-            if fits and FITTED_FLOPS[0] <= budget <= FITTED_FLOPS[1]
-        ]
-        label = f"N = {short(parameters)}{'' if fits else ' (not fitted)'}"
-        axes.plot(*(zip(*inside, strict=True) if inside else ([], [])), color=colour, linewidth=2, label=label)
+        label = None if fits else f"N = {short(parameters)} (not fitted)"
+        axes.plot(budgets, [rule(parameters, each) for each in budgets], "--", color=colour, linewidth=1, label=label)
+        if fits:
+            inside = [each for each in budgets if FITTED_FLOPS[0] <= each <= FITTED_FLOPS[1]]
+            values = [rule(parameters, each) for each in inside]
+            axes.plot(inside, values, color=colour, linewidth=2, label=f"N = {short(parameters)}")
     axes.plot([plan.rule_flops], [value], "o", color=INK, label=f"this plan, N = {short(plan.rule_parameters)}")
     axes.set_xscale("log")
     axes.set_xlim(low, high)

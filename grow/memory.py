@@ -67,17 +67,18 @@ def memory_per_device(config: Config, devices: int, micro_batch_size: int, recom
 def saved_per_token(config: Config, recompute: str) -> int:
     """Numbers that one layer keeps per token for its backward pass.
 
-    none: what goes into the two norms and comes out of them (4 C); q, k and v; q and k again, rotated; what attention
-    gives; gate, silu of it, up projection and product (4 F). That is what an eager layer saves; a compiled one makes
-    some of it again. full: the layer's input alone. selective: that, and results of matrix products and attention.
+    none: what goes into the two norms and comes out of them (4 C); rotated q and k, and v, where k and v are repeated
+    for every query head, or else q, k and v and the rotated ones; what attention gives; gate, silu of it, up projection
+    and product (4 F). That is what an eager layer saves; a compiled one makes some of it again. full: the layer's input
+    alone. selective: that, and the results of matrix products and of attention.
     """
     heads = config.n_head * config.head_size
     if recompute == "full":
         return config.n_embd
     if recompute == "selective":
         return 3 * config.n_embd + config.qkv_size + heads + 2 * config.intermediate_size
-    rotated = (config.n_head + config.n_query_groups) * config.head_size
-    return 4 * config.n_embd + config.qkv_size + rotated + heads + 4 * config.intermediate_size
+    into_attention = 3 * heads if config.q_per_kv > 1 else config.qkv_size + 2 * heads
+    return 4 * config.n_embd + into_attention + heads + 4 * config.intermediate_size
 
 
 @dataclass(frozen=True)
