@@ -147,9 +147,9 @@ def _factor(plan: Guideline) -> Iterator[Rule]:
 def _other(plan: Guideline) -> Iterator[Rule]:
     ratio = plan.base.tokens / plan.base.parameters
     yield Rule(
-        "stacking",
+        "stacking, as compared",
         "operator",
-        "stack: the lowest loss of eight operators, ahead of interpolation",
+        "stack had the lowest loss of eight operators, and interpolation was behind it",
         None,
         f"{STACKING}, sections 3 and 5",
         "dense models of 1.1 B parameters, bases of 10 and 50 B tokens",
@@ -252,6 +252,6 @@ def expected_speedup(plan: Guideline) -> Expectation:
         high=max(nearest.measured.values()),
         size=nearest.size,
         source=f"{STACKING}, {nearest.source}",
-        domain=f"{nearest.size}, G_stack with g = 4 and d = 10 B, {span} tokens, SlimPajama; one run, no error bars",
+        domain=f"G_stack with g = 4 and d = 10 B, {span} tokens, SlimPajama; one run, no error bars",
         in_domain=near,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from math import isclose
 
@@ -330,6 +331,23 @@ def test_a_plot_without_matplotlib_names_the_extra(capsys, tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, out, err = plan(capsys, "--params", "7B", "--tokens", "300B", "--plot", tmp_path / "rules.png")
     assert (code, out) == (2, "") and "lit-grow[report]" in err and not (tmp_path / "rules.png").exists()
+
+
+def test_the_page_shows_what_the_command_prints(capsys, root):
+    page = (root / "docs" / "planning.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^```\n\$ grow plan (.+)\n((?:.*\n)+?)```$", page, re.MULTILINE)
+    assert len(shown) == 2
+    for arguments, printed in shown:
+        _, out, err = plan(capsys, *arguments.split())
+        assert out + err == printed, f"write the output of `grow plan {arguments}` into docs/planning.md"
+
+
+def test_the_page_has_every_rule_with_its_source(root):
+    page = (root / "docs" / "planning.md").read_text(encoding="utf-8")
+    for rule in rules(make_guideline(300 * BILLION, parameters=7 * BILLION)):
+        rows = [line for line in page.splitlines() if line.startswith(f"| {rule.about} |")]
+        for paper in re.findall(r"\d{4}\.\d{5}", rule.source):
+            assert any(paper in row for row in rows), (rule.name, paper)
 
 
 @pytest.mark.parametrize("parameters", [5e7, 1.5e8, 1e9, 5e9, 2e10, 1e11, 4e11])
