@@ -91,7 +91,7 @@ def _timing(plan: Guideline) -> Iterator[Rule]:
         "staged training",
         "timing",
         "grow when the loss falls more slowly per FLOP than the larger model's would: at a slope of log loss against "
-        "log compute of about -0.058 (depth) or -0.048 (width)",
+        "log compute of about -0.0575 (depth) or -0.0475 (width): grow_when: loss_slope",
         None,
         "arXiv 2203.06211",
         "GPT-2 to 768 M parameters, C4, operators that preserve the function; the slopes are for these",
