@@ -23,6 +23,8 @@ FACTOR = 4
 """The paper's recommendation."""
 MEASURED_FACTORS = (2, 4)
 """Where its measurements at 1.1 and 3 B have their optimum; at 3 B 16 still beats training from scratch."""
+LONGEST_BASE = 50e9
+"""The most tokens that the runs behind eq. 2 trained a base on."""
 LARGE_SHARE = 0.25  # of the tokens: a base that takes more leaves little to gain
 COUNTS = ("given", "total", "non-embedding")
 """Conventions for N: the number that was given, all parameters, or those of the blocks and the final norm."""
@@ -199,6 +201,8 @@ def _domain_warnings(plan: Guideline) -> Iterator[str]:
     if not FITTED_FLOPS[0] <= c <= FITTED_FLOPS[1]:
         side = "above" if c > FITTED_FLOPS[1] else "below"
         yield f"C = {power(c)} FLOPs is {side} the 0.8e20 to 1.2e21 that eq. 2 was fitted to: its d is an extrapolation"
+    if plan.base.tokens > LONGEST_BASE:
+        yield f"d = {short(plan.base.tokens)} tokens is above the 50 B that were tried at most"
     if not MEASURED_FACTORS[0] <= plan.factor <= MEASURED_FACTORS[1]:
         yield (
             f"g = {plan.factor:g} is outside 2 to 4, where the paper measured its optimum (at 1.1 and 3 B), and eq. 2 "

@@ -138,6 +138,7 @@ OUTSIDE = {
     ),
     "a large budget": (("--params", "1.1B", "--tokens", "3T"), ["FLOPs is above the 0.8e20 to 1.2e21"]),
     "a long base": (("--params", "3B", "--tokens", "60B"), ["the base would see 38% of the tokens"]),
+    "an untried d": (("--params", "70B", "--tokens", "1T"), ["d = 51.89 B tokens is above the 50 B"]),
     "a large factor": (("--model", "24L2048H", "--tokens", "100B", "--factor", 12), ["g = 12 is outside 2 to 4"]),
     "half the depth": (("--model", "24L2048H", "--tokens", "100B", "--factor", 2), ["this plan has g = 2"]),
     "no whole tower": (("--model", "tiny_LLaMA_1b", "--tokens", "100B"), ["the base has 11 (g = 2)", "6 for instance"]),
