@@ -1,4 +1,4 @@
-"""The `grow` command: layer maps, growing a checkpoint, looking at checkpoints, and the report of finished runs."""
+"""The `grow` command: plans, layer maps, growing a checkpoint, looking at checkpoints, the report of finished runs."""
 
 from __future__ import annotations
 
@@ -241,6 +241,22 @@ def run_report(args: argparse.Namespace) -> int:
     return run(args)
 
 
+def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    from grow.guideline_command import add_arguments
+
+    add_arguments(parser)
+
+
+def run_plan(args: argparse.Namespace) -> None:
+    from grow.guideline_command import run
+
+    found = run(args)
+    if args.json:
+        print_json(found)
+    else:
+        print_lines(found)
+
+
 @dataclass(frozen=True)
 class Command:
     """One word after `grow`."""
@@ -253,6 +269,7 @@ class Command:
 COMMANDS = {
     "map": Command("expand a layer map, show its connection rate", add_map_arguments, run_map),
     "apply": Command("grow a checkpoint into a larger one", add_apply_arguments, run_apply),
+    "plan": Command("when to grow, by how much, and what it costs", add_plan_arguments, run_plan),
     "inspect": Command("sizes, growth history and health of a checkpoint", add_inspect_arguments, run_inspect),
     "operators": Command("the growth operators", add_operators_arguments, run_operators),
     "check": Command("what a growth did to the function and to the gradients", add_check_arguments, run_check),

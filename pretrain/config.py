@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -119,6 +119,11 @@ class StageConfig:
     """Training tokens of this stage, rounded down to whole steps; or give max_steps."""
     max_steps: int | None = None
     """0 in the first stage of a run with init_from: that checkpoint as it is, for the second stage to grow."""
+    grow_when: Literal["loss_slope"] | None = None
+    """loss_slope: end the stage before that, once its logged losses fall too slowly for its FLOPs, and grow."""
+    slope: float | None = None
+    """With grow_when: slope of log loss against log FLOPs that ends it. Default: that of arXiv 2203.06211 for GPT-2,
+    -0.0575 if the next growth is in depth, else -0.0475."""
     n_layer: int | None = None
     """Blocks during this stage. Default: those of `model`."""
     n_embd: int | None = None
@@ -325,6 +330,7 @@ def _stage_problems(config: RunConfig) -> list[str]:
         if (stage.max_tokens is None) == (stage.max_steps is None):
             problems.append(f"{where} needs exactly one of max_tokens and max_steps")
         problems += [f"{where}: {problem}" for problem in _growth_problems(stage, is_first=number == 1)]
+        problems += [f"{where}: {problem}" for problem in _slope_problems(stage, config.stages[number : number + 1])]
         try:
             if stage.max_tokens is not None:
                 parse_token_count(stage.max_tokens)
@@ -358,6 +364,20 @@ def _growth_problems(stage: StageConfig, *, is_first: bool) -> list[str]:
         problems.append(
             f"distill_weight={stage.distill_weight} must be in [0, 1]: it is the teacher's share of the loss"
         )
+    return problems
+
+
+def _slope_problems(stage: StageConfig, following: Sequence[StageConfig]) -> list[str]:
+    """What does not fit about a stage's end by the slope of its loss; `following` holds the next stage, if any."""
+    if stage.grow_when is None:
+        return [] if stage.slope is None else ["slope belongs to grow_when: loss_slope; give it, or remove slope"]
+    problems = []
+    if not following or following[0].operator is None:
+        problems.append("grow_when needs a next stage that grows; remove it, or give that an operator")
+    if following and following[0].continue_schedule:
+        problems.append("the next stage cannot continue_schedule: with grow_when nobody knows where it would be")
+    if stage.slope is not None and not stage.slope < 0:
+        problems.append(f"slope={stage.slope} must be below 0: the loss falls as FLOPs are spent")
     return problems
 
 

@@ -19,6 +19,7 @@ from pretrain.evaluate import evaluate
 from pretrain.growth import closed_parts, enter_stage, learn_to_grow, learned_so_far, set_masks
 from pretrain.guards import Diverged
 from pretrain.loggers import Progress, say
+from pretrain.loss_slope import add_loss, loss_slope
 from pretrain.optim import set_learning_rate
 from pretrain.parallel import gradients_shared, whole
 from pretrain.signals import StopRequested
@@ -35,7 +36,7 @@ def train_in_stages(run: Run, trained: Trained, state: TrainState) -> Trained:
     """
     for stage in run.stages[state.stage - 1 :]:
         if stage.index > state.stage:
-            state.stage, state.stage_step = stage.index, 0
+            state.stage, state.stage_step, state.slope_bins = stage.index, 0, []
         if state.grown_into_stage < stage.index:
             if stage.learning is not None:
                 trained = learn_to_grow(run, stage, trained, state)
@@ -49,6 +50,8 @@ def train_in_stages(run: Run, trained: Trained, state: TrainState) -> Trained:
 
 def fit(run: Run, stage: Stage, trained: Trained, state: TrainState, *, until: int) -> None:
     """Train one stage from where `state` is to step `until`. Does nothing if it is there; the stage's end is saved."""
+    if state.ended_stage == stage.index:
+        until = state.stage_step
     if state.stage_step >= until and state.validation_owed is None:
         return
     set_masks(stage, trained, state.stage_step)
@@ -93,11 +96,28 @@ def train_until(run: Run, stage: Stage, trained: Trained, state: TrainState, unt
             if logged:
                 log_step(run, stage, trained, state, progress, last_log, loss, float(grad_norm), rate)
                 last_log = (state.seconds, state.tokens)
+                finished = is_too_slow(stage, state, loss) or finished
             if logged or state.step_count % config.guards.max_skipped_steps == 0:
                 trained.guard.check(state.step_count)
             if finished:
                 break
             after_step(run, stage, trained, state)
+
+
+def is_too_slow(stage: Stage, state: TrainState, loss: float | None) -> bool:
+    """Whether the logged losses, this one with them, end the stage, which `state` then says. All processes agree."""
+    if stage.slope is None or loss is None or state.stage_step <= stage.schedule.warmup_steps:
+        return False  # what a rate that still rises makes of the loss says nothing of the model
+    state.slope_bins = add_loss(state.slope_bins, state.total_flops.paper, loss)
+    slope = loss_slope(state.slope_bins)
+    if slope is None or slope < stage.slope:
+        return False
+    state.ended_stage = stage.index
+    say(
+        f"stage {stage.name} ends at step {state.step_count:,}: the slope of its loss over the last doubling of FLOPs "
+        f"is {slope:.4f}, not below {stage.slope:g}"
+    )
+    return True
 
 
 def after_step(run: Run, stage: Stage, trained: Trained, state: TrainState) -> None:

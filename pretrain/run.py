@@ -225,6 +225,11 @@ def preflight(invocation: Invocation, world: World = ALONE, auto_skips: tuple[tu
     if invocation.scratch:
         if config.init_from is not None:
             raise ValueError("--scratch trains from the first step, init_from does not; give one of the two")
+        if any(stage.slope is not None for stage in stages):
+            raise ValueError(
+                "--scratch spends the FLOPs of all stages, and with grow_when nobody knows those; replace it by the "
+                "max_steps that the stage had in the run to compare with"
+            )
         config = scratch_config(config, stages)
         stages = plan_stages(config, model_config)
     if config.init_from is not None and own is None:  # a run that has checkpoints of its own needs its parent no more

@@ -18,6 +18,8 @@ def stage_lines(stage: Stage) -> Iterator[str]:
     if stage.plan is not None:
         yield from growth_lines(stage.plan, stage.optimizer_policy)
     yield describe_rate(stage)
+    if stage.slope is not None:
+        yield f"ends before that once log loss over log FLOPs is not below {stage.slope:g} (the last doubling of FLOPs)"
     if stage.learning is not None:
         yield f"the first {stage.learning.steps:,} steps learn the growth, at a rate from {stage.learning.rate:g} to 0"
     if stage.mask is not None:

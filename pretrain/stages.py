@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from lit_gpt.checkpoint import find_checkpoint, read_config
 from lit_gpt.config import Config
 from lit_gpt.counts import parse_token_count
 from pretrain.config import OptimizerConfig, RunConfig, ScheduleConfig, StageConfig
+from pretrain.loss_slope import DEFAULTS
 from pretrain.optim import learning_rate
 
 
@@ -71,6 +73,8 @@ class Stage:
     mask: MaskSchedule | None = None
     teaching: Teaching | None = None
     learning: Learning | None = None
+    slope: float | None = None
+    """Of log loss against log FLOPs, at which the stage ends before its steps are done; None: when they are."""
     reference: Path | None = None
     """Checkpoint that the growth takes layers from beside the source."""
 
@@ -159,6 +163,7 @@ def _stage(
         mask=_mask(settings, plan, steps),
         teaching=_teaching(settings, plan, config, steps, before),
         learning=_learning(plan, steps),
+        slope=_slope(settings, run.stages[index : index + 1]),
         reference=None
         if plan is None or plan.reference is None
         else find_checkpoint(str(settings.options["reference"])),
@@ -233,6 +238,13 @@ def _learning(plan: GrowthPlan | None, steps: int) -> Learning | None:
 def _only_hands_on(run: RunConfig, index: int) -> bool:
     """Whether a stage may be without steps: the first, which then is init_from as it is, for the second to grow."""
     return index == 1 and run.init_from is not None and len(run.stages) > 1
+
+
+def _slope(settings: StageConfig, following: Sequence[StageConfig]) -> float | None:
+    if settings.grow_when is None:
+        return None
+    axis = operator(following[0].operator).axis
+    return settings.slope if settings.slope is not None else DEFAULTS.get(axis, DEFAULTS["width"])
 
 
 def _stage_steps(settings: StageConfig, config: Config, global_batch_size: int, at_least: int) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 from lit_gpt.flops import Flops
 from pretrain.guards import NOTHING_SKIPPED
+from pretrain.loss_slope import Bin
 
 
 @dataclass
@@ -36,6 +37,10 @@ class TrainState:
     """Skipped steps, what spikes are measured against, losses since the last log line: see pretrain/guards.py."""
     validation_owed: str | None = None
     """`when` of a validation that is due before the next step: a stage's first, or one that a stop cut short."""
+    slope_bins: list[Bin] = field(default_factory=list)
+    """Losses of a stage that ends by their slope: see pretrain/loss_slope.py."""
+    ended_stage: int = 0
+    """The last stage that the slope of its loss ended before its time."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """One record per growth, oldest first."""
 

@@ -218,8 +218,18 @@ def _open(
     nearest = min(_logged(folder), key=lambda moment: abs(moment[0] - wanted), default=None)
     if nearest is not None:
         first = nearest[1] - nearest[0] * batch
-    stages = plan_stages(config, model_config, growth_behind(config, own))
+    stages = _as_they_went(plan_stages(config, model_config, growth_behind(config, own)), saved)
     return _Opened(config, corpus, stages, train, first, _verified(train, covering))
+
+
+def _as_they_went(stages: Sequence[Stage], saved: Sequence[_Saved]) -> list[Stage]:
+    """The stages with their true lengths: the last checkpoint of one that ended before its time says it."""
+    ended = {
+        each.state["stage"]: each.state["stage_step"]
+        for each in saved
+        if each.state.get("ended_stage") == each.state["stage"]
+    }
+    return [dataclasses.replace(stage, steps=ended.get(stage.index, stage.steps)) for stage in stages]
 
 
 def _replaced(data_flags: Sequence[str]) -> dict[str, Any]:

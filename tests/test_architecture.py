@@ -38,6 +38,7 @@ WITHOUT_TORCH = [
     *("lit_gpt.data_order", "lit_gpt.packed_data", "lit_gpt.packed_dataset", "lit_gpt.token_files"),
     *("lit_gpt.token_source", "lit_gpt.legacy_order", "lit_gpt.prefetch", "lit_gpt.inspect_data"),
     *("grow.layer_map", "grow.plan", "grow.depth", "grow.operators", "grow.curves", "grow.__main__"),
+    *("grow.guideline", "grow.guideline_command", "grow.guideline_plot", "grow.memory", "lit_gpt.counts"),
     *("pretrain.config", "pretrain.command_line", "pretrain.data_command", "pretrain.__main__"),
     *("pretrain.status", "pretrain.heartbeat", "pretrain.time_limit", "pretrain.world"),
 ]
@@ -164,6 +165,7 @@ print(json.dumps(culprits))
     "command",
     [
         *("grow --help", "grow map --help", "grow apply --help", "grow inspect --help", "grow operators --help"),
+        *("grow plan --help", "grow plan --params 7e9 --tokens 300e9 --gpus 8 --mfu 0.4 --device h100"),
         *("grow operators", "grow map 12-3456*5-56", "grow report --help", "pretrain --help", "pretrain data --help"),
         *("pretrain status --help", "pretrain validate --help"),
     ],

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from grow.compare.runs import RunFailed, run_all
 from grow.compare.settings import CompareConfig, read_settings
 from grow.compare.text import sentences, table
-from grow.report.command import check_extra
+from grow.report.extra import require
 from lit_gpt.atomic import write_atomically
 from lit_gpt.versions import versions
 
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int | None:
         ValueError: a setting is wrong, or a package of the `report` extra is missing. DataError, OSError: a run or its
             folder is damaged or cannot be read.
     """
-    check_extra()
+    require("the comparison", "jinja2", "scipy")
     config = _with_flags(read_settings(args.config), args)
     try:
         run_all(config)
