@@ -20,7 +20,6 @@ from pretrain.guards import Diverged
 from pretrain.loggers import Progress, say
 from pretrain.optim import set_learning_rate
 from pretrain.parallel import clip_gradients, gradients_shared
-from pretrain.signals import StopRequested
 from pretrain.stages import Stage
 from pretrain.state import TrainState
 from pretrain.training import Run, Trained, step_flops, step_flops_computed, tokens_per_step
@@ -32,6 +31,8 @@ def train_in_stages(run: Run, trained: Trained, state: TrainState) -> Trained:
     Raises:
         StopRequested: a signal came; a checkpoint was saved. Diverged: too many steps in a row were skipped.
     """
+    if run.world.any(run.stop.requested()):  # before a growth, maybe
+        stop(run, run.stages[state.grown_into_stage - 1], trained, state)
     for stage in run.stages[state.stage - 1 :]:
         if stage.index > state.stage:
             state.stage, state.stage_step = stage.index, 0
@@ -133,9 +134,9 @@ def stop(run: Run, stage: Stage, trained: Trained, state: TrainState) -> NoRetur
     Raises:
         StopRequested: always.
     """
-    if not run.checkpoints.holds(state) or state.validation_owed is not None:
+    if not run.checkpoints.holds(state):
         save(run, stage, trained, state)
-    raise StopRequested(f"stopped by {run.stop.received or 'another process'}; repeat the command to go on")
+    raise run.stop.end()
 
 
 def train_step(

@@ -63,7 +63,7 @@ from pretrain.origin import (
 )
 from pretrain.parallel import check_world, choose_compute, describe_world, device_type, is_sharded, launch
 from pretrain.run_lock import run_lock
-from pretrain.signals import StopRequested, StopSignal, marked
+from pretrain.signals import SAVING, StopRequested, StopSignal, marked
 from pretrain.stage_text import stage_lines
 from pretrain.stages import Stage, plan_stages
 from pretrain.state import TrainState
@@ -96,33 +96,46 @@ class Plan:
     """Samples that the run leaves out because it diverged on them; they are among data.skips."""
 
 
-def run(invocation: Invocation, command: list[str]) -> None:
+def run(invocation: Invocation, command: list[str], stop: StopSignal | None = None) -> None:
     """Start the run, resume it, or, if it is finished, say so.
+
+    Args:
+        invocation: settings and switches.
+        command: that asked for it, for the record.
+        stop: what is listened to already; None: from now until the end.
 
     Raises:
         ValueError: settings that do not fit each other, the data or the checkpoint.
         DataError, OSError: damaged or missing files, a folder that cannot be written.
         NonFiniteError, StopRequested: see pretrain/loop.py.
     """
+    if stop is None:
+        with StopSignal() as stop:
+            return run(invocation, command, stop)
     world = find_world()
     if not world.is_first:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the first process speaks for all, to the end)
     sharded = is_sharded(invocation.config.parallel, world)
     with connected(world, device_type(invocation.config), alone_too=sharded), ExitStack() as held:
-        plan = in_turn(world, lambda: preflight(invocation, world))
         if invocation.dry_run:
+            plan = in_turn(world, lambda: preflight(invocation, world))
             if plan.own is not None:
                 resumed_state(plan.own, plan.config, plan.train)
             if world.is_first:
                 describe(plan)
-            return
-        out_dir = Path(plan.config.out_dir)
+            return None
+        is_early = world.any(stop.requested())  # the checks may take longer than there is time left
+        plan = None if is_early else in_turn(world, lambda: preflight(invocation, world))
+        out_dir, fresh = Path(invocation.config.out_dir), invocation.fresh and not is_early
         if world.is_first:
-            in_turn(world, lambda: held.enter_context(run_folder(out_dir, invocation.fresh, invocation.take_over)))
+            in_turn(world, lambda: held.enter_context(run_folder(out_dir, fresh, invocation.take_over)))
         else:
             in_turn(world, lambda: None)
         with told_once(world), marked(out_dir, world):
-            train_until_done(plan, invocation, world, command)
+            stop.obey(world)
+            assert plan is not None
+            stop.limits = find_limits(plan.config.stop, world)
+            train_until_done(plan, invocation, world, command, stop)
 
 
 @contextmanager
@@ -136,7 +149,7 @@ def told_once(world: World) -> Iterator[None]:
         raise SystemExit(EXIT_STOPPED if isinstance(end, StopRequested) else exit_code(end)) from end
 
 
-def train_until_done(plan: Plan, invocation: Invocation, world: World, command: list[str]) -> None:
+def train_until_done(plan: Plan, invocation: Invocation, world: World, command: list[str], stop: StopSignal) -> None:
     """Train, and where the run diverges and may do so, go back and round the samples.
 
     Raises:
@@ -144,7 +157,7 @@ def train_until_done(plan: Plan, invocation: Invocation, world: World, command: 
     """
     while True:
         try:
-            return train(plan, world, command)
+            return train(plan, world, command, stop)
         except GivenUp as end:
             if end.skip is None or len(plan.auto_skips) >= plan.config.guards.rollbacks:
                 raise
@@ -153,8 +166,12 @@ def train_until_done(plan: Plan, invocation: Invocation, world: World, command: 
             plan = in_turn(world, lambda again=again, skips=skips: preflight(again, world, skips))
 
 
-def train(plan: Plan, world: World, command: list[str]) -> None:
-    """Start or resume in a folder that nobody else trains in."""
+def train(plan: Plan, world: World, command: list[str], stop: StopSignal) -> None:
+    """Start or resume in a folder that nobody else trains in.
+
+    Raises:
+        StopRequested, GivenUp: with all steps saved that count.
+    """
     config, stages = plan.config, plan.stages
     fabric = launch(config, world)
     compute = choose_compute(config, fabric.device, plan.samples * stages[-1].config.block_size)
@@ -174,6 +191,8 @@ def train(plan: Plan, world: World, command: list[str]) -> None:
     if is_finished(state, stages):
         say(f"{out_dir} is finished: {state.step_count:,} steps. --fresh starts over")
         return
+    stop.obey(world)
+    checkpoints.moment = state.moment
     if world.is_first:
         settings = yaml.safe_dump(to_plain(config), sort_keys=False)
         write_atomically(out_dir / CONFIG_FILE, settings.encode())  # those of this sitting; some may change
@@ -182,29 +201,29 @@ def train(plan: Plan, world: World, command: list[str]) -> None:
     if world.size > 1:
         say(f"processes: {describe_world(config.parallel, world)}")
     stage = stages[state.grown_into_stage - 1]  # the one whose model there is: the next may still learn to grow
-    with StopSignal(find_limits(config.stop, world)) as stop:
-        kept_stage = 0 if checkpoint is None else state.stage  # nothing stays of a run killed before its first save
-        log = (
-            RunLog(
-                out_dir,
-                stage=kept_stage,
-                step=state.step_count,
-                tensorboard=config.logging.tensorboard,
-                owed=state.validation_owed,
-            )
-            if world.is_first
-            else NoLog()
+    kept_stage = 0 if checkpoint is None else state.stage  # nothing stays of a run killed before its first save
+    log = (
+        RunLog(
+            out_dir,
+            stage=kept_stage,
+            step=state.step_count,
+            tensorboard=config.logging.tensorboard,
+            owed=state.validation_owed,
         )
-        this_run = Run(config, stages, fabric, world, compute, plan.train, plan.validation, checkpoints, log, stop)
-        trained = start(this_run, stage, state) if checkpoint is None else resume(this_run, stage, checkpoint, state)
-        try:
-            with checkpoints:
-                train_in_stages(this_run, trained, state)
-        except Diverged as found:
-            skip = skip_on_return(this_run, state, found)
-            raise GivenUp(describe_divergence(this_run, state, found), skip) from found
-        finally:
-            log.close()
+        if world.is_first
+        else NoLog()
+    )
+    stop.consequence = SAVING
+    this_run = Run(config, stages, fabric, world, compute, plan.train, plan.validation, checkpoints, log, stop)
+    trained = start(this_run, stage, state) if checkpoint is None else resume(this_run, stage, checkpoint, state)
+    try:
+        with checkpoints:
+            train_in_stages(this_run, trained, state)
+    except Diverged as found:
+        skip = skip_on_return(this_run, state, found)
+        raise GivenUp(describe_divergence(this_run, state, found), skip) from found
+    finally:
+        log.close()
     say(f"done: {state.step_count:,} steps, {state.tokens:,} tokens; last checkpoint {checkpoints.last}")
 
 
