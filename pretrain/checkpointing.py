@@ -192,7 +192,7 @@ class RunCheckpoints:
         self.last = self._find()
         if self.last is None:
             return None
-        checkpoint = read_training(self.last, verify=False, rank=self.world.rank)
+        checkpoint = read_training(self.last, verify=False, processes=self.world)
         if checkpoint.rng is not None:
             self.learning = checkpoint.rng.get(LEARNING)
         return checkpoint

@@ -19,7 +19,9 @@ from grow.plan import SYMMETRY, differing_sizes
 from grow.registry import SIZES
 from lit_gpt.atomic import write_atomically
 from lit_gpt.checkpoint import (
+    TRAINING,
     TrainingCheckpoint,
+    check_open,
     detect_form,
     find_checkpoint,
     manifest_sha256,
@@ -33,6 +35,7 @@ from lit_gpt.errors import EXIT_STOPPED, exit_code
 from lit_gpt.flops import count_parameters, flops_per_token
 from lit_gpt.legacy import is_legacy
 from lit_gpt.model import InitialWeights
+from lit_gpt.processes import first
 from pretrain.changed_settings import check_settings
 from pretrain.checkpointing import RunCheckpoints, restore_random_states
 from pretrain.command_line import Invocation
@@ -357,11 +360,15 @@ def start(this_run: Run, stage: Stage, state: TrainState) -> Trained:
     config = this_run.config
     if config.init_from is None:
         return set_up(this_run, stage, InitialWeights(stage.config, config.seed), state)
-    source = find_checkpoint(config.init_from)
-    trained = set_up(this_run, stage, read_weights(source), state)
-    if detect_form(source) == "training" and not is_legacy(source):  # those of other tools start with a new optimizer
-        inherit(trained, state, read_training(source))
+    # a run that still trains may save meanwhile: all take the same
+    source = first(this_run.world, lambda: find_checkpoint(config.init_from))
+    if detect_form(source) == TRAINING and not is_legacy(source):  # those of other tools start with a new optimizer
+        parent = read_training(source, processes=this_run.world)
+        check_open(parent.state, source)
+        trained = set_up(this_run, stage, parent.model, state)
+        inherit(trained, state, parent)
     else:
+        trained = set_up(this_run, stage, read_weights(source), state)
         for line in inherit_history(state, read_exchange(source).provenance or {}):
             sys.stderr.write(f"{line}\n")
     say(f"weights from {source}, data from sample {state.position:,}")

@@ -24,6 +24,7 @@ from grow.operators import plan_growth
 from lit_gpt import atomic, checkpoint, checkpoint_folder
 from lit_gpt.axes import parameter_shapes
 from lit_gpt.checkpoint import latest, prune_temporaries, read_config, read_training, verify
+from lit_gpt.errors import DataError
 from lit_gpt.lazy_tensors import fill_from, spec_of
 from pretrain import checkpointing
 from pretrain.checkpointing import RunCheckpoints
@@ -394,10 +395,10 @@ def test_a_single_cpu_process_writes_in_the_foreground_unless_told_otherwise(tmp
     assert checkpoints.last is not None
 
 
-@pytest.mark.slow
-def test_two_processes_share_the_checking_and_agree(of_two):
+@pytest.mark.parametrize("look", ["on resume", "at a parent"])
+def test_two_processes_share_the_checking(finished_run, look):
     """Each looks at some of the files, together at all of them."""
-    path = latest(of_two / "checkpoints")
+    path = latest(finished_run / "checkpoints")
     files = read_training(path).manifest["files"]
     looked_at: list[str] = []
 
@@ -412,8 +413,30 @@ def test_two_processes_share_the_checking_and_agree(of_two):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint_folder, "directory_problems", note)
         for rank in range(2):
-            assert checkpoint_folder.reason_to_skip(path, deep=True, processes=Half(rank=rank, size=2)) is None
+            half = Half(rank=rank, size=2)
+            if look == "on resume":
+                assert checkpoint_folder.reason_to_skip(path, deep=True, processes=half) is None
+            else:
+                read_training(path, processes=half)
     assert sorted(looked_at) == sorted(files)
+
+
+def test_one_process_finds_the_damage_for_all(finished_run, tmp_path):
+    """Of the two largest files, weights and moments, each looks at one."""
+    path = Path(shutil.copytree(latest(finished_run / "checkpoints"), tmp_path / "parent"))
+    damaged = max(path.glob("*.distcp"), key=lambda file: file.stat().st_size)
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    of_the_other: list[Any] = []
+
+    class Half(World):
+        def gather(self, value):
+            of_the_other.append(value)
+            return of_the_other
+
+    with pytest.raises(DataError, match=f"{damaged.name}.*crc32"):
+        read_training(path, processes=Half(rank=0, size=2))
+    with pytest.raises(DataError, match=f"{damaged.name}.*crc32"):
+        read_training(path, processes=Half(rank=1, size=2))
 
 
 @pytest.mark.slow
