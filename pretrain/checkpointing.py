@@ -223,7 +223,10 @@ class RunCheckpoints:
             every = self.settings.keep_every_steps
             superseded += [path for path in paths[:-keep_last] if not every or int(path.name[5:]) % every]
         for path in superseded:
-            remove_directory(path)
+            try:
+                remove_directory(path)
+            except OSError as error:  # the one that was just written is complete all the same
+                sys.stderr.write(f"warning: checkpoint {path} could not be removed: {explain(error)}\n")
 
 
 class Staging:

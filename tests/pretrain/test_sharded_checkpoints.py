@@ -21,9 +21,9 @@ from benchmarks.forked import Started, start, start_function
 from grow.apply import grow_checkpoint
 from grow.grown import GrownOptimizer, GrownWeights
 from grow.operators import plan_growth
-from lit_gpt import atomic, checkpoint, checkpoint_folder
+from lit_gpt import atomic, checkpoint, checkpoint_folder, sharded_writer
 from lit_gpt.axes import parameter_shapes
-from lit_gpt.checkpoint import latest, prune_temporaries, read_config, read_training, verify
+from lit_gpt.checkpoint import checkpoint_path, latest, prune_temporaries, read_config, read_training, verify
 from lit_gpt.errors import DataError
 from lit_gpt.lazy_tensors import fill_from, spec_of
 from pretrain import checkpointing
@@ -177,8 +177,8 @@ def fail_on_one_process(world: World, folder: Path) -> None:
         world.barrier()
 
 
-def full_disk(path: Path, data: bytes) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+def full_disk(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 TOGETHER = (save_and_load, grow_into_parts, change_while_written, fail_on_one_process)
@@ -350,6 +350,82 @@ def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch
     with pytest.raises(OSError, match="1,000 are free"):
         checkpoints.save(model, optimizer, TrainState(step_count=2))
     assert prune_temporaries(checkpoints.folder) == []
+
+
+def assert_only_the_first_is_there(checkpoints: RunCheckpoints) -> None:
+    """Whole, and nothing beside it that could be taken for another."""
+    kept = checkpoint_path(checkpoints.folder, 1, 1)
+    assert latest(checkpoints.folder) == kept == checkpoints.last and verify(kept) == []
+    assert list(checkpoints.folder.rglob("step-*")) == [kept] and prune_temporaries(checkpoints.folder) == []
+
+
+# name: owner and name of the function in which the disk turns out to be full
+WRITERS = {
+    "tensors": (sharded_writer._CountingStream, "write"),
+    "metadata": (sharded_writer._Writer, "finish"),
+    "state": (checkpoint, "write_synced"),
+    "manifest": (atomic, "write_synced"),
+    "fsync": (atomic.os, "fsync"),
+}
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_disk_that_fills_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, monkeypatch, name, async_save):
+    model, optimizer = shared_model(World())
+    with checkpoints_in(tmp_path, World(), async_save=async_save) as checkpoints:
+        checkpoints.save(model, optimizer, TrainState(step_count=1))
+        monkeypatch.setattr(*WRITERS[name], full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            checkpoints.save(model, optimizer, TrainState(step_count=2), periodic=True)
+            checkpoints.save(model, optimizer, TrainState(step_count=3), periodic=True)  # waits for the one before
+    monkeypatch.undo()
+    assert_only_the_first_is_there(checkpoints)
+
+
+@pytest.mark.parametrize(("policy", "async_save"), [("stop", False), ("continue", True)])
+def test_a_run_whose_disk_is_full_for_a_while_loses_no_step(
+    settings, pretrain, finished_run, monkeypatch, policy, async_save
+):
+    settings["checkpoints"] = {"every_steps": 2, "async_save": async_save, "on_failure": policy}
+    original = sharded_writer.write_tensors
+
+    def full_at_step_4(directory, *arguments, **keywords):
+        with monkeypatch.context() as patch:
+            if "step-0000000004" in directory.name:
+                patch.setattr(sharded_writer._CountingStream, "write", full_disk)
+            return original(directory, *arguments, **keywords)
+
+    monkeypatch.setattr(sharded_writer, "write_tensors", full_at_step_4)
+    result = pretrain(settings)
+    assert "The disk is full" in result.stderr
+    if policy == "stop":
+        assert result.returncode == 3
+        monkeypatch.undo()
+        result = pretrain(settings)
+    assert result.returncode == 0, result.stderr
+    assert_same_end(Path(settings["out_dir"]), finished_run)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_really_full_leaves_the_one_before(tmp_path, monkeypatch):
+    """Four megabytes, of which all but a few pages are taken; and nobody looks at the free space before."""
+    mount = tmp_path / "mount"
+    mount.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(mount)], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+    monkeypatch.setattr(checkpoint, "check_free_space", lambda *_: None)
+    try:
+        model, optimizer = shared_model(World())
+        checkpoints = checkpoints_in(mount / "run", World())
+        checkpoints.save(model, optimizer, TrainState(step_count=1))
+        free = shutil.disk_usage(mount).free
+        (mount / "taken").write_bytes(bytes(free - (16 << 10)))
+        with pytest.raises(OSError, match="No space left"):
+            checkpoints.save(model, optimizer, TrainState(step_count=2))
+        assert_only_the_first_is_there(checkpoints)
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)
 
 
 def test_a_single_process_may_write_in_the_background_too(tmp_path):
