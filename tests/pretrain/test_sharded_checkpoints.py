@@ -430,6 +430,19 @@ def test_a_disk_that_is_really_full_leaves_the_one_before(tmp_path, monkeypatch)
         subprocess.run(["umount", str(mount)], check=True)
 
 
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_make_the_new_one_fail(tmp_path, monkeypatch, capsys):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    model, optimizer = shared_model(World())
+    checkpoints = checkpoints_in(tmp_path, World(), keep_last=1)
+    checkpoints.save(model, optimizer, TrainState(step_count=1))
+    monkeypatch.setattr(checkpointing, "remove_directory", refuse)
+    checkpoints.save(model, optimizer, TrainState(step_count=2))
+    assert checkpoints.last == checkpoint_path(checkpoints.folder, 1, 2)
+    assert "step-0000000001 could not be removed" in capsys.readouterr().err
+
+
 def test_a_single_process_may_write_in_the_background_too(tmp_path):
     model, optimizer = shared_model(World())
     with checkpoints_in(tmp_path, World(), async_save=True) as checkpoints:
