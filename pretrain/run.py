@@ -96,7 +96,6 @@ def run(invocation: Invocation, command: list[str], stop: StopSignal | None = No
         with told_once(world), marked(out_dir, world):
             stop.obey(world)
             assert plan is not None
-            stop.limits = find_limits(plan.config.stop, world)
             train_until_done(plan, invocation, world, command, stop)
 
 
@@ -164,6 +163,7 @@ def train(plan: Plan, world: World, command: list[str], stop: StopSignal) -> Non
         say(f"processes: {describe_world(config.parallel, world)}")
     stage = stages[state.grown_into_stage - 1]  # the one whose model there is: the next may still learn to grow
     log = in_turn(world, lambda: open_log(config, state, world, begins=checkpoint is None))
+    stop.limits = stop.limits or find_limits(config.stop, world)  # they do not begin anew when the run goes back
     stop.consequence = SAVING
     this_run = Run(config, stages, fabric, world, compute, plan.train, plan.validation, checkpoints, log, stop)
     try:
