@@ -35,7 +35,14 @@ from lit_gpt.atomic import (
     write_synced,
 )
 from lit_gpt.axes import parameter_shapes
-from lit_gpt.checkpoint_folder import TRAINING, checkpoint_path, find_checkpoint, latest, training_manifest
+from lit_gpt.checkpoint_folder import (
+    TRAINING,
+    checkpoint_path,
+    find_checkpoint,
+    latest,
+    problems_together,
+    training_manifest,
+)
 from lit_gpt.config import Config
 from lit_gpt.errors import DataError
 from lit_gpt.exchange import (
@@ -232,15 +239,20 @@ def _under_stored_names(model: Mapping[str, Tensor], optimizer: Mapping[str, Map
 
 
 def read_training(
-    path: str | Path, *, verify: bool = True, verify_up_to_bytes: float = math.inf, rank: int = 0
+    path: str | Path,
+    *,
+    verify: bool = True,
+    verify_up_to_bytes: float = math.inf,
+    processes: Processes = ONE_PROCESS,
 ) -> TrainingCheckpoint:
     """Open a training form, or a legacy file as one.
 
     Args:
         path: the directory, or the file.
-        rank: whose random states are wanted; one that did not save any gets those of the first process.
         verify: whether the crc32 of every file is checked first; sizes are checked in any case.
         verify_up_to_bytes: the crc32 of larger files is not.
+        processes: that open it, which share the checking. Each gets the random states that it left, or, if it was not
+            there, those of the first.
 
     Raises:
         FileNotFoundError: there is no such directory.
@@ -251,6 +263,9 @@ def read_training(
         stored = _under_stored_names(legacy.model, legacy.optimizer)
         return TrainingCheckpoint(legacy.model, legacy.optimizer, legacy.state, None, stored, {"files": {}})
     directory = Path(path)
+    if verify and processes.size > 1:
+        raise_problems(problems_together(directory, deep=True, processes=processes), EARLIER)
+        verify = False
     manifest = training_manifest(directory)
     problems = directory_problems(directory, manifest, deep=verify, deep_up_to_bytes=verify_up_to_bytes)
     raise_problems(problems, EARLIER)
@@ -259,7 +274,7 @@ def read_training(
     tensors = _stored_tensors(directory, manifest)
     shapes = {name: tensors.spec(name).shape for name in tensors}
     raise_problems(_tensor_problems(config, shapes, str(directory)), EARLIER)
-    stored_rng = next((name for name in (RNG.format(rank), FIRST_RNG) if name in manifest["files"]), None)
+    stored_rng = next((name for name in (RNG.format(processes.rank), FIRST_RNG) if name in manifest["files"]), None)
     rng = None if stored_rng is None else read_rng(directory / stored_rng)
     model = Renamed({name: (tensors, stored_name(name)) for name in parameter_shapes(config)})
     return TrainingCheckpoint(model, _optimizer_of(tensors), state, rng, tensors, manifest)
@@ -351,11 +366,14 @@ def read_config(path: str | Path) -> Config:
     return _stored_config(directory, read_json(directory / STATE, EARLIER))
 
 
-def read_weights(path: str | Path, *, verify: bool = True) -> Mapping[str, Tensor]:
-    """Parameter name -> tensor on the CPU, read on every access, from a checkpoint of either form."""
+def read_weights(path: str | Path, *, verify: bool = True, processes: Processes = ONE_PROCESS) -> Mapping[str, Tensor]:
+    """Parameter name -> tensor on the CPU, read on every access, from a checkpoint of either form.
+
+    verify, processes: as in `read_training`; exchange form is checked by each process.
+    """
     if detect_form(path) == EXCHANGE:
         return read_exchange(path, verify=verify).weights
-    checkpoint = read_training(path, verify=verify)
+    checkpoint = read_training(path, verify=verify, processes=processes)
     check_open(checkpoint.state, path)
     return checkpoint.model
 

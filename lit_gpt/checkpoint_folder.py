@@ -73,22 +73,30 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def reason_to_skip(path: Path, *, deep: bool, processes: Processes = ONE_PROCESS) -> str | None:
-    """What is wrong with a checkpoint, None if nothing is. Of several processes each looks at some of the files."""
+    """What is wrong with a checkpoint, None if nothing is; see `problems_together`."""
+    try:
+        raise_problems(problems_together(path, deep=deep, processes=processes), "an earlier one is tried")
+    except DataError as error:
+        return str(error)
+    return None
+
+
+def problems_together(path: Path, *, deep: bool, processes: Processes) -> list[str]:
+    """All that is wrong with a checkpoint, on every process; each looks at some of the files, as many bytes as others.
+
+    deep: compute the crc32 of every file.
+    """
 
     def problems() -> list[str]:
         try:
             manifest = training_manifest(path)
-            share = dict(sorted(manifest["files"].items())[processes.rank :: processes.size])
+            largest_first = sorted(manifest["files"].items(), key=lambda item: (-item[1]["size"], item[0]))
+            share = dict(largest_first[processes.rank :: processes.size])
             return directory_problems(path, {**manifest, "files": share}, deep=deep)
         except (DataError, OSError) as error:
             return [str(error)]
 
-    found = [problem for each in together(processes, problems) for problem in each]
-    try:
-        raise_problems([*dict.fromkeys(found)], "an earlier one is tried")
-    except DataError as error:
-        return str(error)
-    return None
+    return [*dict.fromkeys(problem for each in together(processes, problems) for problem in each)]
 
 
 def newest_first(checkpoints_dir: Path) -> list[Path]:

@@ -61,7 +61,9 @@ class Linear(nn.Linear):
         """Nothing: `init_weights` fills the weight, by name and seed."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight if self.weight_scale is None else self.weight * self.weight_scale
+        weight = self.weight
+        if self.weight_scale is not None:
+            weight = weight.to(x.dtype) * self.weight_scale  # cast first, as processes that share it do
         y = linear(x, weight, cpu_has_bf16=self.cpu_has_bf16)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 

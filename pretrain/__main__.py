@@ -26,6 +26,12 @@ def _main() -> int:
         from pretrain.validate_command import main as validate_main
 
         return validate_main(argv[1:])
+    from pretrain.signals import StopRequested, StopSignal
+
+    # first of all, as a signal would kill; and until the process is gone, as a late one would change its exit code
+    stop = StopSignal()
+    stop.consequence = "stopping before the first step"
+    stop.listen()
     from pretrain.command_line import build_parser, parse
 
     if not argv:
@@ -39,12 +45,11 @@ def _main() -> int:
     invocation = parse(argv)
     # torch takes seconds to import: only now, when the settings are known to be good
     from pretrain.run import run
-    from pretrain.signals import StopRequested
 
     try:
-        run(invocation, command=["pretrain", *argv])
-    except StopRequested as stop:
-        print(stop, file=sys.stderr)
+        run(invocation, ["pretrain", *argv], stop)
+    except StopRequested as end:
+        sys.stderr.write(f"{end}\n")
         return EXIT_STOPPED
     return EXIT_OK
 

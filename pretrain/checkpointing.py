@@ -66,13 +66,15 @@ class RunCheckpoints:
         self.metadata = metadata
         self.last: Path | None = None
         """The newest one that is complete."""
+        self.moment: tuple[Any, ...] | None = None
+        """Where the run stood in it, or, before there is one, where the run begins; see TrainState."""
         self.longest_secs = 0.0
         """What the longest save took from its beginning to its end, also where training went on meanwhile."""
         self.learning: dict[str, Any] | None = None
         """What the checkpoint that the run resumed from says of a growth that was being learned."""
         self._device_type = device_type
         self._passed_over: list[Path] = []
-        self._saving: tuple[Path, BackgroundWork] | None = None
+        self._saving: tuple[Path, tuple[Any, ...], BackgroundWork] | None = None
         in_background = settings.async_save
         if in_background is None:
             in_background = world.size > 1 or device_type == "cuda"
@@ -121,7 +123,8 @@ class RunCheckpoints:
         )
         if periodic and self._staging is not None:
             copied = self._staging.copy(content)
-            self._saving = path, BackgroundWork(lambda: self._write(path, copied, self._apart), self.world)
+            work = BackgroundWork(lambda: self._write(path, copied, self._apart), self.world)
+            self._saving = path, state.moment, work
             say(f"checkpoint {_short(path)}: training stood {time.perf_counter() - started:.3f} s while it was copied")
             return
         try:
@@ -130,27 +133,27 @@ class RunCheckpoints:
             self._report(path, error, stop=not periodic or self.settings.on_failure == "stop")
             return
         seconds = time.perf_counter() - started
-        self._saved(path, seconds, f"training stood {seconds:.3f} s")
+        self._saved(path, state.moment, seconds, f"training stood {seconds:.3f} s")
 
     def poll(self) -> None:
         """See whether what is being written is complete; raises, like `save`, if it failed. Cheap: for every step."""
-        if self._saving is not None and self._saving[1].is_done():
+        if self._saving is not None and self._saving[-1].is_done():
             self._collect(stop=True)
 
     def _collect(self, *, stop: bool) -> None:
         """Wait for what is being written; with `stop`, its failure may end the run."""
         if self._saving is None:
             return
-        (path, work), self._saving = self._saving, None
+        (path, moment, work), self._saving = self._saving, None
         try:
             work.result()
         except (DataError, OSError) as error:
             self._report(path, error, stop=stop and self.settings.on_failure == "stop")
             return
-        self._saved(path, work.seconds, f"written in {work.seconds:.2f} s while training went on")
+        self._saved(path, moment, work.seconds, f"written in {work.seconds:.2f} s while training went on")
 
-    def _saved(self, path: Path, seconds: float, how: str) -> None:
-        self.last = path
+    def _saved(self, path: Path, moment: tuple[Any, ...], seconds: float, how: str) -> None:
+        self.last, self.moment = path, moment
         self.longest_secs = max(self.longest_secs, seconds)
         say(f"checkpoint {_short(path)} saved, {how}")
 
@@ -180,16 +183,16 @@ class RunCheckpoints:
         return None if self.last is None else int(self.last.name.removeprefix("step-"))
 
     def holds(self, state: TrainState) -> bool:
-        """Whether the last checkpoint is of this moment; one that is being written is waited for."""
+        """Whether a repeated command would begin at this moment; what is being written is waited for."""
         self._collect(stop=False)
-        return self.last == checkpoint_path(self.folder, state.stage, state.step_count)
+        return self.moment == state.moment
 
     def resume(self) -> TrainingCheckpoint | None:
         """The newest valid checkpoint, None when there is none; those passed over go with the next save."""
         self.last = self._find()
         if self.last is None:
             return None
-        checkpoint = read_training(self.last, verify=False, rank=self.world.rank)
+        checkpoint = read_training(self.last, verify=False, processes=self.world)
         if checkpoint.rng is not None:
             self.learning = checkpoint.rng.get(LEARNING)
         return checkpoint
@@ -220,7 +223,10 @@ class RunCheckpoints:
             every = self.settings.keep_every_steps
             superseded += [path for path in paths[:-keep_last] if not every or int(path.name[5:]) % every]
         for path in superseded:
-            remove_directory(path)
+            try:
+                remove_directory(path)
+            except OSError as error:  # the one that was just written is complete all the same
+                sys.stderr.write(f"warning: checkpoint {path} could not be removed: {explain(error)}\n")
 
 
 class Staging:

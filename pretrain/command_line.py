@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from lit_gpt.config import unknown_key
-from pretrain.config import RunConfig, config_problems, known_keys, unknown_key_problems
+from pretrain.config import RunConfig, known_keys, unknown_key_problems
+from pretrain.config_checks import config_problems
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser

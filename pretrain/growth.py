@@ -64,7 +64,8 @@ def _with_teacher(run: Run, stage: Stage, model: GPT, state: TrainState) -> Dist
         return None  # of another stage: what the next one still learns to grow
     path = stage.teaching.path or _parent(run, stage, state)
     config = stage.teaching.config
-    teacher = _build(run, config, read_weights(path), frozen=parameter_shapes(config))
+    weights = read_weights(path, verify=path != run.checkpoints.last, processes=run.world)
+    teacher = _build(run, config, weights, frozen=parameter_shapes(config))
     say(f"teacher: {path}, weight {stage.teaching.weight:g} of the loss for {stage.teaching.steps:,} steps")
     return Distillation(model, teacher, stage.teaching.weight)
 
@@ -160,7 +161,7 @@ def _grown(run: Run, stage: Stage, trained: Trained, state: TrainState) -> Train
 
 def _read_parent(run: Run, parent: Path) -> TrainingCheckpoint:
     """What the stage before ended with; unless it was just written or resumed from, its checksums are compared."""
-    return read_training(parent, verify=parent != run.checkpoints.last)
+    return read_training(parent, verify=parent != run.checkpoints.last, processes=run.world)
 
 
 def _make(run: Run, stage: Stage, trained: Trained, state: TrainState, source: Mapping[str, Tensor]) -> Made:

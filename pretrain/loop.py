@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_gpt.counts import parse_token_count
 from lit_gpt.flops import flops_per_token
@@ -21,8 +21,7 @@ from pretrain.guards import Diverged
 from pretrain.loggers import Progress, say
 from pretrain.loss_slope import add_loss, loss_slope
 from pretrain.optim import set_learning_rate
-from pretrain.parallel import gradients_shared, whole
-from pretrain.signals import StopRequested
+from pretrain.parallel import clip_gradients, gradients_shared
 from pretrain.stages import Stage
 from pretrain.state import TrainState
 from pretrain.training import Run, Trained, step_flops, step_flops_computed, tokens_per_step
@@ -34,6 +33,8 @@ def train_in_stages(run: Run, trained: Trained, state: TrainState) -> Trained:
     Raises:
         StopRequested: a signal came; a checkpoint was saved. Diverged: too many steps in a row were skipped.
     """
+    if run.world.any(run.stop.requested()):  # before a growth, maybe
+        stop(run, run.stages[state.grown_into_stage - 1], trained, state)
     for stage in run.stages[state.stage - 1 :]:
         if stage.index > state.stage:
             state.stage, state.stage_step, state.slope_bins = stage.index, 0, []
@@ -86,7 +87,7 @@ def train_until(run: Run, stage: Stage, trained: Trained, state: TrainState, unt
             rows = step_rows(run, batches)
             if run.world.any(rows is None or run.stop.requested()):  # any process may have got the signal
                 stop(run, stage, trained, state)
-            grad_norm, rate = train_step(run, stage, trained, state, iter(rows))
+            grad_norm, rate = train_step(run, stage, trained, state, rows)
             finished = state.stage_step + 1 == until
             logged = finished or (state.step_count + 1) % config.logging.every_steps == 0
             loss = trained.guard.take_mean_loss() if logged else None  # waits for the device: within the measured time
@@ -154,17 +155,17 @@ def stop(run: Run, stage: Stage, trained: Trained, state: TrainState) -> NoRetur
     Raises:
         StopRequested: always.
     """
-    if not run.checkpoints.holds(state) or state.validation_owed is not None:
+    if not run.checkpoints.holds(state):
         save(run, stage, trained, state)
-    raise StopRequested(f"stopped by {run.stop.received or 'another process'}; repeat the command to go on")
+    raise run.stop.end()
 
 
 def train_step(
-    run: Run, stage: Stage, trained: Trained, state: TrainState, batches: Iterator[np.ndarray]
+    run: Run, stage: Stage, trained: Trained, state: TrainState, batches: Sequence[np.ndarray]
 ) -> tuple[Tensor, float]:
     """One optimizer update from the samples at the state's position, or none if the guard is against it.
 
-    `batches` stands at the same position: it yields (micro_batch_size, block_size + 1) int64.
+    batches: this process's of the step, (micro_batch_size, block_size + 1) int64 each.
 
     Returns:
         The gradient norm, a scalar on the device that is not waited for, and the learning rate.
@@ -176,17 +177,16 @@ def train_step(
     if not stage.is_taught(state.stage_step):
         trained.taught = None
     module = trained.module if trained.taught is None else trained.taught
-    iters = run.config.batch.iters_per_step(run.world.size)
     loss = torch.zeros((), device=run.fabric.device)
-    for i in range(iters):
-        rows = torch.from_numpy(next(batches)).to(run.fabric.device)  # (B, block_size + 1)
-        with gradients_shared(trained, run.world, last=i == iters - 1):
-            iter_loss = module(rows[:, :-1], rows[:, 1:], separator_id=run.train.separator_id) / iters
+    for done, batch in enumerate(batches, 1):
+        rows = torch.from_numpy(batch).to(run.fabric.device)  # (B, block_size + 1)
+        with gradients_shared(trained, run.world, last=done == len(batches)):
+            iter_loss = module(rows[:, :-1], rows[:, 1:], separator_id=run.train.separator_id) / len(batches)
             run.fabric.backward(iter_loss)
         loss += iter_loss.detach()
     loss = run.world.mean_(loss)
     max_norm = stage.optimizer.grad_clip or math.inf
-    grad_norm = whole(nn.utils.clip_grad_norm_(trained.parameters, max_norm))
+    grad_norm = clip_gradients(trained.parameters, max_norm)
     optimizer.optimizer.found_inf = trained.guard.judge(loss, grad_norm, state.step_count + 1)
     optimizer.step()
     optimizer.zero_grad()

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lit_gpt.lazy_tensors import fill_from, spec_of
+from lit_gpt.lazy_tensors import fill_from, is_shared, spec_of
 from pretrain.config import OptimizerConfig, ScheduleConfig
 
 OptimizerState = dict[str, dict[str, Tensor]]
@@ -37,7 +37,11 @@ def build_optimizer(model: nn.Module, settings: OptimizerConfig) -> torch.optim.
     trained = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in trained if p.dim() >= 2 or settings.decay == "all"]
     plain = [p for p in trained if p.dim() < 2 and settings.decay != "all"]
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [  # fused AdamW takes no group of which processes share a part
+        {"params": [p for p in parameters if is_shared(p) == shared], "weight_decay": decay}
+        for parameters, decay in ((decayed, settings.weight_decay), (plain, 0.0))
+        for shared in (True, False)
+    ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=settings.learning_rate,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lit_gpt.config import Config
 from lit_gpt.kernels.products import cpu_multiplies_bf16
 from lit_gpt.lazy_tensors import fill_from, is_shared
-from lit_gpt.model import GPT
+from lit_gpt.model import GPT, RMSNorm
 from pretrain.config import ParallelConfig, RunConfig
 from pretrain.world import World, device_index
 
@@ -193,7 +193,12 @@ def is_sharded(parallel: ParallelConfig, world: World) -> bool:
 
 
 def _shard(model: GPT, compute: Compute, parallel: ParallelConfig, world: World, device: torch.device) -> None:
-    """FSDP2: a unit per block, and one of embedding, final norm and head."""
+    """FSDP2: a unit per block, and one of embedding and head; it computes what a single process does.
+
+    A block's weights travel in the dtype in which its products take them. Embedding and head stay in their own, as
+    their gradients are summed in it. So do norm weights, which every process holds whole: they are small, and a unit
+    has one dtype.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
@@ -202,10 +207,19 @@ def _shard(model: GPT, compute: Compute, parallel: ParallelConfig, world: World,
         mesh = init_device_mesh(device.type, (replicas, world.size // replicas), mesh_dim_names=("replicate", "shard"))
     else:
         mesh = init_device_mesh(device.type, (world.size,), mesh_dim_names=("shard",))
-    policy = MixedPrecisionPolicy(param_dtype=compute.compute_dtype, reduce_dtype=torch.float32)
+    norms = {p for module in model.modules() if isinstance(module, RMSNorm) for p in module.parameters()}
+    # inputs are not cast: RoPE wants its angles in fp32
+    policy = MixedPrecisionPolicy(compute.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.transformer.h:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=parallel.reshard_after_forward)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(
+            block,
+            mesh=mesh,
+            mp_policy=policy,
+            reshard_after_forward=parallel.reshard_after_forward,
+            ignored_params=norms,
+        )
+    own = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    fully_shard(model, mesh=mesh, mp_policy=own, ignored_params=norms)
     register_fsdp_forward_method(model, "hidden")  # a student's and a teacher's door
 
 
@@ -228,19 +242,37 @@ def gradients_shared(trained: Trained, world: World, *, last: bool) -> Iterator[
     from torch.nn.parallel import DistributedDataParallel
 
     module = trained.module.module  # what Fabric wraps
+    if isinstance(module, DistributedDataParallel) and trained.taught is None:
+        with nullcontext() if last else module.no_sync():
+            yield
+        return
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(last)
         module.set_is_last_backward(last)
-        yield
-    elif isinstance(module, DistributedDataParallel) and trained.taught is None:
-        with nullcontext() if last else module.no_sync():
-            yield
-    else:  # a growth that is learned, and a student: its teacher's module calls it past DDP, which then does nothing
-        yield
-        if last:
-            for parameter in trained.parameters:
-                if parameter.grad is not None:
-                    world.mean_(parameter.grad)
+    yield
+    if last:
+        # what is not sharded: norms, a growth that is learned, and all of a student, whose teacher's module calls it
+        # past DDP, which then does nothing
+        for parameter in trained.parameters:
+            if parameter.grad is not None and not is_shared(parameter):
+                world.mean_(parameter.grad)
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale gradients in place so that their norm is at most `max_norm`.
+
+    As torch's clip_grad_norm_, which refuses parameters of which some are shared and others are whole on each process.
+
+    Returns:
+        The norm that they had: a scalar, the same on every process, that is not waited for.
+    """
+    trained = [p for p in parameters if p.grad is not None]
+    kinds = [kind for shared in (True, False) if (kind := [p for p in trained if is_shared(p) == shared])]
+    norms = [whole(nn.utils.get_total_norm([p.grad for p in kind])) for kind in kinds]
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    for kind in kinds:
+        nn.utils.clip_grads_with_norm_(kind, max_norm, norm)
+    return norm
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -7,122 +7,96 @@ import errno
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from grow.plan import SYMMETRY, differing_sizes
-from grow.registry import SIZES
 from lit_gpt.atomic import write_atomically
 from lit_gpt.checkpoint import (
+    TRAINING,
     TrainingCheckpoint,
+    check_open,
     detect_form,
     find_checkpoint,
     manifest_sha256,
-    read_config,
     read_exchange,
     read_training,
     read_weights,
 )
-from lit_gpt.config import Config
 from lit_gpt.errors import EXIT_STOPPED, exit_code
-from lit_gpt.flops import count_parameters, flops_per_token
 from lit_gpt.legacy import is_legacy
 from lit_gpt.model import InitialWeights
+from lit_gpt.processes import first
 from pretrain.changed_settings import check_settings
 from pretrain.checkpointing import RunCheckpoints, restore_random_states
 from pretrain.command_line import Invocation
-from pretrain.config import RunConfig, StageConfig, to_plain
-from pretrain.corpus import Corpus, model_config_for, read_corpus
-from pretrain.data import TrainData, check_epochs, open_train_data, open_validation_sets
+from pretrain.config import RunConfig, to_plain
+from pretrain.data import TrainData
 from pretrain.growth import load_trainable_state, set_up
 from pretrain.guards import Diverged, GivenUp
 from pretrain.heartbeat import HEARTBEAT_FILE
-from pretrain.held_out import ValidationSet
-from pretrain.loggers import EVALS_FILE, METRICS_FILE, TENSORBOARD_FOLDER, NoLog, RunLog, say
-from pretrain.loop import describe_divergence, describe_stages, skip_on_return, train_in_stages
+from pretrain.loggers import EVALS_FILE, METRICS_FILE, TENSORBOARD_FOLDER, Log, NoLog, RunLog, say
+from pretrain.loop import describe_divergence, skip_on_return, train_in_stages
 from pretrain.origin import (
     check_separator,
-    check_tokenizer,
     continued_position,
-    continued_settings,
-    first_position,
-    fits_rows,
-    growth_behind,
     inherit_history,
-    mask_notes,
-    origin_model,
-    own_state,
-    parent_state,
-    trainable_notes,
-    with_saved_name,
 )
-from pretrain.parallel import check_world, choose_compute, describe_world, device_type, is_sharded, launch
+from pretrain.parallel import choose_compute, describe_world, device_type, is_sharded, launch
+from pretrain.preflight import Plan, describe, preflight
 from pretrain.run_lock import run_lock
-from pretrain.signals import StopRequested, StopSignal, marked
-from pretrain.stage_text import stage_lines
-from pretrain.stages import Stage, plan_stages
+from pretrain.signals import SAVING, StopRequested, StopSignal, marked
+from pretrain.stages import Stage
 from pretrain.state import TrainState
 from pretrain.time_limit import find_limits
-from pretrain.training import Run, Trained, stage_flops, tokens_per_step
-from pretrain.world import ALONE, World, connected, find_world, in_turn
+from pretrain.training import Run, Trained
+from pretrain.world import World, connected, find_world, in_turn
 
 CONFIG_FILE = "config.yaml"
-INDEX_FOLDER = "data_index"
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A run whose settings, data and starting point are known to be good; nothing is computed or deleted yet."""
-
-    config: RunConfig
-    stages: list[Stage]
-    corpus: Corpus
-    train: TrainData
-    position: int
-    """Of the run's first sample."""
-    samples: int
-    """Training samples of all stages."""
-    validation: list[ValidationSet]
-    data_lines: list[str]
-    """What was found, for the log."""
-    own: dict[str, Any] | None
-    """state.json of the run's own last checkpoint; None for a run that has none."""
-    auto_skips: tuple[tuple[int, int], ...] = ()
-    """Samples that the run leaves out because it diverged on them; they are among data.skips."""
-
-
-def run(invocation: Invocation, command: list[str]) -> None:
+def run(invocation: Invocation, command: list[str], stop: StopSignal | None = None) -> None:
     """Start the run, resume it, or, if it is finished, say so.
+
+    Args:
+        invocation: settings and switches.
+        command: that asked for it, for the record.
+        stop: what is listened to already; None: from now until the end.
 
     Raises:
         ValueError: settings that do not fit each other, the data or the checkpoint.
         DataError, OSError: damaged or missing files, a folder that cannot be written.
         NonFiniteError, StopRequested: see pretrain/loop.py.
     """
+    if stop is None:
+        with StopSignal() as stop:
+            return run(invocation, command, stop)
     world = find_world()
     if not world.is_first:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the first process speaks for all, to the end)
     sharded = is_sharded(invocation.config.parallel, world)
     with connected(world, device_type(invocation.config), alone_too=sharded), ExitStack() as held:
-        plan = in_turn(world, lambda: preflight(invocation, world))
         if invocation.dry_run:
+            plan = in_turn(world, lambda: preflight(invocation, world))
             if plan.own is not None:
                 resumed_state(plan.own, plan.config, plan.train)
             if world.is_first:
                 describe(plan)
-            return
-        out_dir = Path(plan.config.out_dir)
+            return None
+        is_early = world.any(stop.requested())  # the checks may take longer than there is time left
+        plan = None if is_early else in_turn(world, lambda: preflight(invocation, world))
+        out_dir, fresh = Path(invocation.config.out_dir), invocation.fresh and not is_early
         if world.is_first:
-            in_turn(world, lambda: held.enter_context(run_folder(out_dir, invocation.fresh, invocation.take_over)))
+            in_turn(world, lambda: held.enter_context(run_folder(out_dir, fresh, invocation.take_over)))
         else:
             in_turn(world, lambda: None)
         with told_once(world), marked(out_dir, world):
-            train_until_done(plan, invocation, world, command)
+            stop.obey(world)
+            assert plan is not None
+            train_until_done(plan, invocation, world, command, stop)
 
 
 @contextmanager
@@ -136,7 +110,7 @@ def told_once(world: World) -> Iterator[None]:
         raise SystemExit(EXIT_STOPPED if isinstance(end, StopRequested) else exit_code(end)) from end
 
 
-def train_until_done(plan: Plan, invocation: Invocation, world: World, command: list[str]) -> None:
+def train_until_done(plan: Plan, invocation: Invocation, world: World, command: list[str], stop: StopSignal) -> None:
     """Train, and where the run diverges and may do so, go back and round the samples.
 
     Raises:
@@ -144,7 +118,7 @@ def train_until_done(plan: Plan, invocation: Invocation, world: World, command: 
     """
     while True:
         try:
-            return train(plan, world, command)
+            return train(plan, world, command, stop)
         except GivenUp as end:
             if end.skip is None or len(plan.auto_skips) >= plan.config.guards.rollbacks:
                 raise
@@ -153,8 +127,12 @@ def train_until_done(plan: Plan, invocation: Invocation, world: World, command: 
             plan = in_turn(world, lambda again=again, skips=skips: preflight(again, world, skips))
 
 
-def train(plan: Plan, world: World, command: list[str]) -> None:
-    """Start or resume in a folder that nobody else trains in."""
+def train(plan: Plan, world: World, command: list[str], stop: StopSignal) -> None:
+    """Start or resume in a folder that nobody else trains in.
+
+    Raises:
+        StopRequested, GivenUp: with all steps saved that count.
+    """
     config, stages = plan.config, plan.stages
     fabric = launch(config, world)
     compute = choose_compute(config, fabric.device, plan.samples * stages[-1].config.block_size)
@@ -174,94 +152,43 @@ def train(plan: Plan, world: World, command: list[str]) -> None:
     if is_finished(state, stages):
         say(f"{out_dir} is finished: {state.step_count:,} steps. --fresh starts over")
         return
+    stop.obey(world)
+    checkpoints.moment = state.moment
+    settings = yaml.safe_dump(to_plain(config), sort_keys=False).encode()
+    first(world, lambda: write_atomically(out_dir / CONFIG_FILE, settings))  # those of this sitting; some may change
     if world.is_first:
-        settings = yaml.safe_dump(to_plain(config), sort_keys=False)
-        write_atomically(out_dir / CONFIG_FILE, settings.encode())  # those of this sitting; some may change
         describe(plan)
     say(f"compute: {compute.precision}, compile {compute.compile} ({compute.reason})")
     if world.size > 1:
         say(f"processes: {describe_world(config.parallel, world)}")
     stage = stages[state.grown_into_stage - 1]  # the one whose model there is: the next may still learn to grow
-    with StopSignal(find_limits(config.stop, world)) as stop:
-        kept_stage = 0 if checkpoint is None else state.stage  # nothing stays of a run killed before its first save
-        log = (
-            RunLog(
-                out_dir,
-                stage=kept_stage,
-                step=state.step_count,
-                tensorboard=config.logging.tensorboard,
-                owed=state.validation_owed,
-            )
-            if world.is_first
-            else NoLog()
-        )
-        this_run = Run(config, stages, fabric, world, compute, plan.train, plan.validation, checkpoints, log, stop)
+    log = in_turn(world, lambda: open_log(config, state, world, begins=checkpoint is None))
+    stop.limits = stop.limits or find_limits(config.stop, world)  # they do not begin anew when the run goes back
+    stop.consequence = SAVING
+    this_run = Run(config, stages, fabric, world, compute, plan.train, plan.validation, checkpoints, log, stop)
+    try:
         trained = start(this_run, stage, state) if checkpoint is None else resume(this_run, stage, checkpoint, state)
-        try:
-            with checkpoints:
-                train_in_stages(this_run, trained, state)
-        except Diverged as found:
-            skip = skip_on_return(this_run, state, found)
-            raise GivenUp(describe_divergence(this_run, state, found), skip) from found
-        finally:
-            log.close()
+        with checkpoints:
+            train_in_stages(this_run, trained, state)
+    except Diverged as found:
+        skip = skip_on_return(this_run, state, found)
+        raise GivenUp(describe_divergence(this_run, state, found), skip) from found
+    finally:
+        log.close()
     say(f"done: {state.step_count:,} steps, {state.tokens:,} tokens; last checkpoint {checkpoints.last}")
 
 
-def preflight(invocation: Invocation, world: World = ALONE, auto_skips: tuple[tuple[int, int], ...] = ()) -> Plan:
-    """Resolve and check all that can be checked before anything is computed; what raises, raises here.
-
-    auto_skips: samples to leave out beside those of the settings and of the run's own checkpoint.
-    """
-    config = invocation.config
-    check_world(config, world)
-    corpus = read_corpus(config.data, look_beside=config.model.vocab_size is None)
-    own = None if invocation.fresh else own_state(Path(config.out_dir))
-    model_config = model_config_for(corpus, config.model, origin_model(config, own))
-    known = tuple((start, stop) for start, stop in ({} if own is None else own).get("auto_skips", []))
-    auto_skips = (*known, *(skip for skip in auto_skips if skip not in known))
-    config = with_skips(config, auto_skips)
-    stages = plan_stages(config, model_config, growth_behind(config, own))
-    if invocation.scratch:
-        if config.init_from is not None:
-            raise ValueError("--scratch trains from the first step, init_from does not; give one of the two")
-        if any(stage.slope is not None for stage in stages):
-            raise ValueError(
-                "--scratch spends the FLOPs of all stages, and with grow_when nobody knows those; replace it by the "
-                "max_steps that the stage had in the run to compare with"
-            )
-        config = scratch_config(config, stages)
-        stages = plan_stages(config, model_config)
-    if config.init_from is not None and own is None:  # a run that has checkpoints of its own needs its parent no more
-        check_init_from(config, stages[0], invocation.fresh)
-    config = with_saved_name(config, own)
-    cache = None if invocation.dry_run else Path(config.out_dir) / INDEX_FOLDER
-    train, position = open_stream(config, model_config, corpus, own, cache)
-    validation, validation_lines = open_validation_sets(
-        config.data, model_config, corpus, cache, separator_id=train.separator_id
+def open_log(config: RunConfig, state: TrainState, world: World, *, begins: bool) -> Log:
+    """The run's logs, cut back to `state`; nothing stays in them of a run that was killed before its first save."""
+    if not world.is_first:
+        return NoLog()
+    return RunLog(
+        Path(config.out_dir),
+        stage=0 if begins else state.stage,
+        step=state.step_count,
+        tensorboard=config.logging.tensorboard,
+        owed=state.validation_owed,
     )
-    samples = config.batch.global_batch_size * sum(stage.steps for stage in stages)
-    epoch_lines = check_epochs(train, position, position + samples)
-    lines = [*trainable_notes(config, own), *train.notes, *epoch_lines, *validation_lines, *corpus.notes]
-    return Plan(config, stages, corpus, train, position, samples, validation, lines, own, auto_skips)
-
-
-def with_skips(config: RunConfig, skips: Sequence[tuple[int, int]]) -> RunConfig:
-    """The settings with more samples left out."""
-    given = config.data.skips or []
-    more = [list(skip) for skip in skips if list(skip) not in [list(each) for each in given]]
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, skips=[*given, *more])) if more else config
-
-
-def scratch_config(config: RunConfig, stages: list[Stage]) -> RunConfig:
-    """The baseline of a growing run: its last model from the first step on, for the FLOPs of all stages together."""
-    last = config.stages[-1]
-    per_step = flops_per_token(stages[-1].config).times(tokens_per_step(config, stages[-1])).paper
-    steps = round(sum(stage_flops(config, stage).paper for stage in stages) / per_step)
-    own = {key: getattr(last, key) for key in ("n_layer", *SIZES, "learning_rate", "min_learning_rate", "warmup_steps")}
-    if last.continue_schedule:
-        own["warmup_steps"] = stages[-1].schedule.warmup_steps  # that of the schedule's first stage
-    return dataclasses.replace(config, stages=[StageConfig("scratch", max_steps=steps, **own)])
 
 
 def new_state(plan: Plan) -> TrainState:
@@ -272,47 +199,6 @@ def new_state(plan: Plan) -> TrainState:
 def is_finished(state: TrainState, stages: list[Stage]) -> bool:
     """Whether nothing is left to do, not even to measure."""
     return state.stage == len(stages) and state.stage_step >= stages[-1].steps and state.validation_owed is None
-
-
-def open_stream(
-    config: RunConfig, model_config: Config, corpus: Corpus, own: dict[str, Any] | None, cache: Path | None
-) -> tuple[TrainData, int]:
-    """The training stream, and the position at which the run began or begins in it.
-
-    Args:
-        config: the run's settings.
-        model_config: sizes of its last model.
-        corpus: what is known of the data.
-        own: state.json of the run's own last checkpoint; None for a run that has none.
-        cache: folder for finished indices; None keeps none.
-    """
-    state = parent_state(config) if own is None else own
-    origin = None if own is not None or config.init_from is None else find_checkpoint(config.init_from)
-    check_tokenizer(state, corpus, origin)
-    saved = state.get("data")
-    inherited = saved if config.init_from is not None else None
-    data, taken_over = continued_settings(config.data, inherited)
-    train = open_train_data(data, model_config, corpus, config.seed, cache)
-    train = dataclasses.replace(train, notes=(*train.notes, *taken_over, *mask_notes(state, train)))
-    if own is not None:
-        return train, own["position"] - own["step_count"] * config.batch.global_batch_size
-    return train, first_position(config, train, saved)
-
-
-def describe(plan: Plan) -> None:
-    """Data, sizes, FLOPs and the plan, before anything is computed."""
-    for line in plan.data_lines:
-        if line.startswith("warning:"):
-            sys.stderr.write(f"{line}\n")
-        else:
-            say(line)
-    for stage, line in zip(plan.stages, describe_stages(plan.stages, plan.config), strict=True):
-        flops = stage_flops(plan.config, stage).paper
-        say(f"{line}, {count_parameters(stage.config):,} parameters, {flops:.3g} FLOPs")
-        for detail in stage_lines(stage):
-            say(f"  {detail}")
-        if stage.plan is not None and stage.plan.stays_symmetric:
-            sys.stderr.write(f"warning: stage {stage.name!r}: {SYMMETRY}; use other shares, or noise\n")
 
 
 @contextmanager
@@ -344,44 +230,19 @@ def start(this_run: Run, stage: Stage, state: TrainState) -> Trained:
     config = this_run.config
     if config.init_from is None:
         return set_up(this_run, stage, InitialWeights(stage.config, config.seed), state)
-    source = find_checkpoint(config.init_from)
-    trained = set_up(this_run, stage, read_weights(source), state)
-    if detect_form(source) == "training" and not is_legacy(source):  # those of other tools start with a new optimizer
-        inherit(trained, state, read_training(source))
+    # a run that still trains may save meanwhile: all take the same
+    source = first(this_run.world, lambda: find_checkpoint(config.init_from))
+    if detect_form(source) == TRAINING and not is_legacy(source):  # those of other tools start with a new optimizer
+        parent = read_training(source, processes=this_run.world)
+        check_open(parent.state, source)
+        trained = set_up(this_run, stage, parent.model, state)
+        inherit(trained, state, parent)
     else:
+        trained = set_up(this_run, stage, read_weights(source), state)
         for line in inherit_history(state, read_exchange(source).provenance or {}):
             sys.stderr.write(f"{line}\n")
     say(f"weights from {source}, data from sample {state.position:,}")
     return trained
-
-
-def check_init_from(config: RunConfig, stage: Stage, fresh: bool) -> None:
-    """Refuse a starting checkpoint of other sizes, and one that --fresh would delete.
-
-    Raises:
-        ValueError: naming every size that differs. DataError, OSError: it cannot be read.
-    """
-    source = find_checkpoint(config.init_from or "")
-    if fresh and Path(config.out_dir).resolve() in source.resolve().parents:
-        raise ValueError(
-            f"--fresh would delete init_from={source}, which lies in the run's folder; move one of the two"
-        )
-    found, wanted = read_config(source), stage.config
-    sizes = differing_sizes(found, wanted)
-    if "vocab_size" in sizes and fits_rows(found, wanted):
-        sizes.remove("vocab_size")
-    if "block_size" in sizes and config.model.block_size is not None:  # no weight has its size: another one is a choice
-        sizes.remove("block_size")
-        say(f"init_from was made for block_size={found.block_size}; this run trains with {wanted.block_size}")
-    if sizes:
-        lines = [
-            f"  {size}: {getattr(found, size)} in the checkpoint, {getattr(wanted, size)} wanted" for size in sizes
-        ]
-        raise ValueError(
-            "\n".join([f"init_from {source} is another model than the first stage's:", *lines])
-            + "\nAdapt `model`, or grow the checkpoint first (grow apply SRC DST); for another vocabulary, prepare the "
-            + "data with the checkpoint's tokenizer (scripts/prepare.py --tokenizer PATH)"
-        )
 
 
 def inherit(trained: Trained, state: TrainState, parent: TrainingCheckpoint) -> None:

@@ -21,6 +21,7 @@ from lit_gpt.errors import DataError
 LOCK_FILE = "run.lock"
 BEAT_SECS = 10  # between two heartbeats: the lock file's time of change
 DEAD_SECS = 60  # without one, nobody is there any more
+LOCK_TRIES = 5  # `pretrain status` holds a lock for a moment to see whether somebody else does
 TAKE_OVER = "--take-over"
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL})
 
@@ -52,8 +53,8 @@ def run_lock(folder: Path, *, take_over: bool = False) -> Iterator[None]:
 
     The system's own lock decides wherever it is seen; the process that holds it dies with it. Where it is not (several
     network file systems keep it to one node, or have none), the heartbeat does: an owner on another node counts as
-    gone when its lock file has not changed for DEAD_SECS, or when it was this same job, which the batch system started
-    again. `take_over` is for a server that still keeps the lock of a node that is gone.
+    gone when its lock file has not changed for DEAD_SECS, which is waited for, or when it was this same job, which the
+    batch system started again. `take_over` is for a server that still keeps the lock of a node that is gone.
 
     Raises:
         DataError: somebody else holds it. OSError: the folder cannot be written.
@@ -76,16 +77,24 @@ def run_lock(folder: Path, *, take_over: bool = False) -> Iterator[None]:
 
 def _lock(file: IO[str], path: Path) -> bool:
     """Whether the system's lock could be taken; False where there are none."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError as error:
-        raise _refusal(path, "holds its lock") from error
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        sys.stderr.write(f"warning: {path.parent} is on a file system without locks; only {LOCK_FILE} guards the run\n")
-        return False
+    for tries_left in reversed(range(LOCK_TRIES)):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError as error:
+            if not tries_left:
+                raise _refusal(path, "holds its lock") from error
+            time.sleep(0.1)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            sys.stderr.write(
+                f"warning: {path.parent} is on a file system without locks; only {LOCK_FILE} guards the run\n"
+            )
+            return False
+    if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+        raise _refusal(path, f"has just taken it over with {TAKE_OVER}")
+    return True
 
 
 def _refuse_living_owner(path: Path, locked: bool) -> None:
@@ -97,13 +106,27 @@ def _refuse_living_owner(path: Path, locked: bool) -> None:
         or (owner.job and owner.job == Owner.here().job)
     ):
         return
-    silent_secs = silence(path)
+    silent_secs = _await_sign_of_life(path, owner)
     if silent_secs <= DEAD_SECS:
         raise _refusal(path, f"gave a sign of life {silent_secs:.0f} s ago")
     sys.stderr.write(
         f"warning: {path.parent} was held by {owner.describe()}, which gave its last sign of life "
         f"{silent_secs:.0f} s ago; it counts as gone after {DEAD_SECS} s\n"
     )
+
+
+def _await_sign_of_life(path: Path, owner: Owner) -> float:
+    """Seconds since the last heartbeat, once there was another one, or they are too many.
+
+    A job that was killed leaves a young file, and the next one of a chain may start at once.
+    """
+    before, silent_secs = _touched(path), silence(path)
+    if silent_secs <= DEAD_SECS:
+        sys.stderr.write(f"{path.parent} was held by {owner.describe()}; waiting for a sign of life\n")
+    while silent_secs <= DEAD_SECS and _touched(path) == before:
+        time.sleep(1)
+        silent_secs = silence(path)
+    return silent_secs
 
 
 def _refusal(path: Path, why: str) -> DataError:
@@ -131,9 +154,18 @@ def silence(path: Path) -> float:
     probe = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     try:
         probe.touch()
-        return max(0.0, probe.stat().st_mtime - path.stat().st_mtime)
+        return max(0.0, probe.stat().st_mtime - _touched(path))
     finally:
         probe.unlink(missing_ok=True)
+
+
+def _touched(path: Path) -> float:
+    """When a file was last changed; it is opened, as NFS may answer from memory otherwise."""
+    try:
+        with path.open("rb") as file:
+            return os.fstat(file.fileno()).st_mtime
+    except FileNotFoundError:  # being taken over
+        return time.time()
 
 
 def _write(file: IO[str], text: str) -> None:

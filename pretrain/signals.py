@@ -1,4 +1,7 @@
-"""What asks a run to stop: signals and limits of time. The loop obeys between two steps, or batches of validation."""
+"""What asks a run to stop: signals and limits of time. The loop obeys between two steps, or batches of validation.
+
+Importing this costs nothing: signals are listened to before torch is imported.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +10,25 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pretrain.time_limit import TimeLimit
-from pretrain.world import World
+if TYPE_CHECKING:
+    from pretrain.time_limit import TimeLimit
+    from pretrain.world import World
 
 REQUEUE = "REQUEUE"
 """File in a run's folder: it stopped with a checkpoint before it was done. Batch scripts queue their job again."""
 STOPPED_FILE = "PRETRAIN_STOPPED"
 """Environment variable: a file to write in that case, by which a launcher that loses exit codes is told."""
 
+SAVING = "saving at the next step"
+
 
 class StopRequested(Exception):
-    """The run was asked to stop and has saved a checkpoint."""
+    """The run was asked to stop, and all its steps are saved."""
 
 
 class StopSignal:
@@ -45,25 +51,46 @@ class StopSignal:
         """What asked first."""
         self.save_secs = 0.0
         """What the longest save took: decides how long before the end of the job's time the run stops."""
-        self._limits, self._clock = limits, clock
+        self.limits = limits
+        """They may be found later than a signal comes."""
+        self.consequence = SAVING
+        """Of a signal, for whoever sent it."""
+        self._clock = clock
         self._urgent = (signal.SIGINT,) if "SLURM_JOB_ID" in env else (signal.SIGINT, signal.SIGTERM)
         self._urged = False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignal:
-        self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+        self.listen()
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def listen(self) -> None:
+        """From now on a signal is remembered."""
+        self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+
     def requested(self) -> bool:
         """Whether this process was asked to stop."""
-        for limit in self._limits:
+        for limit in self.limits:
             if self.received is None and self._clock() >= limit.at_secs - limit.saves * self.save_secs:
                 self.received = limit.what
         return self.received is not None
+
+    def obey(self, world: World) -> None:
+        """Before the first step, where nothing is to be saved; every process must ask.
+
+        Raises:
+            StopRequested: any of them was asked to stop.
+        """
+        if world.any(self.requested()):
+            raise self.end()
+
+    def end(self) -> StopRequested:
+        """What a run that obeys ends with."""
+        return StopRequested(f"stopped by {self.received or 'another process'}; repeat the command to go on")
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         if number in self._urgent and self._urged:
@@ -72,7 +99,8 @@ class StopSignal:
         if self.received is None:
             self.received = signal.Signals(number).name
             again = "; again to exit without saving" if number in self._urgent else ""
-            sys.stderr.write(f"\n{self.received}: saving at the next step{again}\n")
+            with suppress(OSError, RuntimeError):  # the terminal is gone; or the signal came while stderr was written
+                sys.stderr.write(f"\n{self.received}: {self.consequence}{again}\n")
 
 
 @contextmanager

@@ -44,6 +44,11 @@ class TrainState:
     history: list[dict[str, Any]] = field(default_factory=list)
     """One record per growth, oldest first."""
 
+    @property
+    def moment(self) -> tuple[int, int, int, str | None]:
+        """What a checkpoint of this state is for: two of one moment are the same."""
+        return self.stage, self.step_count, self.grown_into_stage, self.validation_owed
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -26,6 +26,7 @@ STATE_FILE = "state.json"
 QUIET_SECS = 120.0  # no step of a model that fits its machine takes so long, nor does a batch of validation
 QUIET_STEPS = 10
 SAVING_SECS = 1800.0  # as long as the processes of a run wait for one another
+STARTING = "starting"
 TAIL_BYTES = 1 << 16
 
 
@@ -46,6 +47,8 @@ class Owner:
     host: str | None
     job: str | None
     """Number of the SLURM job."""
+    since: float | None = None
+    """Seconds since 1970, if the lock says so."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +90,11 @@ def status_of(run: str | Path, now: float | None = None) -> Status:
     metrics, beat = _last_record(folder / METRICS_FILE), read_heartbeat(folder)
     checkpoint, saved = _last_checkpoint(folder / "checkpoints", now)
     finished = saved is not None and _is_finished(saved)
+    owner = _owner(folder / LOCK_FILE, beat)
+    beat = _own_beat(owner, beat)
     silent = None if beat is None else max(0.0, now - beat["time"])
     is_quiet = silent is not None and silent > _patience(beat, metrics)
-    owner = _owner(folder / LOCK_FILE, beat) or (None if is_quiet else _owner_elsewhere(beat))
+    owner = owner or (None if is_quiet else _owner_elsewhere(beat))
     stuck = owner is not None and is_quiet
     state = "finished" if finished and owner is None else "stuck" if stuck else "running" if owner else "stopped"
     step = beat.get("step") if beat is not None and owner is not None else None
@@ -114,7 +119,7 @@ def status_of(run: str | Path, now: float | None = None) -> Status:
 
 def _patience(beat: Mapping[str, Any] | None, metrics: Mapping[str, Any]) -> float:
     """Seconds of silence that are nothing unusual."""
-    if beat is not None and beat["doing"] in ("saving", "growing"):
+    if beat is not None and beat["doing"] in (STARTING, "saving", "growing"):
         return SAVING_SECS
     steps, seconds = metrics.get("step"), metrics.get("seconds")
     return max(QUIET_SECS, QUIET_STEPS * seconds / steps) if steps and seconds else QUIET_SECS
@@ -179,9 +184,17 @@ def _owner(lock_file: Path, beat: Mapping[str, Any] | None) -> Owner | None:
     except OSError:
         return None
     if named is not None:
-        return Owner(named.pid, named.host, named.job)
+        return Owner(named.pid, named.host, named.job, named.since)
     beat = beat or {}
     return Owner(None, beat.get("host"), beat.get("job"))
+
+
+def _own_beat(owner: Owner | None, beat: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The sign of life of who holds the lock: one of an earlier start says nothing about this one."""
+    if owner is None or owner.since is None:
+        return beat
+    is_own = beat is not None and (beat.get("pid"), beat.get("host")) == (owner.pid, owner.host)
+    return beat if is_own else {"time": owner.since, "doing": STARTING}
 
 
 def _owner_elsewhere(beat: Mapping[str, Any] | None) -> Owner | None:

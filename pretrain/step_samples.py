@@ -25,7 +25,8 @@ from pretrain.corpus import Corpus, model_config_for, read_corpus
 from pretrain.data import TrainData
 from pretrain.loggers import METRICS_FILE
 from pretrain.origin import check_stream, growth_behind, with_saved_name
-from pretrain.run import CONFIG_FILE, INDEX_FOLDER, open_stream
+from pretrain.preflight import INDEX_FOLDER, open_stream
+from pretrain.run import CONFIG_FILE
 from pretrain.stages import Stage, plan_stages
 
 

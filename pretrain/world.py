@@ -127,20 +127,24 @@ ALONE = World()
 def in_turn(world: World, work: Callable[[], T]) -> T:
     """What `work` returns, done by the first process and then by all others, which find what it left behind.
 
-    If it fails there, all processes end, and the first one alone says why.
+    If it fails on any, all processes end, and only those on which it failed say why.
     """
-    if world.is_first:
+    if world.size == 1:
+        return work()
+    result: Any = None
+    for has_turn in (world.is_first, not world.is_first):
+        failed: Exception | None = None
         try:
-            result = work()
-        except BaseException as error:
-            world.broadcast(exit_code(error))
-            raise
-        world.broadcast(None)
-        return result
-    code = world.broadcast(None)
-    if code is not None:
-        raise SystemExit(code)
-    return work()
+            result = work() if has_turn else result
+        except Exception as error:
+            failed = error
+        codes = world.gather(None if failed is None else exit_code(failed))
+        if failed is not None:
+            raise failed
+        code = next((code for code in codes if code is not None), None)
+        if code is not None:
+            raise SystemExit(code)
+    return result
 
 
 def find_world(env: Mapping[str, str] = os.environ) -> World:

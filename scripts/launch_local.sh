@@ -4,7 +4,7 @@
 #   bash scripts/launch_local.sh --config FILE [--section.key value ...]
 #
 # Ctrl-C, SIGTERM and SIGUSR1 let the run save and end with 75, whatever time that takes; a second Ctrl-C or SIGTERM
-# ends it at once. Exit codes: 0 done, 75 stopped with a checkpoint saved, else torchrun's 1 (the message says why).
+# ends it at once. Exit codes: 0 done, 75 stopped with all steps saved, else torchrun's 1 (the message says why).
 #
 #   PROCESSES      how many (default: as many as there are GPUs, else 1)
 #   MAX_RESTARTS   how often all are started again from the last checkpoint when one dies (default 0)
@@ -15,6 +15,26 @@ die() {
   printf 'error: %s\n' "$1" >&2
   exit 2
 }
+
+# torchrun would pass a signal on and kill what has not ended 30 s later; and from a terminal all would hear it twice.
+# So it has a process group of its own, and the processes are asked to stop without it.
+asked='' early=''
+# shellcheck disable=SC2317 # the traps call it
+ask() {
+  local agent=${!-}
+  if [ -z "$agent" ]; then
+    exit 75 # nothing has begun
+  elif [ -n "$asked" ] && [ "$1" = urgent ]; then
+    pkill -INT -P "$agent" 2>/dev/null || true # urgent once, and torchrun passes on TERM: urgent twice
+    kill -TERM "$agent" 2>/dev/null || true
+  elif ! pkill -USR1 -P "$agent" 2>/dev/null; then
+    early=yes # there are no processes yet
+    kill -TERM "$agent" 2>/dev/null || true
+  fi
+  asked=yes
+}
+trap 'ask urgent' INT TERM
+trap 'ask warning' USR1
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}
@@ -27,23 +47,6 @@ export PRETRAIN_STOPPED # the first process says there that it stopped, which to
 rm -f "$PRETRAIN_STOPPED"
 trap 'rm -f "$PRETRAIN_STOPPED"' EXIT
 
-# torchrun would pass a signal on and kill what has not ended 30 s later; and from a terminal all would hear it twice.
-# So it has a process group of its own, and the processes are asked to stop without it.
-agent='' asked=''
-# shellcheck disable=SC2317 # the traps call it
-ask() {
-  [ -n "$agent" ] || exit "$1"
-  if [ -n "$asked" ] && [ "$2" = urgent ]; then
-    kill -TERM "$agent" 2>/dev/null || true
-  elif ! pkill -USR1 -P "$agent" 2>/dev/null; then
-    kill -TERM "$agent" 2>/dev/null || true
-  fi
-  asked=yes
-}
-trap 'ask 130 urgent' INT
-trap 'ask 143 urgent' TERM
-trap 'ask 138 warning' USR1
-
 set -m
 "$python" -m torch.distributed.run --nnodes=1 --nproc-per-node="$processes" --max-restarts="${MAX_RESTARTS:-0}" \
   --rdzv-backend=c10d --rdzv-endpoint=localhost:0 -m pretrain "$@" &
@@ -55,5 +58,5 @@ while kill -0 "$agent" 2>/dev/null; do # a signal ends `wait`, not what is waite
   status=0
   wait "$agent" || status=$?
 done
-if [ -e "$PRETRAIN_STOPPED" ]; then exit 75; fi
+if [ -e "$PRETRAIN_STOPPED" ] || { [ -n "$early" ] && [ "$status" -ne 0 ]; }; then exit 75; fi
 exit "$status"

@@ -43,20 +43,23 @@ base=$(
     sbatch "${common[@]}" ${for_training[@]+"${for_training[@]}"} "$scripts/base_model.sh" \
     ${settings[@]+"${settings[@]}"}
 )
+printf 'base %s\n' "${base%%;*}" # each at once: where a later one is refused, those before wait in the queue
 grow=$(
   BASE=$out/base GROWN=$out/grown \
     sbatch "${common[@]}" --dependency="afterok:${base%%;*}" --kill-on-invalid-dep=yes \
     ${for_one_task[@]+"${for_one_task[@]}"} "$scripts/grow.sh"
 )
+printf 'grow %s\n' "${grow%%;*}"
 target=$(
   MODEL_NAME=${TARGET_MODEL:-24L2048H} METHOD=target OUT_DIR=$out/target GROWN=$out/grown \
     MAX_STEP=${TARGET_STEPS:-300000} LEARNING_RATE=$target_lr MIN_LR=$(tenth "$target_lr") \
     sbatch "${common[@]}" --dependency="afterok:${grow%%;*}" --kill-on-invalid-dep=yes \
     ${for_training[@]+"${for_training[@]}"} "$scripts/g_stack.sh" ${settings[@]+"${settings[@]}"}
 )
+printf 'target %s\n' "${target%%;*}"
 evaluate=$(
   RUN=$out/target \
     sbatch "${common[@]}" --dependency="afterok:${target%%;*}" --kill-on-invalid-dep=yes \
     ${for_one_task[@]+"${for_one_task[@]}"} "$scripts/evaluate.sh"
 )
-printf 'base %s\ngrow %s\ntarget %s\nevaluate %s\n' "${base%%;*}" "${grow%%;*}" "${target%%;*}" "${evaluate%%;*}"
+printf 'evaluate %s\n' "${evaluate%%;*}"

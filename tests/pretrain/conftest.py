@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ import yaml
 
 from lit_gpt.packed_dataset import write_token_file
 from lit_gpt.tokenizer import Tokenizer
+from pretrain.signals import StopSignal
 
 BLOCK_SIZE = 16
 
@@ -115,7 +117,12 @@ def pretrain(
     def run(settings: dict[str, object], *flags: str) -> Finished:
         monkeypatch.setattr(sys, "argv", ["pretrain", *command_for(settings, tmp_path, *flags)])
         capsys.readouterr()
-        code = main()
+        before = {number: signal.getsignal(number) for number in StopSignal.SIGNALS}
+        try:
+            code = main()
+        finally:
+            for number, handler in before.items():  # the command listens until its process ends
+                signal.signal(number, handler)
         return Finished(code, *capsys.readouterr())
 
     return run

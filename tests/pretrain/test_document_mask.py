@@ -12,7 +12,7 @@ import torch
 from lit_gpt.checkpoint import latest
 from lit_gpt.model import GPT, init_weights
 from pretrain.command_line import Invocation, config_of
-from pretrain.run import preflight
+from pretrain.preflight import preflight
 from tests.pretrain.conftest import write_prepared
 from tests.pretrain.test_continue import cut_back_to, records
 

@@ -74,3 +74,14 @@ def test_a_signal_stops_all_with_75_and_the_same_command_goes_on(settings, launc
     output, _ = again.communicate(timeout=240)
     assert again.returncode == 0, output
     assert_same_losses(folder, finished_run)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_before_there_are_processes_ends_with_75_too(launch, tmp_path, number):
+    """torchrun has not got that far: it is a program here that asks its caller to stop, and waits."""
+    torchrun = tmp_path / "torchrun"
+    torchrun.write_text(f"#!/bin/sh\nkill -{int(number)} $PPID\nexec sleep 300\n")
+    torchrun.chmod(0o755)
+    process = launch(PYTHON=str(torchrun))
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output

@@ -14,13 +14,13 @@ from lit_gpt.kernels.recompute import RECOMPUTE
 from lit_gpt.model import InitialWeights
 from pretrain.command_line import merge
 from pretrain.config import BatchConfig, ParallelConfig
-from pretrain.parallel import Compute, build_model, check_world
+from pretrain.parallel import Compute, build_model, check_world, clip_gradients, whole
 from pretrain.world import ALONE, World, connected
 from tests.pretrain.conftest import two_stages
 from tests.pretrain.processes import finish, run_on, start
 from tests.pretrain.runs import records
 from tests.pretrain.test_stages import StageConfig, run_config
-from tests.toys import toy_config, toy_model, toy_tokens, toy_weights
+from tests.toys import toy_config, toy_tokens, toy_weights
 
 STAGES = [
     {"name": "base", "n_layer": 1, "max_steps": 50},
@@ -79,6 +79,22 @@ def test_a_hundred_steps_have_the_losses_of_a_single_process_however_they_are_sh
     assert [line["position"] for line in found] == [line["position"] for line in expected]
     values = [[r["value"] for r in records(finished(each), "evals.jsonl")] for each in ("alone", name)]
     assert values[1] == pytest.approx(values[0], rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "bf16-true"])
+def test_in_bf16_the_first_loss_is_that_of_a_single_process_and_the_others_are_near(settings_of, tmp_path, precision):
+    """Gradients of a micro-batch are rounded alike; their sum over micro-batches has another order."""
+    stages = [{"name": "base", "n_layer": 1, "max_steps": 10}, {"name": "grown", "operator": "stack", "max_steps": 10}]
+    changes = {"stages": stages, "precision": precision, "optimizer": {"learning_rate": 1e-3}}
+    losses = []
+    for n_processes in (1, 2):
+        folder = tmp_path / str(n_processes)
+        run_on(settings_of(folder, **changes), n_processes, tmp_path / f"of {n_processes}")
+        losses.append([line["loss"] for line in records(folder)])
+    assert len(losses[0]) == 20
+    assert losses[1][0] == pytest.approx(losses[0][0], rel=1e-6)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5 if precision == "bf16" else 2e-3)
 
 
 @pytest.mark.slow
@@ -193,26 +209,61 @@ def test_what_all_processes_come_to_is_said_once(settings_of, tmp_path):
     assert told[1] == ""
 
 
-def model_of(parallel: ParallelConfig, **compute: str):
-    config = toy_config(n_layer=3)
-    settings = Compute("fp32", "none", "", **compute)
+def model_of(parallel: ParallelConfig, config=None, precision: str = "fp32", **compute: str):
+    config = config or toy_config(n_layer=3)
+    settings = Compute(precision, "none", "", **compute)
     weights = toy_weights(config)
     return build_model(config, weights, settings, parallel, ALONE, device=torch.device("cpu"))
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-true"])
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("strategy", ["auto", "fsdp"])
-def test_gradients_are_those_of_the_plain_model_to_the_bit(strategy, recompute):
-    tokens = toy_tokens(toy_config())
-    plain = toy_model(toy_config(n_layer=3))
-    plain(tokens[:, :-1], tokens[:, 1:]).backward()
+def test_loss_and_gradients_are_those_of_the_plain_model_to_the_bit(strategy, recompute, precision):
+    """A family whose norms and embedding are no plain Llama's, so that a weight in another dtype shows."""
+    family = {"norm_plus_one": True, "embedding_scale": 3.7, "qk_norm": "head", "qkv_bias": True}
+    config = toy_config(n_layer=3, **family)
+    tokens = toy_tokens(config)
+    plain = model_of(ParallelConfig(), config, precision)
+    expected_loss = plain(tokens[:, :-1], tokens[:, 1:])
+    expected_loss.backward()
     with connected(ALONE, "cpu", alone_too=strategy == "fsdp"):
-        model = model_of(ParallelConfig(strategy), recompute=recompute)
-        model(tokens[:, :-1], tokens[:, 1:]).backward()
+        model = model_of(ParallelConfig(strategy), config, precision, recompute=recompute)
+        loss = model(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        assert torch.equal(loss, expected_loss)
         expected = dict(plain.named_parameters())
         for name, parameter in model.named_parameters():
-            gradient = parameter.grad.full_tensor() if strategy == "fsdp" else parameter.grad
-            assert torch.equal(gradient, expected[name].grad), name
+            assert torch.equal(whole(parameter.grad), expected[name].grad), name
+
+
+def test_a_mask_scales_a_shared_weight_as_it_does_a_whole_one():
+    config = toy_config(n_layer=3)
+    tokens, losses = toy_tokens(config), []
+    with connected(ALONE, "cpu", alone_too=True):
+        for strategy in ("auto", "fsdp"):
+            model = model_of(ParallelConfig(strategy), config, "bf16")
+            model.transformer.h[1].mlp.swiglu.w3.weight_scale = torch.full((config.n_embd, 1), 0.3)
+            losses.append(float(model(tokens[:, :-1], tokens[:, 1:]).detach()))
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("max_norm", [0.01, 1e6])
+@pytest.mark.parametrize("strategy", ["auto", "fsdp"])
+def test_gradients_are_clipped_by_the_norm_of_all_of_them(strategy, max_norm):
+    config = toy_config(n_layer=3)
+    tokens = toy_tokens(config)
+    plain = model_of(ParallelConfig(), config)
+    plain(tokens[:, :-1], tokens[:, 1:]).backward()
+    expected_norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), max_norm)
+    with connected(ALONE, "cpu", alone_too=strategy == "fsdp"):
+        model = model_of(ParallelConfig(strategy), config)
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
+        norm = clip_gradients(model.parameters(), max_norm)
+        torch.testing.assert_close(norm, expected_norm)
+        expected = dict(plain.named_parameters())
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(whole(parameter.grad), expected[name].grad)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -231,7 +282,7 @@ def test_a_model_is_filled_from_whole_tensors_and_keeps_its_ties(tied):
             frozen=["lm_head.weight"],
         )
         assert (model.lm_head.weight is model.transformer.wte.weight) == tied
-        state = {name: tensor.full_tensor() for name, tensor in model.state_dict().items()}
+        state = {name: whole(tensor) for name, tensor in model.state_dict().items()}
         assert all(torch.equal(state[name], initial[name]) for name in initial) and set(state) == set(initial)
         if not tied:
             assert not model.lm_head.weight.requires_grad

@@ -12,7 +12,7 @@ import pytest
 
 from lit_gpt.errors import DataError
 from pretrain import run_lock as module
-from pretrain.run_lock import DEAD_SECS, LOCK_FILE, Owner, read_owner, run_lock
+from pretrain.run_lock import BEAT_SECS, DEAD_SECS, LOCK_FILE, Owner, read_owner, run_lock
 
 ELSEWHERE = Owner(host="node7", pid=123, job="4711", since=1.7e9)
 
@@ -47,13 +47,55 @@ def test_an_owner_of_this_node_that_was_killed_holds_nothing(tmp_path):
         pass
 
 
-def test_a_lock_that_is_not_seen_on_this_node_counts_as_long_as_its_heart_beats(tmp_path, capsys):
-    leave(tmp_path)
+@pytest.fixture
+def a_living_owner(tmp_path, monkeypatch):
+    """Touches the file while somebody waits for it."""
+    monkeypatch.setattr(module.time, "sleep", lambda _: os.utime(tmp_path / LOCK_FILE))
+
+
+def test_a_lock_that_is_not_seen_on_this_node_counts_as_long_as_its_heart_beats(tmp_path, capsys, a_living_owner):
+    leave(tmp_path, silent_secs=BEAT_SECS)
     with pytest.raises(DataError, match="gave a sign of life 0 s ago"):
         run_lock(tmp_path).__enter__()
     leave(tmp_path, silent_secs=DEAD_SECS + 1)
     with run_lock(tmp_path):
         assert "counts as gone after 60 s" in capsys.readouterr().err
+
+
+def test_the_next_job_of_a_chain_waits_for_one_that_was_killed_a_moment_ago(tmp_path, capsys, monkeypatch):
+    """The file stays as it was left: only the clock moves on."""
+    path = leave(tmp_path, silent_secs=BEAT_SECS)
+    waited = []
+    monkeypatch.setattr(module.time, "sleep", waited.append)
+    monkeypatch.setattr(module, "silence", lambda _: BEAT_SECS + len(waited))
+    with run_lock(tmp_path):
+        assert read_owner(path).pid == os.getpid()
+    told = capsys.readouterr().err
+    assert "waiting for a sign of life" in told and "counts as gone after 60 s" in told
+    assert len(waited) == DEAD_SECS - BEAT_SECS + 1
+
+
+def test_a_glance_of_status_does_not_look_like_an_owner(tmp_path, monkeypatch):
+    (tmp_path / LOCK_FILE).touch()
+    glance = (tmp_path / LOCK_FILE).open()
+    fcntl.flock(glance, fcntl.LOCK_SH)
+    monkeypatch.setattr(module.time, "sleep", lambda _: glance.close())
+    with run_lock(tmp_path):
+        assert glance.closed
+
+
+def test_a_lock_that_was_taken_over_in_the_same_moment_is_not_held(tmp_path, monkeypatch):
+    original = fcntl.flock
+
+    def taken_over_first(*arguments):
+        (tmp_path / LOCK_FILE).unlink()
+        leave(tmp_path)
+        original(*arguments)
+
+    monkeypatch.setattr(module.fcntl, "flock", taken_over_first)
+    with pytest.raises(DataError, match="has just taken it over.*process 123"):
+        run_lock(tmp_path).__enter__()
+    assert read_owner(tmp_path / LOCK_FILE) == ELSEWHERE
 
 
 def test_a_job_that_was_requeued_onto_another_node_need_not_wait(tmp_path, monkeypatch):
@@ -82,13 +124,15 @@ def test_the_heart_beats_while_the_folder_is_held(tmp_path, monkeypatch):
             time.sleep(0.01)
 
 
-def test_a_file_system_without_locks_is_told_of_and_the_heartbeat_guards_alone(tmp_path, monkeypatch, capsys):
+def test_a_file_system_without_locks_is_told_of_and_the_heartbeat_guards_alone(
+    tmp_path, monkeypatch, capsys, a_living_owner
+):
     def refuse(*_):
         raise OSError(module.errno.ENOLCK, "no locks available")
 
     monkeypatch.setattr(module.fcntl, "flock", refuse)
     with run_lock(tmp_path):
         assert "without locks" in capsys.readouterr().err
-    leave(tmp_path)
+    leave(tmp_path, silent_secs=BEAT_SECS)
     with pytest.raises(DataError, match="node7"):
         run_lock(tmp_path).__enter__()

@@ -21,10 +21,11 @@ from benchmarks.forked import Started, start, start_function
 from grow.apply import grow_checkpoint
 from grow.grown import GrownOptimizer, GrownWeights
 from grow.operators import plan_growth
-from lit_gpt import atomic, checkpoint, checkpoint_folder
+from lit_gpt import atomic, checkpoint, checkpoint_folder, sharded_writer
 from lit_gpt.axes import parameter_shapes
-from lit_gpt.checkpoint import latest, prune_temporaries, read_config, read_training, verify
-from lit_gpt.lazy_tensors import fill_from, spec_of
+from lit_gpt.checkpoint import checkpoint_path, latest, prune_temporaries, read_config, read_training, verify
+from lit_gpt.errors import DataError
+from lit_gpt.lazy_tensors import fill_from, is_shared, spec_of
 from pretrain import checkpointing
 from pretrain.checkpointing import RunCheckpoints
 from pretrain.config import CheckpointConfig, OptimizerConfig, ParallelConfig
@@ -89,9 +90,11 @@ def save_and_load(world: World, folder: Path) -> None:
     create_stream = reader.fs.create_stream
     reader.fs.create_stream = lambda path, mode: (opened.add(path.name), create_stream(path, mode))[1]
     other, other_optimizer = shared_model(world, {name: torch.zeros_like(w) for name, w in toy_weights(CONFIG).items()})
-    for name, parameter in other.named_parameters():
-        fill_from(resumed.model, name, parameter.data)
-    assert opened == {f"__{world.rank}_0.distcp"}, "each reads what it wrote"
+    for shared in (True, False):  # norms are whole on each, and one of the two wrote them
+        for name, parameter in other.named_parameters():
+            if is_shared(parameter) == shared:
+                fill_from(resumed.model, name, parameter.data)
+        assert not shared or opened == {f"__{world.rank}_0.distcp"}, "each reads what it wrote"
     load_named_state(other, other_optimizer, resumed.optimizer)
     after = gathered(other, other_optimizer)
     assert all(torch.equal(after[name], tensor) for name, tensor in expected.items())
@@ -176,8 +179,8 @@ def fail_on_one_process(world: World, folder: Path) -> None:
         world.barrier()
 
 
-def full_disk(path: Path, data: bytes) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+def full_disk(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 TOGETHER = (save_and_load, grow_into_parts, change_while_written, fail_on_one_process)
@@ -351,6 +354,95 @@ def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch
     assert prune_temporaries(checkpoints.folder) == []
 
 
+def assert_only_the_first_is_there(checkpoints: RunCheckpoints) -> None:
+    """Whole, and nothing beside it that could be taken for another."""
+    kept = checkpoint_path(checkpoints.folder, 1, 1)
+    assert latest(checkpoints.folder) == kept == checkpoints.last and verify(kept) == []
+    assert list(checkpoints.folder.rglob("step-*")) == [kept] and prune_temporaries(checkpoints.folder) == []
+
+
+# name: owner and name of the function in which the disk turns out to be full
+WRITERS = {
+    "tensors": (sharded_writer._CountingStream, "write"),
+    "metadata": (sharded_writer._Writer, "finish"),
+    "state": (checkpoint, "write_synced"),
+    "manifest": (atomic, "write_synced"),
+    "fsync": (atomic.os, "fsync"),
+}
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_disk_that_fills_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, monkeypatch, name, async_save):
+    model, optimizer = shared_model(World())
+    with checkpoints_in(tmp_path, World(), async_save=async_save) as checkpoints:
+        checkpoints.save(model, optimizer, TrainState(step_count=1))
+        monkeypatch.setattr(*WRITERS[name], full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            checkpoints.save(model, optimizer, TrainState(step_count=2), periodic=True)
+            checkpoints.save(model, optimizer, TrainState(step_count=3), periodic=True)  # waits for the one before
+    monkeypatch.undo()
+    assert_only_the_first_is_there(checkpoints)
+
+
+@pytest.mark.parametrize(("policy", "async_save"), [("stop", False), ("continue", True)])
+def test_a_run_whose_disk_is_full_for_a_while_loses_no_step(
+    settings, pretrain, finished_run, monkeypatch, policy, async_save
+):
+    settings["checkpoints"] = {"every_steps": 2, "async_save": async_save, "on_failure": policy}
+    original = sharded_writer.write_tensors
+
+    def full_at_step_4(directory, *arguments, **keywords):
+        with monkeypatch.context() as patch:
+            if "step-0000000004" in directory.name:
+                patch.setattr(sharded_writer._CountingStream, "write", full_disk)
+            return original(directory, *arguments, **keywords)
+
+    monkeypatch.setattr(sharded_writer, "write_tensors", full_at_step_4)
+    result = pretrain(settings)
+    assert "The disk is full" in result.stderr
+    if policy == "stop":
+        assert result.returncode == 3
+        monkeypatch.undo()
+        result = pretrain(settings)
+    assert result.returncode == 0, result.stderr
+    assert_same_end(Path(settings["out_dir"]), finished_run)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_really_full_leaves_the_one_before(tmp_path, monkeypatch):
+    """Four megabytes, of which all but a few pages are taken; and nobody looks at the free space before."""
+    mount = tmp_path / "mount"
+    mount.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(mount)], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+    monkeypatch.setattr(checkpoint, "check_free_space", lambda *_: None)
+    try:
+        model, optimizer = shared_model(World())
+        checkpoints = checkpoints_in(mount / "run", World())
+        checkpoints.save(model, optimizer, TrainState(step_count=1))
+        free = shutil.disk_usage(mount).free
+        (mount / "taken").write_bytes(bytes(free - (16 << 10)))
+        with pytest.raises(OSError, match="No space left"):
+            checkpoints.save(model, optimizer, TrainState(step_count=2))
+        assert_only_the_first_is_there(checkpoints)
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_make_the_new_one_fail(tmp_path, monkeypatch, capsys):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    model, optimizer = shared_model(World())
+    checkpoints = checkpoints_in(tmp_path, World(), keep_last=1)
+    checkpoints.save(model, optimizer, TrainState(step_count=1))
+    monkeypatch.setattr(checkpointing, "remove_directory", refuse)
+    checkpoints.save(model, optimizer, TrainState(step_count=2))
+    assert checkpoints.last == checkpoint_path(checkpoints.folder, 1, 2)
+    assert "step-0000000001 could not be removed" in capsys.readouterr().err
+
+
 def test_a_single_process_may_write_in_the_background_too(tmp_path):
     model, optimizer = shared_model(World())
     with checkpoints_in(tmp_path, World(), async_save=True) as checkpoints:
@@ -394,10 +486,10 @@ def test_a_single_cpu_process_writes_in_the_foreground_unless_told_otherwise(tmp
     assert checkpoints.last is not None
 
 
-@pytest.mark.slow
-def test_two_processes_share_the_checking_and_agree(of_two):
+@pytest.mark.parametrize("look", ["on resume", "at a parent"])
+def test_two_processes_share_the_checking(finished_run, look):
     """Each looks at some of the files, together at all of them."""
-    path = latest(of_two / "checkpoints")
+    path = latest(finished_run / "checkpoints")
     files = read_training(path).manifest["files"]
     looked_at: list[str] = []
 
@@ -412,8 +504,30 @@ def test_two_processes_share_the_checking_and_agree(of_two):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint_folder, "directory_problems", note)
         for rank in range(2):
-            assert checkpoint_folder.reason_to_skip(path, deep=True, processes=Half(rank=rank, size=2)) is None
+            half = Half(rank=rank, size=2)
+            if look == "on resume":
+                assert checkpoint_folder.reason_to_skip(path, deep=True, processes=half) is None
+            else:
+                read_training(path, processes=half)
     assert sorted(looked_at) == sorted(files)
+
+
+def test_one_process_finds_the_damage_for_all(finished_run, tmp_path):
+    """Of the two largest files, weights and moments, each looks at one."""
+    path = Path(shutil.copytree(latest(finished_run / "checkpoints"), tmp_path / "parent"))
+    damaged = max(path.glob("*.distcp"), key=lambda file: file.stat().st_size)
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    of_the_other: list[Any] = []
+
+    class Half(World):
+        def gather(self, value):
+            of_the_other.append(value)
+            return of_the_other
+
+    with pytest.raises(DataError, match=f"{damaged.name}.*crc32"):
+        read_training(path, processes=Half(rank=0, size=2))
+    with pytest.raises(DataError, match=f"{damaged.name}.*crc32"):
+        read_training(path, processes=Half(rank=1, size=2))
 
 
 @pytest.mark.slow

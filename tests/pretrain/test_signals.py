@@ -91,3 +91,15 @@ def test_a_run_that_reaches_its_end_leaves_no_file_of_an_earlier_stop(tmp_path):
     with marked(tmp_path, World(0, 2, 0, 2, "srun"), {}):
         assert not (tmp_path / REQUEUE).exists()
     assert not (tmp_path / REQUEUE).exists()
+
+
+@pytest.mark.parametrize("error", [OSError("the terminal is gone"), RuntimeError("reentrant call")])
+def test_a_message_that_cannot_be_written_disturbs_nothing(monkeypatch, error):
+    class Broken:
+        def write(self, _):
+            raise error
+
+    monkeypatch.setattr("sys.stderr", Broken())
+    with StopSignal(env={}) as stop:
+        send(signal.SIGUSR1)
+        assert stop.received == "SIGUSR1"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.heartbeat import EVERY_SECS, HEARTBEAT_FILE, Heartbeat, read_heartbeat
-from pretrain.run_lock import run_lock
+from pretrain.run_lock import LOCK_FILE, read_owner, run_lock
 from pretrain.status import QUIET_SECS, SAVING_SECS, describe, status_of
 from pretrain.validate_command import main as validate_main
 from tests.pretrain.runs import records
@@ -64,6 +64,16 @@ def test_who_holds_the_lock_trains(held):
     assert (found.owner.pid, found.owner.job) == (os.getpid(), "77")
     assert found.stuck_since is None
     assert any("SLURM job 77" in line for line in describe(found))
+
+
+def test_a_start_is_not_stuck_because_the_one_before_was_silent_since(held):
+    """It reads through the checkpoint, say; nothing tells of it yet but the lock."""
+    beat = {"time": 1000.0, "doing": "ended", "step": 13, "host": "node-7", "pid": 5, "job": None}
+    (held / HEARTBEAT_FILE).write_text(json.dumps(beat))
+    since = read_owner(held / LOCK_FILE).since
+    found = status_of(held, now=since + QUIET_SECS + 1)
+    assert (found.state, found.doing, found.silent_secs) == ("running", "starting", QUIET_SECS + 1)
+    assert status_of(held, now=since + SAVING_SECS + 1).state == "stuck"
 
 
 @pytest.mark.parametrize(("doing", "patience"), [("training", QUIET_SECS), ("saving", SAVING_SECS)])

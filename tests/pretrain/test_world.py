@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import socket
+import threading
 
 import pytest
 
+from lit_gpt.errors import EXIT_DATA, DataError
 from pretrain import world as world_module
-from pretrain.world import ALONE, World, connected, device_index, find_world
+from pretrain.world import ALONE, World, connected, device_index, find_world, in_turn
 
 BATCH = {
     "SLURM_JOB_ID": "7",
@@ -143,3 +145,35 @@ def test_a_process_that_the_others_leave_alone_says_so_in_time(monkeypatch, tmp_
         connected(World(rank, 2, rank, 2, "environment"), "cpu", env),
     ):
         pytest.fail("nobody is there to meet")
+
+
+@pytest.mark.parametrize("bad_rank", [0, 1])
+def test_work_that_fails_on_one_process_ends_all_of_them_and_it_alone_says_why(bad_rank):
+    """The processes are threads here, whose gathering is a barrier."""
+    arrived, slots, ended = threading.Barrier(2, timeout=60), [None, None], {}
+
+    class Met(World):
+        def gather(self, value):
+            slots[self.rank] = value
+            arrived.wait()
+            values = list(slots)
+            arrived.wait()
+            return values
+
+    def go(rank):
+        def work():
+            if rank == bad_rank:
+                raise DataError("damaged")
+
+        try:
+            in_turn(Met(rank, 2), work)
+        except (DataError, SystemExit) as error:
+            ended[rank] = error
+
+    threads = [threading.Thread(target=go, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert str(ended[bad_rank]) == "damaged"
+    assert isinstance(ended[1 - bad_rank], SystemExit) and ended[1 - bad_rank].code == EXIT_DATA

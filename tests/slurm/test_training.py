@@ -163,6 +163,38 @@ def test_a_signalled_job_is_queued_again_and_ends_with_the_same_losses(slurm, su
     assert set(slurm.wait(dependent).values()) == {"COMPLETED"}
 
 
+SIGNALLED_EARLY = """
+import os, runpy, signal, sys
+
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch" and os.environ["SLURM_PROCID"] == "1" and not os.path.exists(__file__ + ".sent"):
+            open(__file__ + ".sent", "x").close()
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+sys.meta_path.insert(0, Watch())
+sys.argv = sys.argv[sys.argv.index("-m") + 1 :]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+
+
+def test_a_job_that_is_signalled_before_it_has_imported_torch_is_queued_again(slurm, submit, tmp_path: Path):
+    """The second task alone gets the signal, in the first start alone."""
+    script, python, out = tmp_path / "early.py", tmp_path / "python", tmp_path / "run"
+    script.write_text(SIGNALLED_EARLY)
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} {script} "$@"\n')
+    python.chmod(0o755)
+    job = submit(out, "--nodes=1", "--ntasks-per-node=2", MAX_STEP="4", PYTHON=str(python))
+    slurm.wait_until(lambda: field(slurm, job, "Restarts") == "1", "the first start to be over")
+    start_again_soon(slurm, job)
+    assert not (out / "checkpoints").exists() and not lines(out)
+
+    assert set(slurm.wait(job).values()) == {"COMPLETED"}, slurm.output(job)
+    assert "SIGUSR1: stopping before the first step" in slurm.output(job)
+    assert field(slurm, job, "Restarts") == "1"
+    assert len(lines(out)) == 4 and not (out / "REQUEUE").exists()
+
+
 def test_a_lost_process_ends_the_job_and_a_cancelled_one_does_not_come_back(slurm, submit, tmp_path: Path):
     out = tmp_path / "run"
     job = submit(out, "--nodes=1", "--ntasks-per-node=2", MAX_STEP="10000", SAVE_STEP_INTERVAL="5")

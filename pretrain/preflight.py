@@ -1,0 +1,190 @@
+"""All that can be checked before anything is computed: settings, data, starting point, and what they make together."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grow.plan import SYMMETRY, differing_sizes
+from grow.registry import SIZES
+from lit_gpt.checkpoint import find_checkpoint, read_config
+from lit_gpt.config import Config
+from lit_gpt.flops import count_parameters, flops_per_token
+from pretrain.command_line import Invocation
+from pretrain.config import RunConfig, StageConfig
+from pretrain.corpus import Corpus, model_config_for, read_corpus
+from pretrain.data import TrainData, check_epochs, open_train_data, open_validation_sets
+from pretrain.held_out import ValidationSet
+from pretrain.loggers import say
+from pretrain.loop import describe_stages
+from pretrain.origin import (
+    check_tokenizer,
+    continued_settings,
+    first_position,
+    fits_rows,
+    growth_behind,
+    mask_notes,
+    origin_model,
+    own_state,
+    parent_state,
+    trainable_notes,
+    with_saved_name,
+)
+from pretrain.parallel import check_world
+from pretrain.stage_text import stage_lines
+from pretrain.stages import Stage, plan_stages
+from pretrain.training import stage_flops, tokens_per_step
+from pretrain.world import ALONE, World
+
+INDEX_FOLDER = "data_index"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run whose settings, data and starting point are known to be good; nothing is computed or deleted yet."""
+
+    config: RunConfig
+    stages: list[Stage]
+    corpus: Corpus
+    train: TrainData
+    position: int
+    """Of the run's first sample."""
+    samples: int
+    """Training samples of all stages."""
+    validation: list[ValidationSet]
+    data_lines: list[str]
+    """What was found, for the log."""
+    own: dict[str, Any] | None
+    """state.json of the run's own last checkpoint; None for a run that has none."""
+    auto_skips: tuple[tuple[int, int], ...] = ()
+    """Samples that the run leaves out because it diverged on them; they are among data.skips."""
+
+
+def preflight(invocation: Invocation, world: World = ALONE, auto_skips: tuple[tuple[int, int], ...] = ()) -> Plan:
+    """Resolve and check all that can be checked before anything is computed; what raises, raises here.
+
+    auto_skips: samples to leave out beside those of the settings and of the run's own checkpoint.
+    """
+    config = invocation.config
+    check_world(config, world)
+    corpus = read_corpus(config.data, look_beside=config.model.vocab_size is None)
+    own = None if invocation.fresh else own_state(Path(config.out_dir))
+    model_config = model_config_for(corpus, config.model, origin_model(config, own))
+    known = tuple((start, stop) for start, stop in ({} if own is None else own).get("auto_skips", []))
+    auto_skips = (*known, *(skip for skip in auto_skips if skip not in known))
+    config = with_skips(config, auto_skips)
+    stages = plan_stages(config, model_config, growth_behind(config, own))
+    if invocation.scratch:
+        if config.init_from is not None:
+            raise ValueError("--scratch trains from the first step, init_from does not; give one of the two")
+        if any(stage.slope is not None for stage in stages):
+            raise ValueError(
+                "--scratch spends the FLOPs of all stages, and with grow_when nobody knows those; replace it by the "
+                "max_steps that the stage had in the run to compare with"
+            )
+        config = scratch_config(config, stages)
+        stages = plan_stages(config, model_config)
+    if config.init_from is not None and own is None:  # a run that has checkpoints of its own needs its parent no more
+        check_init_from(config, stages[0], invocation.fresh)
+    config = with_saved_name(config, own)
+    cache = None if invocation.dry_run else Path(config.out_dir) / INDEX_FOLDER
+    train, position = open_stream(config, model_config, corpus, own, cache)
+    validation, validation_lines = open_validation_sets(
+        config.data, model_config, corpus, cache, separator_id=train.separator_id
+    )
+    samples = config.batch.global_batch_size * sum(stage.steps for stage in stages)
+    epoch_lines = check_epochs(train, position, position + samples)
+    lines = [*trainable_notes(config, own), *train.notes, *epoch_lines, *validation_lines, *corpus.notes]
+    return Plan(config, stages, corpus, train, position, samples, validation, lines, own, auto_skips)
+
+
+def with_skips(config: RunConfig, skips: Sequence[tuple[int, int]]) -> RunConfig:
+    """The settings with more samples left out."""
+    given = config.data.skips or []
+    more = [list(skip) for skip in skips if list(skip) not in [list(each) for each in given]]
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, skips=[*given, *more])) if more else config
+
+
+def scratch_config(config: RunConfig, stages: list[Stage]) -> RunConfig:
+    """The baseline of a growing run: its last model from the first step on, for the FLOPs of all stages together."""
+    last = config.stages[-1]
+    per_step = flops_per_token(stages[-1].config).times(tokens_per_step(config, stages[-1])).paper
+    steps = round(sum(stage_flops(config, stage).paper for stage in stages) / per_step)
+    own = {key: getattr(last, key) for key in ("n_layer", *SIZES, "learning_rate", "min_learning_rate", "warmup_steps")}
+    if last.continue_schedule:
+        own["warmup_steps"] = stages[-1].schedule.warmup_steps  # that of the schedule's first stage
+    return dataclasses.replace(config, stages=[StageConfig("scratch", max_steps=steps, **own)])
+
+
+def open_stream(
+    config: RunConfig, model_config: Config, corpus: Corpus, own: dict[str, Any] | None, cache: Path | None
+) -> tuple[TrainData, int]:
+    """The training stream, and the position at which the run began or begins in it.
+
+    Args:
+        config: the run's settings.
+        model_config: sizes of its last model.
+        corpus: what is known of the data.
+        own: state.json of the run's own last checkpoint; None for a run that has none.
+        cache: folder for finished indices; None keeps none.
+    """
+    state = parent_state(config) if own is None else own
+    origin = None if own is not None or config.init_from is None else find_checkpoint(config.init_from)
+    check_tokenizer(state, corpus, origin)
+    saved = state.get("data")
+    inherited = saved if config.init_from is not None else None
+    data, taken_over = continued_settings(config.data, inherited)
+    train = open_train_data(data, model_config, corpus, config.seed, cache)
+    train = dataclasses.replace(train, notes=(*train.notes, *taken_over, *mask_notes(state, train)))
+    if own is not None:
+        return train, own["position"] - own["step_count"] * config.batch.global_batch_size
+    return train, first_position(config, train, saved)
+
+
+def describe(plan: Plan) -> None:
+    """Data, sizes, FLOPs and the plan, before anything is computed."""
+    for line in plan.data_lines:
+        if line.startswith("warning:"):
+            sys.stderr.write(f"{line}\n")
+        else:
+            say(line)
+    for stage, line in zip(plan.stages, describe_stages(plan.stages, plan.config), strict=True):
+        flops = stage_flops(plan.config, stage).paper
+        say(f"{line}, {count_parameters(stage.config):,} parameters, {flops:.3g} FLOPs")
+        for detail in stage_lines(stage):
+            say(f"  {detail}")
+        if stage.plan is not None and stage.plan.stays_symmetric:
+            sys.stderr.write(f"warning: stage {stage.name!r}: {SYMMETRY}; use other shares, or noise\n")
+
+
+def check_init_from(config: RunConfig, stage: Stage, fresh: bool) -> None:
+    """Refuse a starting checkpoint of other sizes, and one that --fresh would delete.
+
+    Raises:
+        ValueError: naming every size that differs. DataError, OSError: it cannot be read.
+    """
+    source = find_checkpoint(config.init_from or "")
+    if fresh and Path(config.out_dir).resolve() in source.resolve().parents:
+        raise ValueError(
+            f"--fresh would delete init_from={source}, which lies in the run's folder; move one of the two"
+        )
+    found, wanted = read_config(source), stage.config
+    sizes = differing_sizes(found, wanted)
+    if "vocab_size" in sizes and fits_rows(found, wanted):
+        sizes.remove("vocab_size")
+    if "block_size" in sizes and config.model.block_size is not None:  # no weight has its size: another one is a choice
+        sizes.remove("block_size")
+        say(f"init_from was made for block_size={found.block_size}; this run trains with {wanted.block_size}")
+    if sizes:
+        lines = [
+            f"  {size}: {getattr(found, size)} in the checkpoint, {getattr(wanted, size)} wanted" for size in sizes
+        ]
+        raise ValueError(
+            "\n".join([f"init_from {source} is another model than the first stage's:", *lines])
+            + "\nAdapt `model`, or grow the checkpoint first (grow apply SRC DST); for another vocabulary, prepare the "
+            + "data with the checkpoint's tokenizer (scripts/prepare.py --tokenizer PATH)"
+        )
