@@ -198,10 +198,19 @@ def run_once(config: CompareConfig, name: str, settings: Mapping[str, Any]) -> N
     write_atomically(path, yaml.safe_dump(own, sort_keys=False).encode())
     files = [part for each in (*config.config, str(path)) for part in ("--config", each)]
     sys.stderr.write(f"== {name}\n")
-    code = subprocess.run([sys.executable, "-m", "pretrain", *files], stdout=sys.stderr).returncode
+    code = _ended(subprocess.Popen([sys.executable, "-m", "pretrain", *files], stdout=sys.stderr))
     if code:
         raise RunFailed(name, code if code in (2, 3, 4, EXIT_STOPPED) else 1)
     write_atomically(folder / DONE, json.dumps({"settings": digest}).encode())
+
+
+def _ended(process: subprocess.Popen[bytes]) -> int:
+    """Its exit code. A Ctrl-C reaches it as well, and it saves: that is waited for."""
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue
 
 
 def _contents(paths: list[str]) -> list[str]:

@@ -41,9 +41,9 @@ def started(monkeypatch):
         assert command[:3] == [sys.executable, "-m", "pretrain"]
         commands.append(command[3:])
         monkeypatch.setattr(sys, "argv", ["pretrain", *command[3:]])
-        return SimpleNamespace(returncode=main())
+        return SimpleNamespace(wait=main)
 
-    monkeypatch.setattr(runs.subprocess, "run", run)
+    monkeypatch.setattr(runs.subprocess, "Popen", run)
     return commands
 
 
