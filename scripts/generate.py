@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conversion_command import dashed
+from loading import find_device, find_tokenizer, own_words
 
 from lit_gpt.errors import run_command
 
@@ -116,42 +117,6 @@ def pieces(tokenizer: Tokenizer, ids: list[int], new_ids: Iterator[int]) -> Iter
             shown, waiting = text, 0
     if waiting:
         yield tokenizer.decode(so_far)[len(shown) :], waiting
-
-
-def own_words(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself: state.json, or growth.json."""
-    from lit_gpt.checkpoint import TRAINING, detect_form, read_exchange, read_training
-
-    if detect_form(checkpoint) == TRAINING:
-        return read_training(checkpoint, verify=False).state
-    return read_exchange(checkpoint, verify=False).provenance or {}
-
-
-def find_tokenizer(given: str | None, checkpoint: Path, state: dict[str, Any]) -> Tokenizer:
-    """The one that is named, that lies beside the weights, or that lies with the data the checkpoint was trained on.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    from lit_gpt.conversion import tokenizer_place
-    from lit_gpt.tokenizer import Tokenizer
-
-    place = Path(given) if given is not None else tokenizer_place(checkpoint, state)
-    if place is not None:
-        return Tokenizer.load(place)
-    raise FileNotFoundError(f"{checkpoint} has no tokenizer, nor has its training data; give --tokenizer PATH")
-
-
-def find_device(given: str | None, n_gpus: int) -> str:
-    """Where to compute: what is given, or a GPU where there is one.
-
-    Raises:
-        ValueError: it is neither the CPU nor a GPU of this machine.
-    """
-    known = ["cpu", *(["cuda"] if n_gpus else []), *(f"cuda:{number}" for number in range(n_gpus))]
-    if given is not None and given not in known:
-        raise ValueError(f"--device {given} is not here; this machine has {', '.join(known)}")
-    return given or ("cuda" if n_gpus else "cpu")
 
 
 def find_first_id(given: str | None, tokenizer: Tokenizer, state: dict[str, Any]) -> int | None:
