@@ -11,10 +11,10 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from conversion_command import dashed
-from loading import find_device, find_tokenizer, own_words
+from loading import find_device, find_first_id, find_tokenizer, own_words
 
 from lit_gpt.errors import run_command
 
@@ -45,7 +45,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--first-id",
         metavar="ID",
-        help="token before the prompt, or `none` (default: the one that separated documents)",
+        help="token before the prompt, `bos` or `none` (default: the one that separated documents)",
     )
     parser.add_argument("--device", metavar="NAME", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end and nothing else")
@@ -117,20 +117,6 @@ def pieces(tokenizer: Tokenizer, ids: list[int], new_ids: Iterator[int]) -> Iter
             shown, waiting = text, 0
     if waiting:
         yield tokenizer.decode(so_far)[len(shown) :], waiting
-
-
-def find_first_id(given: str | None, tokenizer: Tokenizer, state: dict[str, Any]) -> int | None:
-    """The token that a text begins with.
-
-    Raises:
-        ValueError: neither a number nor `none`.
-    """
-    if given is not None:
-        if given != "none" and not given.isdecimal():
-            raise ValueError(f"--first-id {given} must be a token's number, or none")
-        return None if given == "none" else int(given)
-    separator = state.get("separator_id")
-    return tokenizer.bos_id if separator is None else separator
 
 
 if __name__ == "__main__":

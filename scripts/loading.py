@@ -43,3 +43,19 @@ def find_device(given: str | None, n_gpus: int) -> str:
     if given is not None and given not in known:
         raise ValueError(f"--device {given} is not here; this machine has {', '.join(known)}")
     return given or ("cuda" if n_gpus else "cpu")
+
+
+def find_first_id(given: str | None, tokenizer: Tokenizer, state: dict[str, Any]) -> int | None:
+    """The token that a text begins with: what is given, what separated documents in training, or bos.
+
+    Raises:
+        ValueError: neither a number nor `bos` nor `none`, or a bos that the tokenizer does not have.
+    """
+    if given is None:
+        separator = state.get("separator_id")
+        return tokenizer.bos_id if separator is None else separator
+    if given == "bos" and tokenizer.bos_id is None:
+        raise ValueError("--first-id bos: the tokenizer has none; give a number, or none")
+    if given not in ("bos", "none") and not given.isdecimal():
+        raise ValueError(f"--first-id {given} must be a token's number, bos, or none")
+    return {"bos": tokenizer.bos_id, "none": None}[given] if given in ("bos", "none") else int(given)

@@ -56,13 +56,13 @@ def scores_of(examples: Examples, found: np.ndarray, data: str | None = None) ->
     for metric in examples.task.metrics:
         sums, counts = _counted(metric, examples.examples, parts)
         value, stderr = float(sums.sum() / counts.sum()), ratio_stderr(sums, counts)
-        chance = _chance(examples) if metric in ACCURACIES else None
+        guessed = chance(examples) if metric in ACCURACIES else None
         if metric == "bits_per_byte":
             value, stderr = value / math.log(2), stderr and stderr / math.log(2)
         elif metric not in ACCURACIES:
             value = math.exp(min(value, LARGEST))
             stderr = stderr and stderr * value  # to first order
-        scores.append(Score(examples.task.name, metric, value, stderr, chance, n, examples.limit, data))
+        scores.append(Score(examples.task.name, metric, value, stderr, guessed, n, examples.limit, data))
     return scores
 
 
@@ -86,7 +86,7 @@ def _counted(metric: str, examples: Sequence[Example], parts: Sequence[np.ndarra
     return nats, np.array([getattr(each, field) for each in examples], dtype=float)
 
 
-def _chance(examples: Examples) -> float:
+def chance(examples: Examples) -> float:
     """Accuracy of guessing: one of the choices; never the right one of all words."""
     return float(np.mean([0.0 if each.answer is None else 1 / len(each.requests) for each in examples.examples]))
 
