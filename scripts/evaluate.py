@@ -75,7 +75,7 @@ class Report:
 
     def add(self, scores: Sequence[Score]) -> None:
         """Take the scores of one task."""
-        new = [{**self.common, **_values(score)} for score in scores]
+        new = [{**self.common, **asdict(score)} for score in scores]
         self.records.extend(new)
         if self.out is not None:
             self.out.write("".join(json.dumps(record) + "\n" for record in new))
@@ -85,20 +85,18 @@ class Report:
             sys.stderr.write(f"{scores[0].task}: {scores[0].n} documents, {secs:.0f} s since the start\n")
 
 
-def _values(score: Score) -> dict[str, Any]:
-    return asdict(score)
-
-
 def main(argv: Sequence[str]) -> int:
     args = parse_args(argv)
     _check(args)
-    from pretrain.zero_shot.task import find_tasks
+    from pretrain.zero_shot.task import data_file, find_tasks
 
     wanted = None if args.tasks == ALL else [name.strip() for name in args.tasks.split(",") if name.strip()]
     tasks = find_tasks(wanted, args.tasks_dir)
     data = args.data or _default_data()
     if data is not None and not data.is_dir():
         raise FileNotFoundError(f"{data} is not a folder; give --data DIR, the folder of evaluation data")
+    for task in tasks:
+        data_file(task, data)  # refuses before a large model is read
     with _opened(args.out) as out:
         scores, report = _evaluate(args, tasks, data, out)
     if args.json:
@@ -152,6 +150,7 @@ def _evaluate(
     path = find_checkpoint(args.checkpoint)
     state = own_words(path)
     tokenizer = find_tokenizer(args.tokenizer, path, state)
+    _warn_of_another_tokenizer(tokenizer, state)
     first = first_token(tokenizer, _first_id(args.first_id, tokenizer, state))
     device = find_device(args.device, torch.cuda.device_count())
     model = load_for_inference(path, getattr(torch, DTYPES[args.dtype]), device)
@@ -183,6 +182,13 @@ def _harness() -> Any:
     import harness
 
     return harness
+
+
+def _warn_of_another_tokenizer(tokenizer: Tokenizer, state: dict[str, Any]) -> None:
+    """No error: one tokenizer may come as two files."""
+    trained_with = (state.get("tokenizer") or {}).get("sha256")
+    if trained_with not in (None, tokenizer.fingerprint):
+        sys.stderr.write("warning: the tokenizer is another file than the one the checkpoint was trained with\n")
 
 
 def _first_id(given: str | None, tokenizer: Tokenizer, state: dict[str, Any]) -> int | None:

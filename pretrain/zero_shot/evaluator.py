@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lit_gpt.errors import NonFiniteError
 from lit_gpt.model import GPT
 from lit_gpt.tokenizer import Tokenizer, file_sha256
 from pretrain.world import ALONE, World
@@ -75,9 +76,20 @@ def evaluate_task(
     world: World = ALONE,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> Scored | None:
-    """Score a task; every process gets the same result. Arguments and None as in `scoring.score`."""
+    """Score a task; every process gets the same result. Arguments and None as in `scoring.score`.
+
+    Raises:
+        NonFiniteError: a log-likelihood is not a number.
+    """
     found = score(prepared.rows, scores, batch_size, device, world, interrupted)
-    return None if found is None else Scored(scores_of(prepared.examples, found, prepared.data), found)
+    if found is None:
+        return None
+    if not np.isfinite(found).all():
+        name = prepared.examples.task.name
+        raise NonFiniteError(
+            f"task {name}: the model's log-likelihoods are not all finite numbers; its weights are not"
+        )
+    return Scored(scores_of(prepared.examples, found, prepared.data), found)
 
 
 def evaluate_tasks(
@@ -106,6 +118,7 @@ def evaluate_tasks(
 
     Raises:
         ValueError, FileNotFoundError, DataError: as `check_vocabulary` and `prepare`, before anything is scored.
+        NonFiniteError: as `evaluate_task`.
     """
     check_vocabulary(tokenizer, model.config.padded_vocab_size, first.id)
     size = block_size or model.config.block_size

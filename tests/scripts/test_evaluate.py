@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from lit_gpt.checkpoint import manifest_sha256, write_exchange, write_training
-from lit_gpt.errors import EXIT_DATA, EXIT_OK, EXIT_USAGE, run_command
+from lit_gpt.errors import EXIT_DATA, EXIT_NON_FINITE, EXIT_OK, EXIT_USAGE, run_command
 from lit_gpt.flops import Flops
 from lit_gpt.tokenizer import Tokenizer, file_sha256
 from tests.toys import toy_config, toy_weights
@@ -205,6 +205,20 @@ def test_a_checkpoint_without_a_tokenizer_or_with_another_vocabulary_is_refused(
 
     code, _, error = evaluate(tmp_path / "nothing", "--data", data)
     assert code == EXIT_DATA and "no such checkpoint" in error
+
+
+def test_another_tokenizer_than_in_training_is_a_warning(evaluate, data, tmp_path):
+    training_form(tmp_path / "training", tokenizer={"sha256": "0" * 64})
+    code, _, error = evaluate(tmp_path / "training", "--data", data, "--tokenizer", "bytes", "--tasks", "piqa")
+    assert code == EXIT_OK and "warning: the tokenizer is another file" in error
+
+
+def test_a_model_that_gives_no_numbers_has_no_scores(evaluate, data, tmp_path):
+    weights = toy_weights(CONFIG)
+    weights["transformer.ln_f.weight"][0] = float("nan")
+    write_exchange(tmp_path / "broken", CONFIG, weights)
+    code, out, error = evaluate(tmp_path / "broken", "--data", data, "--tokenizer", "bytes")
+    assert (code, out) == (EXIT_NON_FINITE, "") and "task arc_challenge: the model's log-likelihoods" in error
 
 
 def test_the_harness_that_is_not_installed_is_an_extra_to_install(evaluate, folder, data, monkeypatch):
