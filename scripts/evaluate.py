@@ -118,7 +118,7 @@ def _check(args: argparse.Namespace) -> None:
     missing = [name for name in ("lm_eval", "datasets") if args.harness and util.find_spec(name) is None]
     if missing:
         raise ValueError(
-            f"--harness needs {' and '.join(missing)}, which is not installed; "
+            f"--harness needs what is not installed: {', '.join(missing)}; "
             f"install the [eval] extra: pip install 'lit-grow[eval]'"
         )
 

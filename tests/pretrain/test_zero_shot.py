@@ -237,7 +237,7 @@ def test_chance_counts_the_choices_of_every_document():
 
 def test_a_continuation_is_right_when_no_token_is_missed_and_its_perplexity_is_per_document():
     each = [Example((("q", " a"),))] * 3
-    found = np.array([[-1.0, 0], [-2.0, 2], [-6.0, 0]])
+    found = np.array([[-1.0, 0], [-2.0, 1], [-6.0, 0]])
 
     acc, perplexity = scores_of(examples("lambada_openai", *each), found)
 

@@ -128,6 +128,15 @@ def test_a_run_is_its_last_checkpoint_and_texts_begin_with_its_separator(evaluat
     assert json.loads(out)["scores"][0]["first_id"] == 1
 
 
+def test_a_bos_that_the_tokenizer_would_not_put_first_is_not_put_first(evaluate, data, folder, monkeypatch):
+    monkeypatch.setattr("lit_gpt.tokenizer.BytesTokenizer.puts_bos_first", False)
+    arguments = (folder, "--data", data, "--tasks", "piqa,wikitext")
+    code, out, _ = evaluate(*arguments)
+    assert code == EXIT_OK and "nothing is put before every text" in out
+    _, out, _ = evaluate(*arguments, "--first-id", "bos")
+    assert "token 1 is put before every text" in out
+
+
 def test_every_form_of_a_checkpoint_scores_the_same(evaluate, folder, data, tmp_path):
     training_form(tmp_path / "training")
     shared = ("--data", data, "--tasks", "sciq,lambada_openai", "--tokenizer", "bytes", "--first-id", "1", "--json")
@@ -225,7 +234,7 @@ def test_the_harness_that_is_not_installed_is_an_extra_to_install(evaluate, fold
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lm_eval" else found(name))
     code, _, error = evaluate(folder, "--data", data, "--harness")
-    assert code == EXIT_USAGE and "needs lm_eval" in error and "pip install 'lit-grow[eval]'" in error
+    assert code == EXIT_USAGE and "not installed: lm_eval" in error and "pip install 'lit-grow[eval]'" in error
 
 
 @pytest.mark.eval
