@@ -24,7 +24,7 @@ from lm_eval.tasks import TaskManager
 
 from lit_gpt.model import GPT
 from lit_gpt.tokenizer import Tokenizer, file_sha256
-from pretrain.zero_shot.encoding import FirstToken, Row
+from pretrain.zero_shot.encoding import FirstToken, Row, rows_of
 from pretrain.zero_shot.examples import Example, Examples, read_examples
 from pretrain.zero_shot.metrics import ACCURACIES, Score, chance
 from pretrain.zero_shot.scoring import LOG_PROB, MISSES, score, token_scores
@@ -67,10 +67,9 @@ class OwnModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        rows = [
-            Row(number, np.array((context + continuation)[-(self.max_length + 1) :]), len(continuation))
-            for number, (_, context, continuation) in enumerate(requests)
-        ]
+        rows: list[Row] = []
+        for number, (_, context, continuation) in enumerate(requests):
+            rows += rows_of(number, np.array(context + continuation), len(continuation), self.max_length)
         device = self.model.lm_head.weight.device
         found = score(rows, partial(token_scores, self.model), self.batch_size, device)
         assert found is not None, "nobody interrupts it"

@@ -48,7 +48,7 @@ def encode(examples: Examples, tokenizer: Tokenizer, first: FirstToken, block_si
 
     Raises:
         DataError: a continuation that has no token of its own.
-        ValueError: one that is longer than the model reads, or nothing to put before a text.
+        ValueError: nothing can be put before a text.
     """
     requests = [request for example in examples.examples for request in example.requests]
     rolling = examples.task.kind == "text"
@@ -57,20 +57,15 @@ def encode(examples: Examples, tokenizer: Tokenizer, first: FirstToken, block_si
         part = requests[start : start + TEXTS_AT_A_TIME]
         ids = _ids_of(part, tokenizer)
         for number, (context, continuation) in enumerate(part, start):
-            try:
-                if rolling:
-                    rows += _windows(number, _with_first(ids[continuation], first), first, block_size)
-                else:
-                    rows.append(_row(number, *_pair(context, continuation, ids, first), block_size))
-            except ValueError as error:
+            if rolling:  # the first token, too, is scored, as the harness does it
+                before, after = _prefix(first), _with_first(ids[continuation], first)
+            else:
+                before, after = _pair(context, continuation, ids, first)
+            if not len(after):
                 text = (context + continuation)[-60:]
-                kind = DataError if isinstance(error, _NoToken) else ValueError
-                raise kind(f"task {examples.task.name}, ... {text!r}: {error}") from None
+                raise DataError(f"task {examples.task.name}: the tokenizer makes no token of the end of ...{text!r}")
+            rows += rows_of(number, np.concatenate((before, after)), len(after), block_size)
     return rows
-
-
-class _NoToken(ValueError):
-    """A continuation is not seen by the tokenizer."""
 
 
 def parted(context: str, continuation: str) -> tuple[str, str]:
@@ -115,22 +110,13 @@ def _prefix(first: FirstToken) -> np.ndarray:
     return np.array([first.prefix_id], dtype=np.int64)
 
 
-def _row(request: int, before: np.ndarray, after: np.ndarray, block_size: int) -> Row:
-    """The last block_size + 1 tokens: the last is not read, the first not scored."""
-    if not len(after):
-        raise _NoToken("the tokenizer makes no token of the continuation")
-    if len(after) > block_size:
-        raise ValueError(f"{len(after)} tokens to score, and the model reads block_size={block_size}")
-    return Row(request, np.concatenate((before, after))[-(block_size + 1) :], len(after))
+def rows_of(request: int, tokens: np.ndarray, n_scored: int, block_size: int) -> Iterator[Row]:
+    """A sequence (k,) as rows that the model can read, each of its last n_scored < k tokens scored once.
 
-
-def _windows(request: int, ids: np.ndarray, first: FirstToken, block_size: int) -> Iterator[Row]:
-    """A text in parts that the model can read. Each token is scored once, given all of its part's tokens before it.
-
-    The first part begins with the prefix, so that its first token, too, is scored - also where that is the first
-    token of all texts. The last part reads as far back as the model can.
+    Mostly that is one row, the last block_size + 1 tokens: the last is not read, the first not scored. With more to
+    score, as in a whole text, every row scores block_size tokens and the last row the rest, reading as far back as the
+    model can.
     """
-    prefixed = np.concatenate((_prefix(first), ids))
-    for done in range(0, len(ids), block_size):
-        end = min(done + block_size, len(ids))
-        yield Row(request, prefixed[max(0, end - block_size) : end + 1], end - done)
+    for start in range(len(tokens) - n_scored, len(tokens), block_size):
+        end = min(start + block_size, len(tokens))
+        yield Row(request, tokens[max(0, end - block_size - 1) : end], end - start)

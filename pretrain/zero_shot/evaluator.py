@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lit_gpt.errors import NonFiniteError
 from lit_gpt.model import GPT
 from lit_gpt.tokenizer import Tokenizer, file_sha256
 from pretrain.world import ALONE, World
@@ -76,20 +75,9 @@ def evaluate_task(
     world: World = ALONE,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> Scored | None:
-    """Score a task; every process gets the same result. Arguments and None as in `scoring.score`.
-
-    Raises:
-        NonFiniteError: a log-likelihood is not a number.
-    """
+    """Score a task; every process gets the same result. Arguments, errors and None as in `scoring.score`."""
     found = score(prepared.rows, scores, batch_size, device, world, interrupted)
-    if found is None:
-        return None
-    if not np.isfinite(found).all():
-        name = prepared.examples.task.name
-        raise NonFiniteError(
-            f"task {name}: the model's log-likelihoods are not all finite numbers; its weights are not"
-        )
-    return Scored(scores_of(prepared.examples, found, prepared.data), found)
+    return None if found is None else Scored(scores_of(prepared.examples, found, prepared.data), found)
 
 
 def evaluate_tasks(
@@ -118,7 +106,7 @@ def evaluate_tasks(
 
     Raises:
         ValueError, FileNotFoundError, DataError: as `check_vocabulary` and `prepare`, before anything is scored.
-        NonFiniteError: as `evaluate_task`.
+        NonFiniteError: as `score`.
     """
     check_vocabulary(tokenizer, model.config.padded_vocab_size, first.id)
     size = block_size or model.config.block_size

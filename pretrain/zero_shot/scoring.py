@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_gpt.errors import NonFiniteError
 from lit_gpt.kernels.loss import CHUNK_ROWS, IGNORE_INDEX, loss_dtype
 from lit_gpt.model import GPT
 from pretrain.world import ALONE, World
@@ -59,6 +60,9 @@ def score(
         device: of the model.
         world: the processes that take turns, batch by batch; all compute equally many, as sharded models demand.
         interrupted: asked before every batch; must answer the same on all processes.
+
+    Raises:
+        NonFiniteError: a log-likelihood is not a finite number.
     """
     table = np.zeros((max(row.request for row in rows) + 1, 2))
     order = sorted(range(len(rows)), key=lambda number: -len(rows[number].tokens))  # what fills memory comes first
@@ -71,7 +75,10 @@ def score(
         found = _score_batch(batch, scores, device)
         if number < len(batches):
             np.add.at(table, [row.request for row in batch], found)
-    return world.sum(table)
+    table = world.sum(table)
+    if not np.isfinite(table).all():
+        raise NonFiniteError("the model's log-likelihoods are not finite numbers; it diverged, or overflows its dtype")
+    return table
 
 
 def _score_batch(batch: Sequence[Row], scores: TokenScores, device: torch.device | str) -> np.ndarray:
