@@ -105,6 +105,8 @@ def _read_records(path: Path, kind: type[Record], value_field: str) -> tuple[lis
                 raise DataError(f"{path}, line {number} is not JSON ({error.msg}); the file was damaged") from error
             notes.append(f"{path.parent.name}/{path.name}: the last line is incomplete and was left out.")
             break
+        if kind is Evaluation and isinstance(values, Mapping) and "task" in values:
+            continue  # the score of a task, not a loss on a set
         records.append(_record(values, kind, value_field, f"{path}, line {number}"))
     return records, notes
 

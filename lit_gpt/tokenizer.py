@@ -34,6 +34,8 @@ class Tokenizer(ABC):
     """Ids are below this number."""
     bos_id: int | None
     eos_id: int | None
+    puts_bos_first: bool
+    """Whether models of this tokenizer expect bos before a text, as far as its files say; `encode` leaves it out."""
     fingerprint: str
     """sha256 of the file that `save` writes."""
     bytes_added_per_text: int
@@ -88,6 +90,7 @@ class BytesTokenizer(Tokenizer):
     vocab_size = 259
     bos_id = 1
     eos_id = 2
+    puts_bos_first = True
     bytes_added_per_text = 0
     FIRST_BYTE_ID = 3
 
@@ -132,6 +135,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.bos_id, self.eos_id = (
             None if each < 0 else each for each in (self._processor.bos_id(), self._processor.eos_id())
         )
+        self.puts_bos_first = self.bos_id is not None  # the files do not say; Llama and its kin do
         first = self._processor.encode("a", out_type=str)
         self.bytes_added_per_text = int(bool(first) and first[0].startswith(SPACE_PIECE))
 
@@ -201,6 +205,7 @@ class JsonTokenizer(Tokenizer):
         self._special = {token["id"] for token in self._description.get("added_tokens", []) if token["special"]}
         self.bos_id = self._named_id("bos_token", BOS_NAMES)
         self.eos_id = self._named_id("eos_token", EOS_NAMES)
+        self.puts_bos_first = self.bos_id is not None and self._tokenizer.encode("a").ids[:1] == [self.bos_id]
         self.bytes_added_per_text = self._count_added_bytes()
 
     def _named_id(self, role: str, names: Sequence[str]) -> int | None:

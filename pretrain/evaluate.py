@@ -94,17 +94,26 @@ def measure(
 
 def summarise(table: np.ndarray, limited: bool) -> Evaluation:
     """One result from the rows of all ranks. Bits per byte: a target counts if it stands for at least one byte."""
-    rows = len(table)
     targets, nats, text_nats, text_bytes = (float(column) for column in table.sum(0))
-    mean = nats / targets
-    deviations = table[:, NATS] - mean * table[:, TARGETS]  # rows are not equally long: error of a ratio of sums
     return Evaluation(
-        nats_per_token=mean,
-        stderr=math.sqrt(float((deviations**2).sum()) * rows / (rows - 1)) / targets if rows > 1 else None,
+        nats_per_token=nats / targets,
+        stderr=ratio_stderr(table[:, NATS], table[:, TARGETS]),
         bits_per_byte=text_nats / (math.log(2) * text_bytes) if text_bytes else None,
         n_tokens=int(targets),
         limited=limited,
     )
+
+
+def ratio_stderr(sums: np.ndarray, counts: np.ndarray) -> float | None:
+    """Standard error of sums.sum() / counts.sum() over n > 1 independent rows, None for a single one.
+
+    (n,) each; rows need not be equally large. With counts of 1 it is a mean's; of a share sqrt(p (1 - p) / (n - 1)).
+    """
+    n, total = len(sums), float(counts.sum())
+    if n < 2:
+        return None
+    deviations = sums - float(sums.sum()) / total * counts
+    return math.sqrt(float((deviations**2).sum()) * n / (n - 1)) / total
 
 
 def _losses(

@@ -37,7 +37,8 @@ def cut_back(path: Path, stage: int, step: int, owed: str | None = None) -> None
             break  # a killed run may leave half a line, always the last
         moment = (record["stage"], record["step"])
         is_owed = moment == (stage, step) and owed is not None and record.get("when") == owed
-        if moment <= (stage, step) and not is_owed:
+        of_no_run = record["stage"] is None  # scores of another model, which somebody has put here
+        if of_no_run or (moment <= (stage, step) and not is_owed):
             kept.append(line)
     write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conversion_command import dashed
+from loading import find_device, find_first_id, find_tokenizer, own_words
 
 from lit_gpt.errors import run_command
 
@@ -44,7 +45,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--first-id",
         metavar="ID",
-        help="token before the prompt, or `none` (default: the one that separated documents)",
+        help="token before the prompt, `bos` or `none` (default: the one that separated documents)",
     )
     parser.add_argument("--device", metavar="NAME", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end and nothing else")
@@ -118,61 +119,10 @@ def pieces(tokenizer: Tokenizer, ids: list[int], new_ids: Iterator[int]) -> Iter
         yield tokenizer.decode(so_far)[len(shown) :], waiting
 
 
-def own_words(checkpoint: Path) -> tuple[dict[str, Any], Mapping[str, Any]]:
-    """What a checkpoint says of itself, in state.json or growth.json, and its special ids where it names them."""
-    from lit_gpt.checkpoint import TRAINING, detect_form, read_exchange, read_training
-
-    if detect_form(checkpoint) == TRAINING:
-        return read_training(checkpoint, verify=False).state, {}
-    folder = read_exchange(checkpoint, verify=False)
-    return folder.provenance or {}, folder.special_ids
-
-
 def find_eos_ids(tokenizer: Tokenizer, special_ids: Mapping[str, Any]) -> set[int]:
     """Tokens after which a text ends: the tokenizer's and those of generation_config.json; Llama 3 has three."""
     named = special_ids.get("eos_token_id", [])
     return {*([] if tokenizer.eos_id is None else [tokenizer.eos_id]), *(named if isinstance(named, list) else [named])}
-
-
-def find_tokenizer(given: str | None, checkpoint: Path, state: dict[str, Any]) -> Tokenizer:
-    """The one that is named, that lies beside the weights, or that lies with the data the checkpoint was trained on.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    from lit_gpt.conversion import tokenizer_place
-    from lit_gpt.tokenizer import Tokenizer
-
-    place = Path(given) if given is not None else tokenizer_place(checkpoint, state)
-    if place is not None:
-        return Tokenizer.load(place)
-    raise FileNotFoundError(f"{checkpoint} has no tokenizer, nor has its training data; give --tokenizer PATH")
-
-
-def find_device(given: str | None, n_gpus: int) -> str:
-    """Where to compute: what is given, or a GPU where there is one.
-
-    Raises:
-        ValueError: it is neither the CPU nor a GPU of this machine.
-    """
-    known = ["cpu", *(["cuda"] if n_gpus else []), *(f"cuda:{number}" for number in range(n_gpus))]
-    if given is not None and given not in known:
-        raise ValueError(f"--device {given} is not here; this machine has {', '.join(known)}")
-    return given or ("cuda" if n_gpus else "cpu")
-
-
-def find_first_id(given: str | None, tokenizer: Tokenizer, state: dict[str, Any]) -> int | None:
-    """The token that a text begins with.
-
-    Raises:
-        ValueError: neither a number nor `none`.
-    """
-    if given is not None:
-        if given != "none" and not given.isdecimal():
-            raise ValueError(f"--first-id {given} must be a token's number, or none")
-        return None if given == "none" else int(given)
-    separator = state.get("separator_id")
-    return tokenizer.bos_id if separator is None else separator
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ WITHOUT_TORCH = [
     *("grow.guideline", "grow.guideline_command", "grow.guideline_plot", "grow.memory", "lit_gpt.counts"),
     *("pretrain.config", "pretrain.command_line", "pretrain.data_command", "pretrain.__main__"),
     *("pretrain.status", "pretrain.heartbeat", "pretrain.time_limit", "pretrain.world"),
+    *("pretrain.zero_shot.task", "pretrain.zero_shot.examples", "pretrain.zero_shot.encoding"),
 ]
 
 

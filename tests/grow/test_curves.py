@@ -254,6 +254,7 @@ def test_a_validation_curve_holds_the_losses_of_one_set(tmp_path):
         evaluation(5, 3.9, when="end"),
         evaluation(5, None, metric="bpb"),
         evaluation(5, 7.0, set="b"),
+        {"task": "piqa", "step": None, "stage": None, "metric": "acc", "value": 0.5},  # of scripts/evaluate.py
     ]
     (run_dir / "evals.jsonl").write_text("\n".join(map(json.dumps, lines)))
 

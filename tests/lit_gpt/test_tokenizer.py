@@ -203,6 +203,24 @@ def test_eos_comes_from_the_config_beside_the_tokenizer(byte_level, tmp_path, co
     assert Tokenizer.load(tmp_path).eos_id == eos
 
 
+def test_whether_bos_comes_first_is_what_the_file_says(byte_level, tmp_path):
+    assert Tokenizer.load("bytes").puts_bos_first
+    byte_level.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<|endoftext|>"}')
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.bos_id == 0 and not loaded.puts_bos_first
+
+    changed = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    changed.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    changed.save(str(tmp_path / "tokenizer.json"))
+
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.puts_bos_first
+    assert loaded.encode("the cat").tolist() == byte_level.encode("the cat").tolist(), "encode leaves it out"
+
+
 def test_the_two_files_of_gpt2_are_one_tokenizer_whichever_is_given(pair, tmp_path):
     tokenizer = Tokenizer.load(pair)
     assert (tokenizer.bos_id, tokenizer.eos_id) == (None, tokenizer.vocab_size - 1)

@@ -28,6 +28,13 @@ def test_a_record_of_the_next_stage_at_the_same_step_is_dropped(tmp_path):
     assert path.read_text().count("\n") == 1
 
 
+def test_scores_of_a_model_of_no_run_stay(tmp_path):
+    path = tmp_path / "evals.jsonl"
+    write_lines(path, [{"stage": None, "step": None, "task": "piqa"}, {"stage": 2, "step": 20}])
+    cut_back(path, stage=1, step=20)
+    assert [json.loads(line)["stage"] for line in path.read_text().splitlines()] == [None]
+
+
 def test_a_log_that_cannot_be_written_warns_once_and_does_not_raise(tmp_path, capsys):
     log = RunLog(tmp_path, stage=1, step=0, tensorboard=False)
     (tmp_path / "evals.jsonl").mkdir()

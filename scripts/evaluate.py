@@ -1,0 +1,256 @@
+"""Zero-shot scores of any checkpoint: ours, a Hugging Face folder, or a file of TinyLlama or prts.
+
+evaluate.py CKPT                                  the paper's seven tasks, HellaSwag and WikiText, in full
+evaluate.py CKPT --tasks piqa,sciq --limit 100    some of them, on their first documents
+evaluate.py CKPT --harness                        the same by lm-evaluation-harness, which the extra `eval` brings
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib import util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from conversion_command import dashed
+from loading import find_device, find_first_id, find_tokenizer, own_words
+
+from lit_gpt.errors import run_command
+
+if TYPE_CHECKING:
+    from lit_gpt.tokenizer import Tokenizer
+    from pretrain.zero_shot.encoding import FirstToken
+    from pretrain.zero_shot.metrics import Score
+    from pretrain.zero_shot.task import Task
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "float32": "float32", "bfloat16": "bfloat16"}
+DATA_VARIABLE, DATA_FOLDER = "LIT_GROW_DATA", "evals"
+ALL = "all"
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="a folder, a .pth or .bin file, or a run")
+    parser.add_argument("--tasks", default=ALL, metavar="A,B", help="names, or all (%(default)s)")
+    parser.add_argument("--tasks-dir", type=Path, metavar="DIR", help="tasks of your own, one YAML file each")
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help=f"evaluation files (default: {DATA_FOLDER} in ${DATA_VARIABLE})"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N documents of each task")
+    parser.add_argument("--harness", action="store_true", help="score with lm-evaluation-harness")
+    parser.add_argument("--tokenizer", metavar="PATH", help="a file, a folder, or `bytes` (default: the checkpoint's)")
+    parser.add_argument(
+        "--first-id",
+        metavar="ID",
+        help="token before every text, `bos` or `none` (default: the one that separated documents, else bos where "
+        "the tokenizer puts it)",
+    )
+    parser.add_argument("--block-size", type=int, metavar="N", help="tokens read at a time (default: the model's)")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="sequences at a time (%(default)s)")
+    parser.add_argument("--dtype", default="fp32", choices=DTYPES, help="of weights and products (fp32)")
+    parser.add_argument("--device", metavar="NAME", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="append the scores, as lines like evals.jsonl's")
+    return parser.parse_args([dashed(argument) for argument in argv])
+
+
+@dataclass(frozen=True)
+class Report:
+    """Turns scores into records, and writes them while the evaluation goes on."""
+
+    common: dict[str, Any]
+    out: TextIO | None
+    talks: bool
+    """Whether a line on stderr says what is done."""
+    records: list[dict[str, Any]]
+    began: float
+
+    def add(self, scores: Sequence[Score]) -> None:
+        """Take the scores of one task."""
+        new = [{**self.common, **asdict(score)} for score in scores]
+        self.records.extend(new)
+        if self.out is not None:
+            self.out.write("".join(json.dumps(record) + "\n" for record in new))
+            self.out.flush()
+        if self.talks:
+            secs = time.perf_counter() - self.began
+            sys.stderr.write(f"{scores[0].task}: {scores[0].n} documents, {secs:.0f} s since the start\n")
+
+
+def main(argv: Sequence[str]) -> int:
+    args = parse_args(argv)
+    _check(args)
+    from pretrain.zero_shot.task import data_file, find_tasks
+
+    wanted = None if args.tasks == ALL else [name.strip() for name in args.tasks.split(",") if name.strip()]
+    tasks = find_tasks(wanted, args.tasks_dir)
+    data = args.data or _default_data()
+    if data is not None and not data.is_dir():
+        raise FileNotFoundError(f"{data} is not a folder; give --data DIR, the folder of evaluation data")
+    for task in tasks:
+        data_file(task, data)  # refuses before a large model is read
+    with _opened(args.out) as out:
+        scores, report = _evaluate(args, tasks, data, out)
+    if args.json:
+        print(json.dumps({"checkpoint": str(args.checkpoint), "scores": report.records}, indent=1))
+    else:
+        print("\n".join(table(scores)))
+        print("\n".join(_notes(report.common, scores)))
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse numbers that mean nothing, and a harness that is not there."""
+    for name in ("limit", "batch_size", "block_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    if not args.tasks.strip(", "):
+        raise ValueError("--tasks names no task; leave it out for all")
+    missing = [name for name in ("lm_eval", "datasets") if args.harness and util.find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"--harness needs what is not installed: {', '.join(missing)}; "
+            f"install the [eval] extra: pip install 'lit-grow[eval]'"
+        )
+
+
+def _default_data() -> Path | None:
+    base = os.environ.get(DATA_VARIABLE)
+    return Path(base) / DATA_FOLDER if base else None
+
+
+def _opened(path: Path | None) -> Any:
+    """The file to append to, opened before anything is computed; or nothing."""
+    from contextlib import nullcontext
+
+    return nullcontext() if path is None else path.open("a", encoding="utf-8")
+
+
+def _evaluate(
+    args: argparse.Namespace, tasks: Sequence[Task], data: Path | None, out: TextIO | None
+) -> tuple[list[Score], Report]:
+    """Load the checkpoint and score the tasks; the average comes last, where there is one."""
+    import torch
+
+    from lit_gpt.checkpoint import find_checkpoint, manifest_sha256
+    from lit_gpt.generate import load_for_inference
+    from pretrain.zero_shot.encoding import first_token
+    from pretrain.zero_shot.evaluator import check_vocabulary, evaluate_tasks
+    from pretrain.zero_shot.metrics import average
+
+    path = find_checkpoint(args.checkpoint)
+    state, _ = own_words(path)
+    tokenizer = find_tokenizer(args.tokenizer, path, state)
+    _warn_of_another_tokenizer(tokenizer, state)
+    first = first_token(tokenizer, _first_id(args.first_id, tokenizer, state))
+    device = find_device(args.device, torch.cuda.device_count())
+    model = load_for_inference(path, getattr(torch, DTYPES[args.dtype]), device)
+    check_vocabulary(tokenizer, model.config.padded_vocab_size, first.id)
+    if args.block_size is not None and args.block_size > model.config.block_size:
+        raise ValueError(f"--block-size {args.block_size} is above the model's, {model.config.block_size}")
+    evaluator = _harness().NAME if args.harness else "lit-grow"
+    common = _common(state, first, args.dtype, evaluator) | {"checkpoint": manifest_sha256(path)}
+    report = Report(common, out, not args.json, [], time.perf_counter())
+    scores: list[Score] = []
+
+    def take(found: Sequence[Score]) -> None:
+        scores.extend(found)
+        report.add(found)
+
+    settings = {"block_size": args.block_size, "limit": args.limit, "batch_size": args.batch_size}
+    run: Callable[..., Any] = _harness().evaluate_tasks if args.harness else evaluate_tasks
+    run(model, tokenizer, tasks, data, first, **settings, on_task=lambda scored: take(scored.scores))
+    mean = average(scores)
+    if mean is not None:
+        take([mean])
+    return scores, report
+
+
+def _harness() -> Any:
+    """The adapter, imported where it is wanted: it loads the harness, which must not look for anything on the net."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+    import harness
+
+    return harness
+
+
+def _warn_of_another_tokenizer(tokenizer: Tokenizer, state: dict[str, Any]) -> None:
+    """No error: one tokenizer may come as two files."""
+    trained_with = (state.get("tokenizer") or {}).get("sha256")
+    if trained_with not in (None, tokenizer.fingerprint):
+        sys.stderr.write("warning: the tokenizer is another file than the one the checkpoint was trained with\n")
+
+
+def _first_id(given: str | None, tokenizer: Tokenizer, state: dict[str, Any]) -> int | None:
+    """As for generation, but a bos that the tokenizer itself would not put before a text is left out."""
+    found = find_first_id(given, tokenizer, state)
+    by_default = given is None and state.get("separator_id") is None
+    return None if by_default and not tokenizer.puts_bos_first else found
+
+
+def _common(state: dict[str, Any], first: FirstToken, dtype: str, evaluator: str) -> dict[str, Any]:
+    """What all records of a checkpoint say, by state.json or growth.json."""
+    from lit_gpt.stored_state import flops_behind
+
+    flops = flops_behind(state).paper if "flops" in state else state.get("flops_total")
+    return {
+        "step": state.get("step_count"),
+        "stage": state.get("stage"),
+        "stage_name": state.get("stage_name"),
+        "when": "evaluate",
+        "tokens": state.get("tokens"),
+        "flops_total": flops,
+        "evaluator": evaluator,
+        "num_fewshot": 0,
+        "first_id": first.id,
+        "dtype": DTYPES[dtype],
+    }
+
+
+def table(scores: Sequence[Score]) -> list[str]:
+    """Lines of a table: accuracies in per cent; a mark where not all documents were scored."""
+    rows = [("task", "metric", "value", "stderr", "chance", "n", "")]
+    for score in scores:
+        percent = score.chance is not None
+        rows.append(
+            (
+                score.task,
+                score.metric,
+                _number(score.value, percent),
+                "-" if score.stderr is None else _number(score.stderr, percent),
+                "-" if score.chance is None else _number(score.chance, percent),
+                f"{score.n:,}",
+                "limited" if score.is_limited else "",
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(cell.ljust(width) if i in (0, 1, 6) else cell.rjust(width) for i, (cell, width) in enumerate(pairs))
+        for pairs in (list(zip(row, widths, strict=True)) for row in rows)
+    ]
+
+
+def _number(value: float, percent: bool) -> str:
+    return f"{100 * value:.2f} %" if percent else f"{value:.4g}" if value >= 1e5 else f"{value:.3f}"
+
+
+def _notes(common: dict[str, Any], scores: Sequence[Score]) -> list[str]:
+    first = "nothing" if common["first_id"] is None else f"token {common['first_id']}"
+    lines = [f"zero-shot by {common['evaluator']}, {common['dtype']}; {first} is put before every text"]
+    if any(score.is_limited for score in scores):
+        lines.append("limited: the first documents only; not to be compared with scores of whole sets")
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(lambda: main(sys.argv[1:])))
