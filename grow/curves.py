@@ -95,23 +95,41 @@ def read_run_log(run_dir: Path) -> RunLog:
 def _read_records(path: Path, kind: type[Record], value_field: str) -> tuple[list[Record], list[str]]:
     if not path.is_file():
         return [], []
+    lines, notes = read_json_lines(path)
+    records = []
+    for where, values in lines:
+        if kind is Evaluation and "task" in values:
+            continue  # the score of a task, not a loss on a set; see grow/scores.py
+        records.append(_record(values, kind, value_field, where))
+    return records, notes
+
+
+def read_json_lines(path: Path) -> tuple[list[tuple[str, Mapping[str, Any]]], list[str]]:
+    """Every object of a file of JSON lines with where it stands, and notes on what was left out.
+
+    A half-written last line, which a killed program leaves, is dropped with a note.
+
+    Raises:
+        DataError: another line is not a JSON object.
+    """
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    records, notes = [], []
+    found, notes = [], []
     for number, line in enumerate(lines, 1):
+        where = f"{path}, line {number}"
         try:
             values = json.loads(line)
         except json.JSONDecodeError as error:
             if number < len(lines):
-                raise DataError(f"{path}, line {number} is not JSON ({error.msg}); the file was damaged") from error
+                raise DataError(f"{where} is not JSON ({error.msg}); the file was damaged") from error
             notes.append(f"{path.parent.name}/{path.name}: the last line is incomplete and was left out.")
             break
-        records.append(_record(values, kind, value_field, f"{path}, line {number}"))
-    return records, notes
+        if not isinstance(values, Mapping):
+            raise DataError(f"{where} is not a JSON object; the file was damaged")
+        found.append((where, values))
+    return found, notes
 
 
-def _record(values: Any, kind: type[Record], value_field: str, where: str) -> Record:
-    if not isinstance(values, Mapping):
-        raise DataError(f"{where} is not a JSON object; the file was damaged")
+def _record(values: Mapping[str, Any], kind: type[Record], value_field: str, where: str) -> Record:
     fields = [field.name for field in dataclasses.fields(kind)]
     optional = {"bpb", "time", "stderr", "n", "limit", "data"}
     missing = [name for name in fields if name not in values and name not in optional]
@@ -267,20 +285,31 @@ class Speedup:
     reason: str | None = None
 
 
+def loss_at(curve: Curve, flops: float) -> float | None:
+    """The loss after these FLOPs, log FLOPs interpolated; None outside the curve, for nothing is extrapolated."""
+    paid = curve.flops > 0
+    if not np.any(paid) or not curve.flops[paid][0] <= flops <= curve.flops[-1]:
+        return None
+    return float(np.interp(np.log(flops), np.log(curve.flops[paid]), curve.loss[paid]))
+
+
 def speedup(grown: Curve, baseline: Curve) -> Speedup:
     """Compare two curves that were smoothed in the same way; nothing is extrapolated.
 
     The target is the baseline's final loss if the grown model reached it, else the grown model's final loss.
     """
     target = float(baseline.loss[-1])
-    spent = first_crossing(grown, target)
-    reached = spent is not None
-    if not reached:
-        target = float(grown.loss[-1])
-        spent = first_crossing(grown, target)
-    needed = first_crossing(baseline, target)
+    reached = first_crossing(grown, target) is not None
+    return speedup_at(grown, baseline, target if reached else float(grown.loss[-1]), reached=reached)
+
+
+def speedup_at(grown: Curve, baseline: Curve, target: float, *, reached: bool = True) -> Speedup:
+    """The speed-up at one loss; `reached` is passed on."""
     if np.count_nonzero(baseline.flops > 0) < 2:
         return no_speedup("the baseline was measured only once after its start; set validation.every_steps")
+    needed, spent = first_crossing(baseline, target), first_crossing(grown, target)
+    if spent is None and needed is not None:
+        return dataclasses.replace(no_speedup("not reached"), target_loss=target, flops_baseline=needed.flops)
     if needed is None or spent is None or needed.at_most:
         ranges = [f"{curve.loss[0]:.4f} to {curve.loss[-1]:.4f}" for curve in (baseline, grown)]
         return no_speedup(f"the loss ranges do not overlap: baseline {ranges[0]}, grown model {ranges[1]}")

@@ -60,9 +60,10 @@ def make_report(args: argparse.Namespace) -> dict[str, Any]:
     from grow.report.facts import build_report
     from grow.report.gather import gather
     from grow.report.samples import PROMPTS, no_samples, sample_texts
+    from grow.report.units import in_comparable_unit
     from lit_gpt.versions import versions
 
-    gathered = gather(args.runs)
+    gathered = in_comparable_unit(gather(args.runs))
     comparisons = compare(gathered)
     pair = comparisons.pairs[0] if comparisons.pairs else None
     models = [pair.grown, pair.baseline] if pair else gathered.models[-1:]

@@ -25,7 +25,7 @@ def build_report(gathered: Gathered, comparisons: Comparisons, samples: Mapping[
     """Everything the report says; JSON values only."""
     pair = comparisons.pairs[0] if comparisons.pairs else None
     primary = getattr(pair, comparisons.primary_curve) if pair else {}
-    styles = line_styles(gathered.models)
+    styles = line_styles(gathered.models, gathered.external)
     return {
         "format": FORMAT,
         "headline": headline(comparisons),
@@ -37,12 +37,13 @@ def build_report(gathered: Gathered, comparisons: Comparisons, samples: Mapping[
         "speedup_train": pair.train if pair else None,
         "speedup_validation": pair.validation if pair else None,
         "window_tokens": comparisons.window_tokens,
+        "unit": gathered.unit,
         "claim": claim([pair.grown, pair.baseline] if pair else gathered.models[::-1]),
         "runs": _of_one_kind([_row(model, comparisons, styles[model.name]) for model in gathered.models]),
         "growths": [_growth(model, gathered, comparisons) for model in gathered.of_role("grown")],
-        "charts": build_charts(gathered.models, comparisons, styles),
+        "charts": build_charts(gathered, comparisons, styles),
         "samples": dict(samples),
-        "definitions": definitions(comparisons),
+        "definitions": definitions(comparisons, gathered.unit),
         "reproduction": _reproduction(gathered.models),
         "corpora": _corpora(gathered.models),
         "notes": notes(gathered, comparisons),

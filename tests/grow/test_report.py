@@ -181,14 +181,40 @@ def test_a_run_that_grew_twice_is_represented_by_its_last_model(tmp_path):
     assert [row["grown_from"] for row in report["runs"]] == [None, "base", "middle", None]
 
 
-def test_different_tokenizers_refuse_a_speedup(tmp_path):
-    other = {**TOKENIZER, "sha256": "dead" * 16}
-    runs = [stacked_run(tmp_path / "a").write(), scratch_run(tmp_path / "b", tokenizer=other).write()]
+OTHER_TOKENIZER = {**TOKENIZER, "sha256": "dead" * 16}
 
-    report = facts_on(*runs)
 
-    assert report["speedup_at_equal_loss"] is None and "different tokenizers" in report["reason"]
-    assert "bits per byte" in report["reason"]
+def test_different_tokenizers_are_compared_in_bits_per_byte_alone(tmp_path):
+    """Nats per token are three times as many for the baseline, whose tokens are three times as long."""
+    stacked = stacked_run(tmp_path / "a").write()
+    scratch = scratch_run(tmp_path / "b").write()
+    plain = facts_on(stacked, scratch)
+    longer = scratch_run(tmp_path / "c", tokenizer=OTHER_TOKENIZER).write()
+    for name, field in (("metrics.jsonl", "loss"), ("evals.jsonl", "value")):
+        lines = [json.loads(line) for line in (longer / name).read_text().splitlines()]
+        lines = [{**line, field: 3 * line[field]} if line.get("metric", "loss") == "loss" else line for line in lines]
+        (longer / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    report = facts_on(stacked, longer)
+
+    assert report["unit"] == "bits per byte"
+    assert report["speedup_at_equal_loss"] == pytest.approx(plain["speedup_at_equal_loss"], rel=1e-6)
+    assert report["target_loss"] == pytest.approx(plain["target_loss"] / 2.4, rel=1e-6)
+    assert report["speedup_validation"]["speedup"] == pytest.approx(plain["speedup_validation"]["speedup"], rel=1e-6)
+    assert "different tokenizers: losses are bits per byte" in " ".join(report["headline"]["more"])
+    assert any("matched by name alone" in note for note in report["notes"])
+    assert all("bits per byte" in chart["y_label"] for chart in report["charts"] if chart["section"] == "loss")
+
+
+def test_a_run_without_bits_per_byte_is_left_out_where_tokenizers_differ(tmp_path):
+    other = scratch_run(tmp_path / "b", tokenizer=OTHER_TOKENIZER).write()
+    lines = [json.loads(line) for line in (other / "metrics.jsonl").read_text().splitlines()]
+    (other / "metrics.jsonl").write_text("".join(json.dumps({**line, "bpb": None}) + "\n" for line in lines))
+
+    report = facts_on(stacked_run(tmp_path / "a").write(), other)
+
+    assert list(by_name(report)) == ["base", "grown"] and report["speedup_at_equal_loss"] is None
+    assert any("scratch is left out" in note for note in report["notes"])
 
 
 def test_a_pair_that_differs_in_more_than_growth_says_so_beside_the_number(tmp_path):
