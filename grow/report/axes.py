@@ -24,7 +24,8 @@ def chart(name: str, section: str, title: str, series: list[dict[str, Any]], **c
         name: its id, and the name of its files.
         section: part of the page: "loss", "scores" or "laws".
         title: above it.
-        series: each with name, style, kind ("line", "logged", "dots", "fit", "marks", "stars") and points.
+        series: each with name, style, kind ("line", "logged", "dots", "fit", "marks", "stars") and points, in order of
+            x; some with intervals, the low and high end of a bar for each point, or None.
         changes: of what follows.
     """
     return {
@@ -86,11 +87,7 @@ def _y_axis(drawn: dict[str, Any], lines: Sequence[Any], x_max: float) -> dict[s
     shown += [y for spike in drawn["spikes"] for y in (spike["before"], spike["after"])]
     shown += [arrow["y"] for arrow in drawn["arrows"]]
     shown += [
-        point[1] + sign * error
-        for series in drawn["series"]
-        for point, error in zip(series["points"], series.get("errors") or [], strict=False)
-        for sign in (-1, 1)
-        if error is not None
+        bound for series in drawn["series"] for interval in series.get("intervals", ()) for bound in interval or ()
     ]
     if "y" in drawn["log"]:
         low, high = rounded(min(shown) / 1.06), rounded(max(shown) * 1.06)

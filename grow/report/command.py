@@ -17,10 +17,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=Path,
         metavar="RUN",
-        help="run directories: one that grew and one from scratch to compare it with; more of either add rows",
+        help="run directories: one that grew and one from scratch to compare it with; more of either add rows; "
+        "files of JSON lines with the points of other people's models are drawn as they are",
     )
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder for report.html, report.json and figures/"
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder for report.html, report.json, figures/ and tables/",
     )
     parser.add_argument("--json", action="store_true", help="print report.json instead of a summary")
     parser.add_argument(
@@ -73,15 +78,17 @@ def make_report(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def write_report(report: dict[str, Any], folder: Path) -> None:
-    """Write figures, report.json and, last, report.html."""
+    """Write figures, tables, report.json and, last, report.html."""
     from grow.report.figures import write_figures
     from grow.report.page import render
+    from grow.report.tables import write_tables
     from lit_gpt.atomic import write_atomically
 
     page = render(report)
     facts = json.dumps(report, indent=1, allow_nan=False) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     write_figures(report["charts"], folder / "figures")
+    write_tables(report["tables"], folder / "tables")
     write_atomically(folder / "report.json", facts.encode())
     write_atomically(folder / "report.html", page.encode())
 

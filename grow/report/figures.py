@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,8 +73,8 @@ def _draw_plot(axes: Axes, chart: dict[str, Any]) -> None:
             continue
         name = series["name"] if series["name"] not in labelled else None
         labelled.add(series["name"])
-        if any(error is not None for error in series.get("errors") or []):
-            axes.errorbar(x, y, [error or 0.0 for error in series["errors"]], fmt="none", ecolor=colour, elinewidth=0.8)
+        for at, interval in zip(x, series.get("intervals", ()), strict=False):
+            axes.plot([at] * 2, interval or [math.nan] * 2, color=colour, linewidth=0.8)
         look = {"linestyle": "none" if kind in ("marks", "stars") else "--" if kind == "fit" else dash}
         look |= {
             "linewidth": 1.1 if kind == "fit" else 1.8,

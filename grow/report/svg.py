@@ -119,7 +119,7 @@ def _lines(frame: Frame) -> Iterator[str]:
     for series in sorted(frame.chart["series"], key=lambda series: series["kind"] != "logged"):
         points = [(frame.x(x), frame.y(y)) for x, y in series["points"]]
         look = f"s{series['style']}"
-        yield from _errors(frame, series)
+        yield from _bars(frame, series)
         if series["kind"] in ("line", "logged", "dots", "fit"):
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
             yield f'<polyline class="{series["kind"]} {look}" points="{path}"/>'
@@ -129,13 +129,12 @@ def _lines(frame: Frame) -> Iterator[str]:
             yield from (f'<circle class="dot {look}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in points)
 
 
-def _errors(frame: Frame, series: dict[str, Any]) -> Iterator[str]:
-    """Vertical bars of one standard error each way."""
-    for (x, y), error in zip(series["points"], series.get("errors") or [], strict=False):
-        if error is not None:
-            low, high = frame.y(y - error), frame.y(y + error)
-            at = frame.x(x)
-            yield f'<line class="error s{series["style"]}" x1="{at:.1f}" x2="{at:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>'
+def _bars(frame: Frame, series: dict[str, Any]) -> Iterator[str]:
+    """What the points may as well be."""
+    for (x, _), interval in zip(series["points"], series.get("intervals", ()), strict=False):
+        if interval is not None:
+            at, low, high = frame.x(x), frame.y(interval[0]), frame.y(interval[1])
+            yield f'<line class="bar s{series["style"]}" x1="{at:.1f}" x2="{at:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>'
 
 
 def _spikes(frame: Frame) -> Iterator[str]:
