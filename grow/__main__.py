@@ -229,6 +229,18 @@ def run_report(args: argparse.Namespace) -> int:
     return run(args)
 
 
+def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
+    from grow.fit_command import add_arguments
+
+    add_arguments(parser)
+
+
+def run_fit(args: argparse.Namespace) -> int:
+    from grow.fit_command import run
+
+    return run(args)
+
+
 @dataclass(frozen=True)
 class Command:
     """One word after `grow`."""
@@ -245,6 +257,7 @@ COMMANDS = {
     "operators": Command("the growth operators", add_operators_arguments, run_operators),
     "check": Command("what a growth did to the function and to the gradients", add_check_arguments, run_check),
     "report": Command("figures and a page that compare finished runs", add_report_arguments, run_report),
+    "fit": Command("power laws of the loss, predictions, predicted speed-ups", add_fit_arguments, run_fit),
 }
 
 

@@ -44,6 +44,7 @@ def chart(name: str, section: str, title: str, series: list[dict[str, Any]], **c
         "legend": False,
         "from_x": None,
         "zero": None,
+        "y_limit": None,
         "flops_per_token": None,
         "inset": None,
         **changes,
@@ -89,6 +90,7 @@ def _y_axis(drawn: dict[str, Any], lines: Sequence[Any], x_max: float) -> dict[s
     shown += [
         bound for series in drawn["series"] for interval in series.get("intervals", ()) for bound in interval or ()
     ]
+    shown = [y for y in shown if drawn["y_limit"] is None or y <= drawn["y_limit"]]
     if "y" in drawn["log"]:
         low, high = rounded(min(shown) / 1.06), rounded(max(shown) * 1.06)
     else:

@@ -198,9 +198,10 @@ def _zoom(drawn: dict[str, Any]) -> list[dict[str, Any]]:
     """The part of a chart around its arrows, where the curves lie close together; nothing if it has no arrow."""
     if not drawn["arrows"]:
         return []
-    from_x = 0.8 * min(min(arrow["x_from"], arrow["x_to"]) for arrow in drawn["arrows"])
+    ends = [arrow[end] for arrow in drawn["arrows"] for end in ("x_from", "x_to")]
+    from_x, to_x = 0.8 * min(ends), 1.15 * max(ends)
     series = [
-        {**series, "points": [point for point in series["points"] if point[0] >= from_x]}
+        {**series, "points": [point for point in series["points"] if from_x <= point[0] <= to_x]}
         for series in drawn["series"]
         if series["kind"] == "line"
     ]

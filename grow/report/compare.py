@@ -52,14 +52,14 @@ class Comparisons:
 
 
 def compare(gathered: Gathered) -> Comparisons:
-    """Every grown model against the first baseline. The headline is the first run's growth, its last one.
+    """Every grown model against the first baseline of its size, or the first. The headline is the first run's growth.
 
     A model that continued a checkpoint is no baseline: it did not train from scratch.
     """
     grown, baselines = _headline_first(gathered.of_role("grown")), gathered.of_role("baseline")
     compared = [*grown, *baselines] or list(gathered.models)
     window = default_window([model.curve for model in compared]) if compared else 0.0
-    pairs = tuple(_comparison(model, baselines[0], window) for model in grown) if baselines else ()
+    pairs = tuple(_comparison(model, _baseline_of(model, baselines), window) for model in grown if baselines)
     return Comparisons(
         window_tokens=window,
         primary_curve=_primary_curve(pairs),
@@ -67,6 +67,10 @@ def compare(gathered: Gathered) -> Comparisons:
         pairs=pairs,
         reason=None if pairs else _why_no_pair(gathered),
     )
+
+
+def _baseline_of(grown: TrainedModel, baselines: Sequence[TrainedModel]) -> TrainedModel:
+    return next((model for model in baselines if model.parameters == grown.parameters), baselines[0])
 
 
 def _headline_first(grown: Sequence[TrainedModel]) -> list[TrainedModel]:

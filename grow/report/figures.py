@@ -19,6 +19,7 @@ COLOURS = (
     *("#440154", "#3b528b", "#21918c", "#5ec962", "#d3c01a"),
 )
 DASHES = (*("-", (0, (6, 2)), (0, (1.5, 1.5)), "-.") * 2, *("-",) * 5)
+MAX_NAMES = 6  # more stand beside the plot, not in it
 MARKERS = {"dots": "o", "marks": "o", "stars": "*"}
 INK = "#1d2430"
 
@@ -56,8 +57,11 @@ def _draw(axes: Axes, chart: dict[str, Any]) -> None:
         inset = axes.inset_axes((across + 0.06, up + 0.07, 0.93 - across, 0.92 - up))
         _draw_plot(inset, chart["inset"])
         inset.tick_params(labelsize=7)
-    corner = "lower left" if chart["inset"] else "best"
-    axes.legend(frameon=False, loc=corner, fontsize=9)
+    handles, names = axes.get_legend_handles_labels()
+    if len(names) > MAX_NAMES:
+        axes.figure.legend(handles, names, loc="outside right upper", frameon=False, fontsize=7)
+    else:
+        axes.legend(frameon=False, loc="lower left" if chart["inset"] else "best", fontsize=9)
 
 
 def _draw_plot(axes: Axes, chart: dict[str, Any]) -> None:

@@ -42,7 +42,7 @@ def _difference(comparisons: Comparisons, styles: dict[str, int], unit: str) -> 
         common = {"name": pair.grown.name, "role": "grown", "style": styles[pair.grown.name]}
         series.append({**common, "kind": "line", "points": points(flops, gap)})
         fit = points(ahead, intercept + slope * np.log(ahead))
-        series.append({**common, "name": f"{pair.grown.name}, fit", "kind": "fit", "points": fit})
+        series.append({**common, "kind": "fit", "points": fit})
         said.append(_fit_words(pair.grown.name, intercept, slope, flops[-1]))
     if not series:
         needs = "a run that grew and one from scratch on the same data, with FLOPs that overlap"
@@ -125,10 +125,9 @@ def _law_series(family: Family, law: PowerLaw, ahead: float, style: int) -> list
     interval = law.predicted_interval(ahead)
     return [
         {**common, "kind": "marks", "points": points(family.flops[order], family.loss[order])},
-        {**common, "name": f"{family.name}, fit", "kind": "fit", "points": points(line, law.predict(line))},
+        {**common, "kind": "fit", "points": points(line, law.predict(line))},
         {
             **common,
-            "name": f"{family.name}, predicted",
             "kind": "stars",
             "points": [[rounded(ahead), rounded(float(law.predict(ahead)))]],
             "intervals": [None if interval is None else [rounded(bound) for bound in interval]],

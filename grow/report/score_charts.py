@@ -13,6 +13,8 @@ from grow.scores import AVERAGE, AVERAGED, LABELS, METRICS, WIKITEXT, ScoredPoin
 
 HOW_TO_SCORE = "score checkpoints with scripts/evaluate.py and keep its lines in the run's evals.jsonl"
 
+UNTRAINED = 2.0  # times the worst final perplexity: what lies above is not shown
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -67,7 +69,8 @@ def _score_chart(models: Sequence[Scored], task: str, flops_per_token: float | N
         caption=_caption(with_task, task),
         quantity="flops" if is_flops else "tokens",
         y_label="perplexity per word" if is_perplexity else f"{METRICS.get(task, 'mean accuracy')}, per cent",
-        cut_start=is_perplexity,  # untrained models have perplexities of millions
+        # untrained models have perplexities of millions
+        y_limit=UNTRAINED * max(each["points"][-1][1] for each in series) if is_perplexity else None,
         flops_per_token=flops_per_token if is_flops else None,
     )
 

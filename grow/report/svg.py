@@ -13,6 +13,7 @@ from grow.report.axes import INSET
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 16, 44  # margins in drawing units; a unit is a pixel at the drawn size
 TOP_AXIS = 38  # margin above for a second axis
 MAX_DOTS = 80  # beyond that the dots of a line touch
+MAX_LABELS = 2  # of growths; more would write over each other
 INSET_WIDTH = 700  # narrower drawings have no room for an inset
 STAR = "l1.8,4.6 5,0.3 -3.9,3.1 1.3,4.8 -4.2,-2.7 -4.2,2.7 1.3,-4.8 -3.9,-3.1 5,-0.3z"  # from its upper tip
 
@@ -145,7 +146,8 @@ def _spikes(frame: Frame) -> Iterator[str]:
         yield from (
             f'<circle class="ring s{spike["style"]}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>' for y in (before, after)
         )
-        yield _text("mark", x + 9, min(before, after) + 4, "growth", "start")
+        if len(frame.chart["spikes"]) <= MAX_LABELS:
+            yield _text("mark", x + 9, min(before, after) + 4, "growth", "start")
 
 
 def _arrows(frame: Frame) -> Iterator[str]:
