@@ -18,6 +18,7 @@ from grow.scores import AVERAGE, LABELS, METRICS, WIKITEXT, Score
 Row = dict[str, Any]
 Cell = dict[str, Any]
 LESS_IS_BETTER = {LABELS[WIKITEXT], "Loss"}
+MANY_RUNS = 6  # more columns than these are hard to read: they become rows
 TASKS = (*(task for task in METRICS if task != WIKITEXT), AVERAGE, WIKITEXT)
 
 
@@ -186,13 +187,13 @@ RUN_COLUMNS: dict[str, tuple[str, Callable[[float | None], str]]] = {
 
 
 def _runs_table(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The runs in numbers; the page has a table of its own for them."""
+    """The runs in numbers; the page has a table of its own for a few."""
     rows = []
     for run in runs:
         cells = [_cell(run[key], write) for key, write in RUN_COLUMNS.values()]
         cells[list(RUN_COLUMNS).index("Final validation loss")]["stderr"] = run["validation_stderr"]
         rows.append({"name": run["name"], "kind": "run", "cells": cells})
-    title, columns = "The runs in numbers", list(RUN_COLUMNS)
+    title, columns, many = "The runs in numbers", list(RUN_COLUMNS), len(runs) > MANY_RUNS
     return {
         "id": "runs",
         "title": title,
@@ -200,7 +201,7 @@ def _runs_table(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "first": "Run",
         "columns": columns,
         "rows": rows,
-        "page": False,
+        "page": many,
     }
 
 

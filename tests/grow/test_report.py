@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import html
 import json
 import re
 import shutil
-import subprocess
 import sys
 from hashlib import sha256
 from html.parser import HTMLParser
@@ -23,6 +21,7 @@ from grow.report.facts import blocks
 from grow.report.page import FORMATS, layer_style, render
 from lit_gpt.errors import DataError, run_command
 from lit_gpt.flops import count_parameters, flops_per_token
+from tests.browser import look_at, needs_chromium
 from tests.synthetic_runs import (
     LARGE,
     SMALL,
@@ -460,7 +459,8 @@ def test_every_chart_is_a_png_and_an_svg(demo):
     report, out = demo
 
     names = [chart["id"] for chart in report["charts"]]
-    assert names == ["train-flops", "train-flops-zoom", "validation-flops", "train-tokens", "train-seconds"]
+    losses = ["train-flops", "train-flops-zoom", "validation-flops", "train-tokens", "train-seconds"]
+    assert names == [*losses, "loss-difference"]
     for name in names:
         assert (out / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert "<svg" in (out / "figures" / f"{name}.svg").read_text()
@@ -615,57 +615,8 @@ def test_both_models_write_text_from_the_same_prompts(tmp_path):
     assert "training data" in without["samples"]["skipped"][0]["reason"]
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-dev-shm-usage"
-).split()
-# Collects errors from the first moment; once all is drawn, points at every visible chart and tells the frame's owner
-PROBE = """<script>
-var errors = [];
-addEventListener("error", function (event) { errors.push(event.message); });
-addEventListener("securitypolicyviolation", function (event) { errors.push(event.blockedURI); });
-console.error = function () { errors.push(Array.from(arguments).join(" ")); };
-addEventListener("load", function () {
-  var tips = [];
-  document.querySelectorAll("svg[data-chart]").forEach(function (svg) {
-    var box = svg.getBoundingClientRect();
-    if (!box.width) return;
-    var at = { clientX: box.left + 0.8 * box.width, clientY: box.top + 50, bubbles: true };
-    svg.dispatchEvent(new PointerEvent("pointermove", at));
-    svg.closest("figure").querySelectorAll(".tip:not([hidden])").forEach(function (tip) {
-      tips.push({ chart: svg.dataset.chart, text: tip.innerText });
-    });
-  });
-  var root = document.documentElement, table = document.querySelector(".scroll");
-  parent.postMessage({
-    errors: errors, tips: tips, text: document.body.innerText, width: innerWidth, content: root.scrollWidth,
-    background: getComputedStyle(document.body).backgroundColor, hidden_table: table.scrollWidth - table.clientWidth
-  }, "*");
-});
-</script>"""
-OWNER = """<!doctype html><pre id="result"></pre><script>
-addEventListener("message", function (event) {
-  document.getElementById("result").textContent = JSON.stringify(event.data);
-});
-</script><iframe src="page.html" style="border: 0; width: %dpx; height: 3000px"></iframe>"""
-
-
-def look_at(page: str, width: int, folder: Path, *flags: str) -> dict[str, Any]:
-    """What Chromium makes of a page at a width. It opens no window narrower than 500, so the page is in a frame."""
-    folder.mkdir()
-    (folder / "page.html").write_text(page.replace("<head>", "<head>" + PROBE))
-    (folder / "owner.html").write_text(OWNER % width)
-    command = [CHROMIUM, *FLAGS, *flags, f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=10000"]
-    address = f"file://{folder / 'owner.html'}"
-    dumped = subprocess.run([*command, "--dump-dom", address], capture_output=True, text=True, timeout=120)
-    found = re.search(r'<pre id="result">(.+?)</pre>', dumped.stdout, re.DOTALL)
-    assert found, dumped.stderr[-2000:]
-    return json.loads(html.unescape(found[1]))
-
-
 @pytest.mark.browser
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: install the package `chromium`")
+@needs_chromium
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_browser_shows_every_number_without_errors_or_sideways_scrolling(demo, tmp_path, width):
     report, out = demo
@@ -694,7 +645,7 @@ def test_a_browser_shows_every_number_without_errors_or_sideways_scrolling(demo,
 
 
 @pytest.mark.browser
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: install the package `chromium`")
+@needs_chromium
 def test_a_browser_that_prefers_dark_gets_a_dark_page(demo, tmp_path):
     page = (demo[1] / "report.html").read_text()
 
