@@ -14,9 +14,11 @@ from grow.curves import (
     Curve,
     default_window,
     first_crossing,
+    loss_at,
     read_run_log,
     smooth,
     speedup,
+    speedup_at,
     training_curve,
     validation_curve,
 )
@@ -59,6 +61,42 @@ def test_a_shift_by_one_and_a_half_gives_fifty_per_cent():
     baseline = power_law(300)
 
     assert speedup(Curve(baseline.tokens, baseline.flops / 1.5, baseline.loss), baseline).speedup == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("expected", [0.0, 0.5, -0.2])
+@pytest.mark.parametrize("window_tokens", [1000, 10_000])
+def test_a_known_speedup_comes_back_within_one_per_cent_with_the_base_paid_for(expected, window_tokens):
+    """The grown curve, its base's FLOPs included, is at every loss the baseline's at 1 / (1 + expected) of the FLOPs.
+
+    Smoothing: the mean of the last 1,000 or 10,000 of 400,000 tokens.
+    """
+    baseline, base_flops = power_law(400), 2e10
+    tokens = np.arange(1, 701, dtype=np.int64) * 1000
+    flops = base_flops + tokens * FLOPS_PER_TOKEN
+    loss = 2 + 6 * (flops / FLOPS_PER_TOKEN / 1000 * (1 + expected)) ** -0.2
+    grown = Curve(tokens, flops, loss)
+
+    result = speedup(smooth(grown, window_tokens), smooth(baseline, window_tokens))
+
+    assert result.reached and result.speedup == pytest.approx(expected, abs=0.01)
+    assert result.flops_grown > base_flops
+
+
+def test_a_loss_that_growth_never_reaches_is_said_and_no_number_is_made_up():
+    baseline, grown = power_law(300), power_law(300, cheaper=0.5)
+
+    result = speedup_at(grown, baseline, float(baseline.loss[-1]))
+
+    assert (result.speedup, result.flops_grown, result.reason) == (None, None, "not reached")
+    assert result.flops_baseline == baseline.flops[-1]
+
+
+def test_the_loss_at_a_budget_is_interpolated_in_log_flops_and_never_extrapolated():
+    curve = Curve(np.arange(4), np.array([0.0, 1e10, 1e12, 1e13]), np.array([9.0, 4.0, 3.0, 2.5]))
+
+    assert loss_at(curve, 1e11) == pytest.approx(3.5)
+    assert loss_at(curve, 1e13) == 2.5
+    assert loss_at(curve, 1e9) is None and loss_at(curve, 1.01e13) is None
 
 
 def test_the_printed_headline_of_the_paper_is_a_ratio_minus_one():
