@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shutil
@@ -16,12 +15,13 @@ import numpy as np
 import pytest
 
 from grow.report import text
-from grow.report.command import add_arguments, make_report, run, summary
+from grow.report.command import summary
 from grow.report.facts import blocks
 from grow.report.page import FORMATS, layer_style, render
 from lit_gpt.errors import DataError, run_command
 from lit_gpt.flops import count_parameters, flops_per_token
 from tests.browser import look_at, needs_chromium
+from tests.reports import by_name, facts_on, report_on
 from tests.synthetic_runs import (
     LARGE,
     SMALL,
@@ -38,35 +38,12 @@ from tests.synthetic_runs import (
 )
 
 
-def arguments(*runs: Path, out: Path, options: tuple[str, ...]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return parser.parse_args([*map(str, runs), "--out", str(out), *options])
-
-
-def facts_on(*runs: Path, options: tuple[str, ...] = ("--no-samples",)) -> dict[str, Any]:
-    """What report.json would hold; the page is rendered, for its template must take every report, and thrown away."""
-    report = make_report(arguments(*runs, out=Path("out"), options=options))
-    render(report)
-    return json.loads(json.dumps(report, allow_nan=False))
-
-
-def report_on(*runs: Path, out: Path, options: tuple[str, ...] = ("--no-samples",)) -> dict[str, Any]:
-    """What report.json holds after the command."""
-    assert run(arguments(*runs, out=out, options=options)) == 0
-    return json.loads((out / "report.json").read_text())
-
-
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     """The report of a run that grew and one from scratch, as the demo makes it: the dict and its folder."""
     root = tmp_path_factory.mktemp("demo")
     runs = [stacked_run(root / "stacked").write(), scratch_run(root / "scratch").write()]
     return report_on(*runs, out=root / "out"), root / "out"
-
-
-def by_name(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {row["name"]: row for row in report["runs"]}
 
 
 def test_the_speedup_is_that_of_the_known_curves(tmp_path):
