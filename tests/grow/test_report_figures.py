@@ -75,6 +75,26 @@ def test_every_kind_of_figure_is_there_and_nothing_is_missing(everything):
     assert names >= {"scaling-law", "isoflop-timing", "isoflop-factor"}
     assert {table["id"] for table in report["tables"]} == {"runs", "scores", "operators", "speedups"}
     assert report["missing"] == []
+    for name in names:
+        assert all((out / "figures" / f"{name}.{suffix}").stat().st_size for suffix in ("png", "svg"))
+
+
+def test_what_the_runs_cannot_feed_is_said_in_one_line_each(tmp_path):
+    report = facts_on(scratch_run(tmp_path / "scratch").write())
+
+    missing = {each["figure"]: each["needs"] for each in report["missing"]}
+    assert list(missing) == [
+        "Average accuracy",
+        "Accuracy of single tasks",
+        "Wikitext perplexity",
+        "Loss difference with a logarithmic fit",
+        "Scaling law L = a C^b with predictions",
+        "IsoFLOP against growth timing",
+        "IsoFLOP against growth factor",
+        "Table of scores",
+        "Operators against metrics",
+    ]
+    assert "three or more growth timings" in missing["IsoFLOP against growth timing"]
     page = render(report).replace("&#39;", "'")
     assert all("\n" not in needs and f"It needs {needs}." in page for needs in missing.values())
 
