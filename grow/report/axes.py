@@ -15,6 +15,20 @@ UNITS = ((3600.0, "h"), (60.0, "min"), (1.0, "s"))
 STEEP_START = 0.06  # share of the x axis whose losses may fall out of the picture
 INSET = (0.46, 0.4)  # an inset lies to the right of and above these shares of the plot, if no line does
 MAX_TICKS = 6
+N_COLOURS, N_DASHES = 8, 4
+LOOKS = 16  # a line's style: its colour plus this times the rounds that all colours have been through
+SEQUENCE = 8  # the first of the five colours that form a scale
+
+
+def style_number(place: int) -> int:
+    """The look of the line at a place in a list of them; they differ up to 32 lines."""
+    return LOOKS * (place // N_COLOURS) + place % N_COLOURS
+
+
+def colour_and_dash(style: int) -> tuple[int, int]:
+    """Numbers of the colour and of the dashes of a style."""
+    colour, rounds = style % LOOKS, style // LOOKS
+    return colour, (colour + rounds) % N_DASHES
 
 
 def chart(name: str, section: str, title: str, series: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import count
 from typing import Any
 
 import numpy as np
 
 from grow.curves import Curve, validation_curve
 from grow.report import text
-from grow.report.axes import chart, points, rounded, with_axes
+from grow.report.axes import chart, points, rounded, style_number, with_axes
 from grow.report.compare import ALONG, Comparisons
 from grow.report.gather import Gathered, TrainedModel
 from grow.scores import ExternalModel
 
 SPIKE_WIDTH_POINTS = 24  # first losses after growth, which are never thinned out
-N_STYLES = 8
 # Further models of a role take the styles after these
 ROLE_STYLES = {"grown": 0, "baseline": 1, "base": 2, "continued": 3}
 ARROW_DISTANCE = 0.09  # of the height of a chart: nearer ones would write over each other
@@ -40,13 +40,12 @@ def build_charts(gathered: Gathered, comparisons: Comparisons, styles: dict[str,
 
 def line_styles(models: Sequence[TrainedModel], external: Sequence[ExternalModel] = ()) -> dict[str, int]:
     """Name -> number of the line's look: the first model of each role always has the same."""
-    free = [style for style in range(N_STYLES) if style not in ROLE_STYLES.values()]
     styles: dict[str, int] = {}
+    free = (style_number(place) for place in count(len(ROLE_STYLES)))
     for model in models:
         first = ROLE_STYLES[model.role]
-        styles[model.name] = first if first not in styles.values() else free[len(styles) % len(free)]
-    unused = [style for style in range(N_STYLES) if style not in styles.values()] or free
-    return styles | {model.name: unused[i % len(unused)] for i, model in enumerate(external)}
+        styles[model.name] = next(free) if first in styles.values() else first
+    return styles | {model.name: next(free) for model in external}
 
 
 QUANTITIES: dict[str, dict[str, str]] = {

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grow.report.axes import INSET
+from grow.report.axes import INSET, colour_and_dash
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,7 +18,7 @@ COLOURS = (
     *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8A7500", "#5E4FB0", "#555555"),
     *("#440154", "#3b528b", "#21918c", "#5ec962", "#d3c01a"),
 )
-DASHES = (*("-", (0, (6, 2)), (0, (1.5, 1.5)), "-.") * 2, *("-",) * 5)
+DASHES = ("-", (0, (6, 2)), (0, (1.5, 1.5)), "-.")
 MAX_NAMES = 6  # more stand beside the plot, not in it
 MARKERS = {"dots": "o", "marks": "o", "stars": "*"}
 INK = "#1d2430"
@@ -71,7 +71,8 @@ def _draw_plot(axes: Axes, chart: dict[str, Any]) -> None:
     labelled = set()
     for series in chart["series"]:
         x, y = zip(*series["points"], strict=True)
-        colour, dash, kind = COLOURS[series["style"]], DASHES[series["style"]], series["kind"]
+        (colour, dash), kind = colour_and_dash(series["style"]), series["kind"]
+        colour, dash = COLOURS[colour], DASHES[dash]
         if kind == "logged":
             axes.plot(x, y, color=colour, linewidth=0.6, alpha=0.35)
             continue

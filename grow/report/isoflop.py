@@ -12,12 +12,11 @@ import numpy as np
 from grow.curves import Curve, loss_at
 from grow.fit import Parabola, fit_parabola
 from grow.report import text
-from grow.report.axes import chart, rounded, with_axes
+from grow.report.axes import SEQUENCE, chart, rounded, with_axes
 from grow.report.compare import Comparisons
 from grow.report.gather import Gathered, TrainedModel
 
 N_BUDGETS = 5
-SEQUENCE = 8  # the first of the looks that form a scale
 SAME = 0.02  # timings and sizes that differ by less count as equal
 ZERO_AT = 4.0  # d = 0 is drawn at the smallest d over this
 

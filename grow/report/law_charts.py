@@ -10,7 +10,7 @@ import numpy as np
 from grow.curves import Curve, loss_at
 from grow.fit import PowerLaw, fit_logarithm, fit_power_law
 from grow.report import text
-from grow.report.axes import chart, points, rounded, with_axes
+from grow.report.axes import N_COLOURS, chart, points, rounded, with_axes
 from grow.report.compare import Comparison, Comparisons
 from grow.report.families import SCRATCH, Family, families
 from grow.report.gather import Gathered
@@ -142,7 +142,7 @@ def _law_words(family: Family, law: PowerLaw) -> str:
 
 
 def _law_styles(found: Sequence[Family]) -> dict[str, int]:
-    """Family -> look of its law."""
+    """Family -> look of its law: scratch as the run from scratch, the first operator as the grown one."""
     others = [family.name for family in found if family.name != SCRATCH]
-    free = [0, 2, 3, 4, 5, 6, 7]
+    free = [0, *range(2, N_COLOURS)]
     return {SCRATCH: 1} | {name: free[i % len(free)] for i, name in enumerate(others)}

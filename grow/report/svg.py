@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from grow.report.axes import INSET
+from grow.report.axes import INSET, colour_and_dash
 
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 16, 44  # margins in drawing units; a unit is a pixel at the drawn size
 TOP_AXIS = 38  # margin above for a second axis
@@ -58,6 +58,12 @@ def chart_svg(chart: dict[str, Any], width: int, height: int) -> str:
         "</svg>",
     ]
     return "\n".join(parts)
+
+
+def look_of(style: int) -> str:
+    """The classes of a line: its colour and its dashes."""
+    colour, dash = colour_and_dash(style)
+    return f"s{colour} d{dash}"
 
 
 def _clipped(frame: Frame, clip: str) -> Iterator[str]:
@@ -119,7 +125,7 @@ def _top_axis(frame: Frame) -> Iterator[str]:
 def _lines(frame: Frame) -> Iterator[str]:
     for series in sorted(frame.chart["series"], key=lambda series: series["kind"] != "logged"):
         points = [(frame.x(x), frame.y(y)) for x, y in series["points"]]
-        look = f"s{series['style']}"
+        look = look_of(series["style"])
         yield from _bars(frame, series)
         if series["kind"] in ("line", "logged", "dots", "fit"):
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
@@ -134,8 +140,9 @@ def _bars(frame: Frame, series: dict[str, Any]) -> Iterator[str]:
     """What the points may as well be."""
     for (x, _), interval in zip(series["points"], series.get("intervals", ()), strict=False):
         if interval is not None:
-            at, low, high = frame.x(x), frame.y(interval[0]), frame.y(interval[1])
-            yield f'<line class="bar s{series["style"]}" x1="{at:.1f}" x2="{at:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>'
+            look, at = look_of(series["style"]), frame.x(x)
+            low, high = (frame.y(bound) for bound in interval)
+            yield f'<line class="bar {look}" x1="{at:.1f}" x2="{at:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>'
 
 
 def _spikes(frame: Frame) -> Iterator[str]:
@@ -144,7 +151,7 @@ def _spikes(frame: Frame) -> Iterator[str]:
         x, before, after = frame.x(spike["x"]), frame.y(spike["before"]), frame.y(spike["after"])
         yield f'<line class="spike" x1="{x:.1f}" x2="{x:.1f}" y1="{before:.1f}" y2="{after:.1f}"/>'
         yield from (
-            f'<circle class="ring s{spike["style"]}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>' for y in (before, after)
+            f'<circle class="ring {look_of(spike["style"])}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>' for y in (before, after)
         )
         if len(frame.chart["spikes"]) <= MAX_LABELS:
             yield _text("mark", x + 9, min(before, after) + 4, "growth", "start")

@@ -53,7 +53,7 @@
     var lines = chart.series.filter(function (one) { return one.kind !== "logged"; });
     var cursor = element("g", { "class": "cursor", visibility: "hidden" }, svg);
     var rule = element("line", { y1: plot[1], y2: plot[3] }, cursor);
-    var dots = lines.map(function (one) { return element("circle", { r: 4, "class": "s" + one.style }, cursor); });
+    var dots = lines.map(function (one) { return element("circle", { r: 4, "class": "s" + one.style % 16 }, cursor); });
     var tip = document.createElement("div");
     tip.className = "tip";
     tip.hidden = true;
