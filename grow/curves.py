@@ -16,6 +16,8 @@ from lit_gpt.errors import DataError
 
 METRICS_FILE = "metrics.jsonl"
 EVALS_FILE = "evals.jsonl"
+OPTIONAL = {"bpb", "time", "stderr", "n", "limit", "data"}
+NUMBERS = ("step", "stage", "tokens", "flops_total", "seconds", "time", "bpb", "stderr")
 WINDOW_SHARE = 0.1  # of the shortest curve: less leaves the noise of small batches in, more blurs the end of the run
 WINDOW_INTERVALS = 2  # at least this many log intervals, or the smoothed curve would be the logged one
 
@@ -131,20 +133,24 @@ def read_json_lines(path: Path) -> tuple[list[tuple[str, Mapping[str, Any]]], li
 
 def _record(values: Mapping[str, Any], kind: type[Record], value_field: str, where: str) -> Record:
     fields = [field.name for field in dataclasses.fields(kind)]
-    optional = {"bpb", "time", "stderr", "n", "limit", "data"}
-    missing = [name for name in fields if name not in values and name not in optional]
+    missing = [name for name in fields if name not in values and name not in OPTIONAL]
     if missing:
         raise DataError(f"{where} lacks {', '.join(missing)}; it was not written by this version of pretrain")
-    for name in ("step", "stage", "tokens", "flops_total"):
-        if not isinstance(values[name], int | float):
-            raise DataError(f"{where}: {name} is {values[name]!r}, not a number; the file was damaged")
-    value = values[value_field]
-    if values.get("metric", "loss") == "loss" and not (isinstance(value, int | float) and math.isfinite(value)):
+    value, metric = values[value_field], values.get("metric", "loss")
+    if not _is_number(value) and (metric == "loss" or value is not None):
         raise DataError(
-            f"{where}: the loss of step {values['step']} is {value}; the run diverged "
+            f"{where}: the {metric} of step {values['step']} is {value}; the run diverged "
             f"there, so its curve ends in no loss to compare. Leave this run out or train it again"
         )
+    for name in NUMBERS:
+        is_absent = name in OPTIONAL and values.get(name) is None
+        if name in fields and not is_absent and not _is_number(values[name]):
+            raise DataError(f"{where}: {name} is {values[name]!r}, not a number; the file was damaged")
     return kind(**{name: values.get(name) for name in fields})
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _without_repeats(metrics: Sequence[Metric]) -> list[Metric]:

@@ -59,7 +59,7 @@ def build_report(gathered: Gathered, comparisons: Comparisons, samples: Mapping[
         "tables": tables,
         "missing": [*no_scores, *no_laws, *no_isoflops, *no_tables],
         "samples": dict(samples),
-        "definitions": definitions(comparisons, gathered.unit),
+        "definitions": definitions(comparisons, gathered.unit) if gathered.models else [],
         "reproduction": _reproduction(gathered.models),
         "corpora": _corpora(gathered.models),
         "notes": notes(gathered, comparisons),

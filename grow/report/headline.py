@@ -108,6 +108,8 @@ def _as_sentence(reason: str) -> str:
 
 def claim(models: Sequence[TrainedModel]) -> str:
     """What the result does not show."""
+    if not models:
+        return "Points of others are drawn as they are; nothing is claimed about them."
     seeds = sorted({str(model.state["seed"]) for model in models if model.state.get("seed") is not None})
     corpora = sorted({source_of(said) or name for model in models for name, said in model.corpora.items()})
     sizes = list(dict.fromkeys(text.count(model.parameters) for model in models if model.parameters))

@@ -94,7 +94,7 @@ def _fit_words(name: str, intercept: float, slope: float, highest: float) -> str
 
 def _scaling(gathered: Gathered, comparisons: Comparisons, styles: dict[str, int]) -> Found:
     """Final losses of several sizes or budgets, a power law for each family, and its prediction."""
-    found = [family for family in families(gathered) if len(set(family.flops)) >= 2]
+    found = [family for family in families(gathered) if len(set(family.flops)) >= 2 and family.loss.min() > 0]
     if not found:
         needs = "two or more finished runs of one kind (from scratch, or grown by one operator) with different FLOPs"
         return [], [{"figure": "Scaling law L = a C^b with predictions", "needs": needs}]

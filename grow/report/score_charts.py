@@ -11,7 +11,7 @@ from grow.report.charts import flops_per_token
 from grow.report.gather import Gathered
 from grow.scores import AVERAGE, AVERAGED, LABELS, METRICS, WIKITEXT, ScoredPoint
 
-HOW_TO_SCORE = "score checkpoints with scripts/evaluate.py and keep its lines in the run's evals.jsonl"
+HOW_TO_SCORE = "score checkpoints with `scripts/evaluate.py CKPT --out RUN/evals.jsonl`"
 
 UNTRAINED = 2.0  # times the worst final perplexity: what lies above is not shown
 
@@ -53,7 +53,7 @@ def score_charts(gathered: Gathered, styles: dict[str, int]) -> tuple[list[dict[
 
 def _score_chart(models: Sequence[Scored], task: str, flops_per_token: float | None) -> dict[str, Any] | None:
     """One task. The x axis is FLOPs where they are known of every model, else tokens."""
-    with_task = [(model, [point for point in model.points if task in point.scores]) for model in models]
+    with_task = [(model, [p for p in model.points if task in p.scores and _is_placed(p)]) for model in models]
     with_task = [(model, points) for model, points in with_task if points]
     is_flops = all(point.flops is not None for _, points in with_task for point in points)
     series = [_series(model, points, task, is_flops) for model, points in with_task]
@@ -73,6 +73,11 @@ def _score_chart(models: Sequence[Scored], task: str, flops_per_token: float | N
         y_limit=UNTRAINED * max(each["points"][-1][1] for each in series) if is_perplexity else None,
         flops_per_token=flops_per_token if is_flops else None,
     )
+
+
+def _is_placed(point: ScoredPoint) -> bool:
+    """Whether anybody knows how far the training had come; if not, the score stands in the table alone."""
+    return point.flops is not None or point.tokens is not None
 
 
 def _series(model: Scored, points: Sequence[ScoredPoint], task: str, is_flops: bool) -> dict[str, Any]:

@@ -258,12 +258,27 @@ def test_a_step_that_was_taken_again_replaces_the_first_try(tmp_path):
         (["[1, 2]", metric(2)], "not a JSON object"),
         ([{"step": 1}], "lacks stage"),
         ([metric(1, flops_total="many")], "flops_total is 'many'"),
+        ([metric(1, tokens=float("inf"))], "tokens is inf"),
+        ([metric(1), metric(2, bpb=float("nan"))], "line 2: bpb is nan"),
         ([""], "no complete line"),
     ],
 )
 def test_a_log_that_cannot_be_a_curve_is_one_clear_error(tmp_path, lines, message):
     with pytest.raises(DataError, match=message):
         read_run_log(write_log(tmp_path / "run", *lines))
+
+
+def test_a_measurement_that_is_no_number_is_one_clear_error_and_scores_of_tasks_are_no_measurement(tmp_path):
+    run_dir = write_log(tmp_path / "run", metric(1))
+    common = {"step": 1, "stage": 1, "stage_name": "main", "when": "every", "tokens": 100, "flops_total": 1e6}
+    score = {**common, "task": "boolq", "metric": "acc", "value": 0.5}
+    (run_dir / "evals.jsonl").write_text(json.dumps(score))
+    assert read_run_log(run_dir).evaluations == ()
+
+    bits = {**common, "set": "a", "metric": "bpb", "value": float("nan")}
+    (run_dir / "evals.jsonl").write_text(json.dumps(score) + "\n" + json.dumps(bits))
+    with pytest.raises(DataError, match="line 2: the bpb of step 1 is nan"):
+        read_run_log(run_dir)
 
 
 def test_a_folder_without_metrics_is_no_run(tmp_path):

@@ -237,6 +237,19 @@ def test_points_of_others_are_drawn_beside_the_runs_without_a_speedup(everything
     assert "theirs" not in by_name(report) and report["external"][0]["points"] == 3
 
 
+def test_a_score_of_nobody_knows_when_stands_in_the_table_alone(tmp_path):
+    """A line of scripts/evaluate.py on a checkpoint that does not say how long it was trained."""
+    line = {"step": None, "stage": None, "tokens": None, "flops_total": None, "when": "evaluate", "n": 1000}
+    line |= {"task": "sciq", "metric": "acc_norm", "value": 0.5, "stderr": 0.02, "limit": None}
+    (tmp_path / "theirs.jsonl").write_text(json.dumps(line))
+
+    report = facts_on(from_scratch(tmp_path / "scratch", tasks=("sciq",)), tmp_path / "theirs.jsonl")
+
+    assert row_of(table_of(report, "scores"), "theirs")["SciQ"]["text"] == "50.00 ± 2.00"
+    chart = chart_of(report, "score-sciq")
+    assert [series["name"] for series in chart["series"]] == ["scratch"] and chart["quantity"] == "flops"
+
+
 def test_the_published_curves_of_pythia_are_drawn_as_they_are(data_dir, tmp_path):
     files = sorted(data_dir("reference_results/pythia_zero_shot").glob("*.jsonl"))
 
