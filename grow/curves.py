@@ -98,11 +98,17 @@ def _read_records(path: Path, kind: type[Record], value_field: str) -> tuple[lis
     if not path.is_file():
         return [], []
     lines, notes = read_json_lines(path)
-    records = []
+    records, skipped = [], 0
     for where, values in lines:
         if kind is Evaluation and "task" in values:
             continue  # the score of a task, not a loss on a set; see grow/scores.py
+        if kind is Metric and values.get("loss", 0) is None:
+            skipped += 1  # by the guards: no step of this interval was made, so there is no loss, and the run went on
+            continue
         records.append(_record(values, kind, value_field, where))
+    if skipped:
+        what = f"{skipped} line{'s' * (skipped != 1)} without a loss"
+        notes.append(f"{path.parent.name}/{path.name}: {what} left out; every step there was skipped.")
     return records, notes
 
 

@@ -243,6 +243,13 @@ def test_half_a_line_at_the_end_is_left_out_with_a_note(tmp_path):
     assert len(log.notes) == 1 and "run/metrics.jsonl" in log.notes[0]
 
 
+def test_a_line_whose_steps_were_all_skipped_is_left_out_with_a_note(tmp_path):
+    log = read_run_log(write_log(tmp_path / "run", metric(1), metric(2, loss=None), metric(3)))
+
+    assert [line.step for line in log.metrics] == [1, 3]
+    assert log.notes == ("run/metrics.jsonl: 1 line without a loss left out; every step there was skipped.",)
+
+
 def test_a_step_that_was_taken_again_replaces_the_first_try(tmp_path):
     log = read_run_log(write_log(tmp_path / "run", metric(1), metric(2), metric(3), metric(2, loss=1.0)))
 
@@ -254,7 +261,8 @@ def test_a_step_that_was_taken_again_replaces_the_first_try(tmp_path):
     [
         ([metric(1), "{nonsense", metric(2)], "line 2 is not JSON"),
         ([metric(1), metric(40, loss=float("nan"))], "the loss of step 40 is nan"),
-        ([metric(1), metric(7, loss=None)], "the loss of step 7 is None"),
+        ([metric(1), metric(7, loss="low")], "the loss of step 7 is low"),
+        ([metric(7, loss=None)], "no complete line"),
         (["[1, 2]", metric(2)], "not a JSON object"),
         ([{"step": 1}], "lacks stage"),
         ([metric(1, flops_total="many")], "flops_total is 'many'"),
