@@ -1,4 +1,4 @@
-"""The `grow` command: layer maps, growing a checkpoint, looking at checkpoints, and the report of finished runs."""
+"""The `grow` command: layer maps, growing a checkpoint, looking at checkpoints, reports and fits of finished runs."""
 
 from __future__ import annotations
 

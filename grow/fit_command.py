@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grow.report.extra import require
+
 if TYPE_CHECKING:
     from grow.fit import PowerLaw
     from grow.report.families import Family
@@ -60,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
         ValueError: too few runs of a kind, or a setting is wrong.
         FileNotFoundError: a run is not there. DataError: a run is damaged.
     """
+    if args.offset:
+        require("--offset", "scipy")
     if args.resamples < 1:
         raise ValueError(f"--resamples {args.resamples} must be at least 1")
     found = make_fits(args)
@@ -113,11 +117,6 @@ def _fit_all(found: Sequence[Family], args: argparse.Namespace) -> tuple[dict[st
             laws[family.name] = fit_power_law(family.flops, family.loss, **settings, seed=args.seed + number)
         except ValueError as error:
             refusals.append(f"family {family.name!r} ({', '.join(family.models)}): {error}")
-        except ModuleNotFoundError as error:
-            raise ValueError(
-                f"--offset needs {error.name}, which is not installed; install the `report` extra: "
-                f"pip install 'lit-grow[report]'"
-            ) from error
     if not laws:
         raise ValueError("\n".join(refusals))
     return laws, [f"Left out: {refusal}." for refusal in refusals]

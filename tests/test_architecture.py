@@ -38,6 +38,7 @@ WITHOUT_TORCH = [
     *("lit_gpt.data_order", "lit_gpt.packed_data", "lit_gpt.packed_dataset", "lit_gpt.token_files"),
     *("lit_gpt.token_source", "lit_gpt.legacy_order", "lit_gpt.prefetch", "lit_gpt.inspect_data"),
     *("grow.layer_map", "grow.plan", "grow.depth", "grow.operators", "grow.curves", "grow.__main__"),
+    *("grow.fit", "grow.fit_command", "grow.scores", "grow.report.command", "grow.report.tables"),
     *("pretrain.config", "pretrain.command_line", "pretrain.data_command", "pretrain.__main__"),
     *("pretrain.status", "pretrain.heartbeat", "pretrain.time_limit", "pretrain.world"),
 ]
@@ -165,6 +166,7 @@ print(json.dumps(culprits))
     [
         *("grow --help", "grow map --help", "grow apply --help", "grow inspect --help", "grow operators --help"),
         *("grow operators", "grow map 12-3456*5-56", "grow report --help", "pretrain --help", "pretrain data --help"),
+        "grow fit --help",
         *("pretrain status --help", "pretrain validate --help"),
     ],
 )

@@ -65,7 +65,7 @@ def chart(name: str, section: str, title: str, series: list[dict[str, Any]], **c
     }
 
 
-def points(x: np.ndarray, y: np.ndarray, keep_first: int = 0) -> list[list[float]]:
+def thinned(x: np.ndarray, y: np.ndarray, keep_first: int = 0) -> list[list[float]]:
     """At most about MAX_POINTS of a line, the first and the last among them."""
     chosen = np.unique(np.linspace(0, len(x) - 1, MAX_POINTS).round().astype(int))
     chosen = np.union1d(chosen, np.arange(min(keep_first, len(x))))

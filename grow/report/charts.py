@@ -10,7 +10,7 @@ import numpy as np
 
 from grow.curves import Curve, validation_curve
 from grow.report import text
-from grow.report.axes import chart, points, rounded, style_number, with_axes
+from grow.report.axes import chart, rounded, style_number, thinned, with_axes
 from grow.report.compare import ALONG, Comparisons
 from grow.report.gather import Gathered, TrainedModel
 from grow.scores import ExternalModel
@@ -82,8 +82,8 @@ def _training_chart(
             continue
         common = {"name": model.name, "role": model.role, "style": styles[model.name]}
         keep = SPIKE_WIDTH_POINTS if model.role == "grown" else 0
-        series.append({**common, "kind": "logged", "points": points(x_of(model.curve), model.curve.loss, keep)})
-        series.append({**common, "kind": "line", "points": points(x_of(smoothed), smoothed.loss)})
+        series.append({**common, "kind": "logged", "points": thinned(x_of(model.curve), model.curve.loss, keep)})
+        series.append({**common, "kind": "line", "points": thinned(x_of(smoothed), smoothed.loss)})
     series += _external_losses(gathered, styles, quantity)
     is_flops = quantity == "flops"
     return chart(
@@ -135,7 +135,7 @@ def _validation_chart(gathered: Gathered, comparisons: Comparisons, styles: dict
             "role": model.role,
             "style": styles[model.name],
             "kind": "dots",
-            "points": points(curve.flops, curve.loss, SPIKE_WIDTH_POINTS),
+            "points": thinned(curve.flops, curve.loss, SPIKE_WIDTH_POINTS),
         }
         for model, curve in curves
         if curve is not None

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from grow.report.extra import require
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `grow report`."""
@@ -41,22 +43,11 @@ def run(args: argparse.Namespace) -> int:
         ValueError: a package of the `report` extra is missing, or a setting is wrong.
         FileNotFoundError: a run is not there. DataError: a run is damaged. OSError: the folder cannot be written.
     """
-    _check_extra()
+    require("the report", "jinja2", "matplotlib")
     report = make_report(args)
     write_report(report, args.out)
     sys.stdout.write(json.dumps(report, indent=1) + "\n" if args.json else summary(report, args.out))
     return 0
-
-
-def _check_extra() -> None:
-    try:
-        import jinja2  # noqa: F401
-        import matplotlib  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"the report needs {error.name}, which is not installed; install the `report` extra: "
-            f"pip install 'lit-grow[report]'"
-        ) from error
 
 
 def make_report(args: argparse.Namespace) -> dict[str, Any]:

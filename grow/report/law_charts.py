@@ -10,7 +10,7 @@ import numpy as np
 from grow.curves import Curve, loss_at
 from grow.fit import PowerLaw, fit_logarithm, fit_power_law
 from grow.report import text
-from grow.report.axes import N_COLOURS, chart, points, rounded, with_axes
+from grow.report.axes import N_COLOURS, chart, rounded, thinned, with_axes
 from grow.report.compare import Comparison, Comparisons
 from grow.report.families import SCRATCH, Family, families
 from grow.report.gather import Gathered
@@ -40,8 +40,8 @@ def _difference(comparisons: Comparisons, styles: dict[str, int], unit: str) -> 
         intercept, slope = fit_logarithm(flops[fitted], gap[fitted])
         ahead = np.geomspace(flops[fitted][0], EXTRAPOLATED * flops[-1], 60)
         common = {"name": pair.grown.name, "role": "grown", "style": styles[pair.grown.name]}
-        series.append({**common, "kind": "line", "points": points(flops, gap)})
-        fit = points(ahead, intercept + slope * np.log(ahead))
+        series.append({**common, "kind": "line", "points": thinned(flops, gap)})
+        fit = thinned(ahead, intercept + slope * np.log(ahead))
         series.append({**common, "kind": "fit", "points": fit})
         said.append(_fit_words(pair.grown.name, intercept, slope, flops[-1]))
     if not series:
@@ -105,7 +105,7 @@ def _scaling(gathered: Gathered, comparisons: Comparisons, styles: dict[str, int
         for name in family.models:
             smoothed = comparisons.smoothed(by_name[name])
             common = {"name": name, "role": by_name[name].role, "style": styles[name]}
-            series.append({**common, "kind": "logged", "points": points(smoothed.flops, smoothed.loss)})
+            series.append({**common, "kind": "logged", "points": thinned(smoothed.flops, smoothed.loss)})
     laws = [fit_power_law(family.flops, family.loss, seed=seed) for seed, family in enumerate(found)]
     for family, law in zip(found, laws, strict=True):
         series += _law_series(family, law, ahead, _law_styles(found)[family.name])
@@ -124,8 +124,8 @@ def _law_series(family: Family, law: PowerLaw, ahead: float, style: int) -> list
     line = np.array([family.flops.min(), ahead])
     interval = law.predicted_interval(ahead)
     return [
-        {**common, "kind": "marks", "points": points(family.flops[order], family.loss[order])},
-        {**common, "kind": "fit", "points": points(line, law.predict(line))},
+        {**common, "kind": "marks", "points": thinned(family.flops[order], family.loss[order])},
+        {**common, "kind": "fit", "points": thinned(line, law.predict(line))},
         {
             **common,
             "kind": "stars",

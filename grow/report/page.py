@@ -18,11 +18,12 @@ FORMATS = (text.loss, text.percent, text.flops, text.count, text.duration, text.
 
 def render(report: dict[str, Any]) -> str:
     """The page as text; every number in it is one of the report's."""
-    return _environment().get_template("report.html.j2").render(report=report)
+    return environment().get_template("report.html.j2").render(report=report)
 
 
 @cache
-def _environment() -> Environment:
+def environment() -> Environment:
+    """What finds the templates of this folder and gives them their functions."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -212,3 +213,9 @@ def test_a_run_that_diverged_is_bad_data(runs, capsys, tmp_path):
     diverged = SyntheticRun(tmp_path / "nan", [Stage("x", LARGE, 20, lambda tokens: tokens * np.nan)]).write()
     code, _, err = fit(capsys, runs[0], diverged)
     assert code == 3 and "the loss of step 2 is nan" in err and err.count("\n") == 1
+
+
+def test_an_offset_without_scipy_names_the_extra(runs, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    code, _, err = fit(capsys, runs[0], "--offset")
+    assert code == 2 and "scipy" in err and "`report` extra" in err
