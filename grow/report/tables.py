@@ -35,7 +35,7 @@ def build_tables(
     rows = [row for row in rows if row["scores"]]
     sizes = {row["parameters"] for row in rows if row["parameters"]}
     printed = [_printed_row(model) for model in models_like(sizes, operators=False)]
-    tables, missing = [_runs_table(runs)], []
+    tables, missing = [_runs_table(runs)] if runs else [], []
     if rows:
         caption = "The last scores of every model; accuracies in per cent, zero-shot, ± one standard error."
         tables.append(_table("scores", "Scores of tasks", caption, [*rows, *printed]))
