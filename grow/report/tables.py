@@ -43,7 +43,10 @@ def build_tables(
         missing.append({"figure": "Table of scores", "needs": HOW_TO_SCORE})
     operators = _operator_rows(gathered, comparisons)
     if operators:
-        caption = "Better is greener in every column. Loss: the final training loss; speed-ups are at equal loss."
+        caption = (
+            "Better is greener in every column, own and printed rows apart. Loss: the final training loss; "
+            "speed-ups are at equal loss."
+        )
         tables.append(_table("operators", "Operators against metrics", caption, operators, shaded=True))
     else:
         missing.append(
@@ -89,6 +92,8 @@ def _operator_rows(gathered: Gathered, comparisons: Comparisons) -> list[Row]:
         more = {"loss": float(comparisons.smoothed(model).loss[-1]), "speedup": speedups.get(model.name)}
         name = f"{model.name}: {model.operator}" if model.operator else model.name
         rows.append(_score_row(name, "run", size, _final(model.scores), **more))
+    if "nats" not in gathered.unit:
+        return rows  # the paper's losses are nats per token
     return [*rows, *(_printed_row(model) for model in models_like([size], operators=True))]
 
 
@@ -103,7 +108,9 @@ def _table(name: str, title: str, caption: str, rows: Sequence[Row], *, shaded: 
         cells.append({"name": row["name"], "kind": row["kind"], "cells": of_row})
     if shaded:
         for place, label in list(enumerate(labels))[1:]:
-            _shade([row["cells"][place] for row in cells], down=label in LESS_IS_BETTER)
+            for kind in ("run", "paper"):
+                of_kind = [row["cells"][place] for row in cells if row["kind"] == kind]
+                _shade(of_kind, down=label in LESS_IS_BETTER)
     if any(cell["limit"] is not None for row in cells for cell in row["cells"]):
         caption += " * Limited to the first documents of the set: not comparable with whole sets."
     return {

@@ -313,6 +313,19 @@ def test_a_report_at_the_papers_size_shows_its_rows_in_the_tables(tmp_path):
     assert printed["Speed-up"]["text"] == "+49\u202f%" and printed["Loss"]["value"] is None
 
 
+def test_the_papers_operators_stand_below_ours_and_are_shaded_by_themselves():
+    from grow.report.tables import _printed_row, _table
+
+    ours = {"name": "ours", "kind": "run", "parameters": 1.1e9, "scores": {}, "loss": 2.5, "speedup": 0.1}
+    printed = [_printed_row(model) for model in models_like([1.1e9], operators=True)]
+
+    table = _table("operators", "", "", [ours, {**ours, "name": "worse", "loss": 2.6}, *printed], shaded=True)
+
+    assert [row_of(table, name)["Loss"]["shade"] for name in ("ours", "worse")] == [1, 0]
+    stacked = row_of(table, "paper, Figure 3: G_direct (depth), 100\u202fB tokens")
+    assert (stacked["Loss"]["text"], stacked["Loss"]["shade"], stacked["Speed-up"]["shade"]) == ("2.151", 1, 1)
+
+
 def test_ticks_of_a_logarithmic_axis_are_few_and_round():
     assert log_ticks(1e18, 1e20) == [1e18, 1e19, 1e20]
     assert log_ticks(0.9, 9) == [1, 2, 5]
