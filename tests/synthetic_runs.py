@@ -122,7 +122,7 @@ class SyntheticRun:
         layer_map = [layer % src.n_layer for layer in range(dst.n_layer)]
         connections = sum(b == a + 1 for a, b in zip(layer_map, layer_map[1:], strict=False))
         plan = {"operator": stage.operator, "src": src.to_dict(), "dst": dst.to_dict(), "layer_map": layer_map}
-        self.history = [
+        self.history.append(
             {
                 "operator": stage.operator,
                 "plan": {**plan, "seed": self.seed, "options": {}},
@@ -133,7 +133,7 @@ class SyntheticRun:
                 "tokens": self.tokens,
                 "flops_total": self.flops,
             }
-        ]
+        )
 
     def _counters(self, number: int, stage: Stage) -> dict[str, Any]:
         place = {"step": self.step, "stage": number, "stage_name": stage.name}

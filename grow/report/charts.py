@@ -35,7 +35,12 @@ def build_charts(gathered: Gathered, comparisons: Comparisons, styles: dict[str,
     zoomed = _zoom(flops)
     flops = {**flops, "arrows": flops["arrows"][:1], "inset": zoomed[0] if zoomed else None}
     charts = [flops, *zoomed, _validation_chart(gathered, comparisons, styles), tokens, seconds]
-    return [drawn if "x" in drawn else with_axes(drawn) for drawn in charts if drawn["series"]]
+    return [drawn if "x" in drawn else with_axes(drawn) for drawn in charts if _is_extended(drawn)]
+
+
+def _is_extended(drawn: dict[str, Any]) -> bool:
+    """Whether any line goes further than x = 0, where a run that was only validated at its start ends."""
+    return any(series["points"][-1][0] > 0 for series in drawn["series"])
 
 
 def line_styles(models: Sequence[TrainedModel], external: Sequence[ExternalModel] = ()) -> dict[str, int]:

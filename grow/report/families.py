@@ -30,7 +30,7 @@ class Family:
 
 def family_of(model: TrainedModel) -> str | None:
     """Its family; None for bases, whose training was cut short, and for what began with a checkpoint."""
-    if model.role == "grown":
+    if model.role == "grown" and not model.is_base:
         return model.operator or "grown"
     return SCRATCH if model.role == "baseline" else None
 

@@ -245,7 +245,13 @@ def gather(paths: Sequence[Path]) -> Gathered:
         log = read_run_log(path)
         notes += log.notes
         models += _models_of_run(path, name, log, notes)
-    return Gathered(tuple(_with_parents(_with_unique_names(models))), tuple(notes), tuple(external))
+    linked = _with_parents(_with_unique_names(models))
+    used = Counter(model.name for model in (*linked, *external))
+    renamed = [
+        dataclasses.replace(model, name=f"{model.name} ({model.path})") if used[model.name] > 1 else model
+        for model in external
+    ]
+    return Gathered(tuple(linked), tuple(notes), tuple(renamed))
 
 
 def _distinct(paths: Sequence[Path]) -> list[str]:

@@ -66,8 +66,8 @@ def sweeps(gathered: Gathered, what: str) -> list[Sweep]:
     groups: dict[tuple[Any, ...], dict[float, TrainedModel]] = {}
     for model in gathered.of_role("grown"):
         d, g = model.grown_after_tokens, model.growth_factor
-        if not d or g is None or model.parameters is None:
-            continue
+        if not d or g is None or model.parameters is None or len(model.state["history"]) > 1:
+            continue  # of a model that grew several times, neither is one number
         value, other = (float(d), g) if what == "d" else (g, float(d))
         key = (model.operator, model.parameters, model.tokenizer, _class(other))
         groups.setdefault(key, {})[value] = model

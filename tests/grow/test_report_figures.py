@@ -237,6 +237,45 @@ def test_points_of_others_are_drawn_beside_the_runs_without_a_speedup(everything
     assert "theirs" not in by_name(report) and report["external"][0]["points"] == 3
 
 
+def test_models_of_one_name_are_told_apart_by_their_files(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"model": "scratch", "tokens": 1e6, "loss": 3.0}))
+
+    report = facts_on(from_scratch(tmp_path / "scratch"), tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+
+    names = [model["name"] for model in report["external"]]
+    assert names == [f"scratch ({tmp_path / name})" for name in ("a.jsonl", "b.jsonl")]
+    lines = chart_of(report, "train-tokens")["series"]
+    assert len({series["style"] for series in lines}) == 3 and {"scratch", *names} == {s["name"] for s in lines}
+
+
+def test_a_run_that_was_only_validated_at_its_start_has_no_validation_chart(tmp_path):
+    run = from_scratch(tmp_path / "scratch", steps=30, validation_every=1000)
+    lines = [line for line in (run / "evals.jsonl").read_text().splitlines(keepends=True) if '"start"' in line]
+    (run / "evals.jsonl").write_text("".join(lines))
+
+    report = facts_on(run)
+
+    assert {chart["id"] for chart in report["charts"]} == {"train-flops", "train-tokens", "train-seconds"}
+
+
+def test_a_run_that_grew_twice_is_one_point_of_a_law_and_none_of_a_sweep(tmp_path):
+    for steps in (60, 90, 120):
+        stages = [
+            Stage("one", sized(2), 40, power_law_loss(sized(2))),
+            Stage("two", sized(4), steps, power_law_loss(sized(4)), operator="stack"),
+            Stage("three", LARGE, 200, power_law_loss(LARGE), operator="stack"),
+        ]
+        SyntheticRun(tmp_path / f"run{steps}", stages, noise=0.0).write()
+
+    report = facts_on(*sorted(tmp_path.iterdir()), from_scratch(tmp_path / "scratch"))
+
+    law = chart_of(report, "scaling-law")
+    marks = next(series for series in law["series"] if series["kind"] == "marks")
+    assert (marks["name"], len(marks["points"])) == ("stack", 3)
+    assert not any(chart["id"].startswith("isoflop") for chart in report["charts"])
+
+
 def test_a_score_of_nobody_knows_when_stands_in_the_table_alone(tmp_path):
     """A line of scripts/evaluate.py on a checkpoint that does not say how long it was trained."""
     line = {"step": None, "stage": None, "tokens": None, "flops_total": None, "when": "evaluate", "n": 1000}
