@@ -34,7 +34,7 @@ class Sweep:
 
 
 WORDS = {
-    "d": ("growth timing", "growth timing d: tokens behind the base when it grew", "tokens"),
+    "d": ("growth timing", "growth timing d, tokens of the base", "tokens"),
     "g": ("growth factor", "growth factor g", "factor"),
 }
 
