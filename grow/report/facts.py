@@ -21,7 +21,7 @@ from grow.report.tables import build_tables
 from lit_gpt.config import Config
 from lit_gpt.packed_dataset import source_of
 
-FORMAT = 1
+FORMAT = 2
 FINAL = ("end", "before_growth", "every")  # moments whose last evaluation is that of the finished model
 
 
