@@ -1,4 +1,4 @@
-"""The `grow` command: plans, layer maps, growing a checkpoint, looking at checkpoints, the report of finished runs."""
+"""The `grow` command: plans, growing a checkpoint, looking at checkpoints, comparisons, reports and fits of runs."""
 
 from __future__ import annotations
 
@@ -257,6 +257,18 @@ def run_plan(args: argparse.Namespace) -> None:
         print_lines(found)
 
 
+def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
+    from grow.fit_command import add_arguments
+
+    add_arguments(parser)
+
+
+def run_fit(args: argparse.Namespace) -> int:
+    from grow.fit_command import run
+
+    return run(args)
+
+
 @dataclass(frozen=True)
 class Command:
     """One word after `grow`."""
@@ -277,6 +289,7 @@ COMMANDS = {
         "probe several operators on your data, ranked with error bars", add_compare_arguments, run_compare
     ),
     "report": Command("figures and a page that compare finished runs", add_report_arguments, run_report),
+    "fit": Command("power laws of the loss, predictions, predicted speed-ups", add_fit_arguments, run_fit),
 }
 
 

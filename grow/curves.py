@@ -16,6 +16,8 @@ from lit_gpt.errors import DataError
 
 METRICS_FILE = "metrics.jsonl"
 EVALS_FILE = "evals.jsonl"
+OPTIONAL = {"bpb", "time", "stderr", "n", "limit", "data"}
+NUMBERS = ("step", "stage", "tokens", "flops_total", "seconds", "time", "bpb", "stderr")
 WINDOW_SHARE = 0.1  # of the shortest curve: less leaves the noise of small batches in, more blurs the end of the run
 WINDOW_INTERVALS = 2  # at least this many log intervals, or the smoothed curve would be the logged one
 
@@ -95,40 +97,66 @@ def read_run_log(run_dir: Path) -> RunLog:
 def _read_records(path: Path, kind: type[Record], value_field: str) -> tuple[list[Record], list[str]]:
     if not path.is_file():
         return [], []
+    lines, notes = read_json_lines(path)
+    records, skipped = [], 0
+    for where, values in lines:
+        if kind is Evaluation and "task" in values:
+            continue  # the score of a task, not a loss on a set; see grow/scores.py
+        if kind is Metric and values.get("loss", 0) is None:
+            skipped += 1  # by the guards: no step of this interval was made, so there is no loss, and the run went on
+            continue
+        records.append(_record(values, kind, value_field, where))
+    if skipped:
+        what = f"{skipped} line{'s' * (skipped != 1)} without a loss"
+        notes.append(f"{path.parent.name}/{path.name}: {what} left out; every step there was skipped.")
+    return records, notes
+
+
+def read_json_lines(path: Path) -> tuple[list[tuple[str, Mapping[str, Any]]], list[str]]:
+    """Every object of a file of JSON lines with where it stands, and notes on what was left out.
+
+    A half-written last line, which a killed program leaves, is dropped with a note.
+
+    Raises:
+        DataError: another line is not a JSON object.
+    """
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    records, notes = [], []
+    found, notes = [], []
     for number, line in enumerate(lines, 1):
+        where = f"{path}, line {number}"
         try:
             values = json.loads(line)
         except json.JSONDecodeError as error:
             if number < len(lines):
-                raise DataError(f"{path}, line {number} is not JSON ({error.msg}); the file was damaged") from error
+                raise DataError(f"{where} is not JSON ({error.msg}); the file was damaged") from error
             notes.append(f"{path.parent.name}/{path.name}: the last line is incomplete and was left out.")
             break
-        if kind is Evaluation and isinstance(values, Mapping) and "task" in values:
-            continue  # the score of a task, not a loss on a set
-        records.append(_record(values, kind, value_field, f"{path}, line {number}"))
-    return records, notes
+        if not isinstance(values, Mapping):
+            raise DataError(f"{where} is not a JSON object; the file was damaged")
+        found.append((where, values))
+    return found, notes
 
 
-def _record(values: Any, kind: type[Record], value_field: str, where: str) -> Record:
-    if not isinstance(values, Mapping):
-        raise DataError(f"{where} is not a JSON object; the file was damaged")
+def _record(values: Mapping[str, Any], kind: type[Record], value_field: str, where: str) -> Record:
     fields = [field.name for field in dataclasses.fields(kind)]
-    optional = {"bpb", "time", "stderr", "n", "limit", "data"}
-    missing = [name for name in fields if name not in values and name not in optional]
+    missing = [name for name in fields if name not in values and name not in OPTIONAL]
     if missing:
         raise DataError(f"{where} lacks {', '.join(missing)}; it was not written by this version of pretrain")
-    for name in ("step", "stage", "tokens", "flops_total"):
-        if not isinstance(values[name], int | float):
-            raise DataError(f"{where}: {name} is {values[name]!r}, not a number; the file was damaged")
-    value = values[value_field]
-    if values.get("metric", "loss") == "loss" and not (isinstance(value, int | float) and math.isfinite(value)):
+    value, metric = values[value_field], values.get("metric", "loss")
+    if not _is_number(value) and (metric == "loss" or value is not None):
         raise DataError(
-            f"{where}: the loss of step {values['step']} is {value}; the run diverged "
+            f"{where}: the {metric} of step {values['step']} is {value}; the run diverged "
             f"there, so its curve ends in no loss to compare. Leave this run out or train it again"
         )
+    for name in NUMBERS:
+        is_absent = name in OPTIONAL and values.get(name) is None
+        if name in fields and not is_absent and not _is_number(values[name]):
+            raise DataError(f"{where}: {name} is {values[name]!r}, not a number; the file was damaged")
     return kind(**{name: values.get(name) for name in fields})
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _without_repeats(metrics: Sequence[Metric]) -> list[Metric]:
@@ -269,20 +297,31 @@ class Speedup:
     reason: str | None = None
 
 
+def loss_at(curve: Curve, flops: float) -> float | None:
+    """The loss after these FLOPs, log FLOPs interpolated; None outside the curve, for nothing is extrapolated."""
+    paid = curve.flops > 0
+    if not np.any(paid) or not curve.flops[paid][0] <= flops <= curve.flops[-1]:
+        return None
+    return float(np.interp(np.log(flops), np.log(curve.flops[paid]), curve.loss[paid]))
+
+
 def speedup(grown: Curve, baseline: Curve) -> Speedup:
     """Compare two curves that were smoothed in the same way; nothing is extrapolated.
 
     The target is the baseline's final loss if the grown model reached it, else the grown model's final loss.
     """
     target = float(baseline.loss[-1])
-    spent = first_crossing(grown, target)
-    reached = spent is not None
-    if not reached:
-        target = float(grown.loss[-1])
-        spent = first_crossing(grown, target)
-    needed = first_crossing(baseline, target)
+    reached = first_crossing(grown, target) is not None
+    return speedup_at(grown, baseline, target if reached else float(grown.loss[-1]), reached=reached)
+
+
+def speedup_at(grown: Curve, baseline: Curve, target: float, *, reached: bool = True) -> Speedup:
+    """The speed-up at one loss; `reached` is passed on."""
     if np.count_nonzero(baseline.flops > 0) < 2:
         return no_speedup("the baseline was measured only once after its start; set validation.every_steps")
+    needed, spent = first_crossing(baseline, target), first_crossing(grown, target)
+    if spent is None and needed is not None:
+        return dataclasses.replace(no_speedup("not reached"), target_loss=target, flops_baseline=needed.flops)
     if needed is None or spent is None or needed.at_most:
         ranges = [f"{curve.loss[0]:.4f} to {curve.loss[-1]:.4f}" for curve in (baseline, grown)]
         return no_speedup(f"the loss ranges do not overlap: baseline {ranges[0]}, grown model {ranges[1]}")

@@ -64,7 +64,7 @@ step() {
 If another version of the demo left $out, --fresh removes that and starts over" "$status"
 }
 
-if [ "$fresh" = yes ]; then rm -rf "$out"/{data,stacked,scratch,figures} "$out"/report.{html,json}; fi
+if [ "$fresh" = yes ]; then rm -rf "$out"/{data,stacked,scratch,figures,tables} "$out"/report.{html,json}; fi
 ensure_venv prep report
 
 pretrain=("$VENV_PYTHON" -m pretrain --config configs/demo.yaml ${smoke[@]+"${smoke[@]}"} --data.train "$out/data")

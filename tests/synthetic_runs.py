@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from grow.scores import METRICS
 from lit_gpt.atomic import atomic_directory
 from lit_gpt.config import Config
 from lit_gpt.flops import flops_per_token
@@ -71,6 +73,10 @@ class SyntheticRun:
     parent_tokens: int = 0
     """Trained on by the time of that checkpoint."""
     checkpoints: bool = True
+    tasks: tuple[str, ...] = ()
+    """Benchmark tasks whose scores are written at every validation: better where the loss is lower."""
+    limit: int | None = None
+    """Documents of each task that were scored, if not all."""
     write_weights: Callable[[Path, Config, dict[str, Any]], None] | None = None
     """Writes a real checkpoint instead of one with state.json alone."""
 
@@ -116,7 +122,7 @@ class SyntheticRun:
         layer_map = [layer % src.n_layer for layer in range(dst.n_layer)]
         connections = sum(b == a + 1 for a, b in zip(layer_map, layer_map[1:], strict=False))
         plan = {"operator": stage.operator, "src": src.to_dict(), "dst": dst.to_dict(), "layer_map": layer_map}
-        self.history = [
+        self.history.append(
             {
                 "operator": stage.operator,
                 "plan": {**plan, "seed": self.seed, "options": {}},
@@ -127,7 +133,7 @@ class SyntheticRun:
                 "tokens": self.tokens,
                 "flops_total": self.flops,
             }
-        ]
+        )
 
     def _counters(self, number: int, stage: Stage) -> dict[str, Any]:
         place = {"step": self.step, "stage": number, "stage_name": stage.name}
@@ -148,6 +154,17 @@ class SyntheticRun:
             ("bpb", value / 2.4, None),
         ):
             self.evals.append({**common, "metric": metric, "value": number_, "stderr": stderr})
+        self._score(self._counters(number, stage), when, value)
+
+    def _score(self, counters: dict[str, Any], when: str, loss: float) -> None:
+        n = self.limit or 1000
+        for task in self.tasks:
+            value, stderr = math.exp(loss), 1.0
+            if METRICS[task].startswith("acc"):
+                value = 0.9 - 0.1 * loss
+                stderr = math.sqrt(value * (1 - value) / (n - 1))
+            record = {"when": when, "task": task, "metric": METRICS[task], "value": value, "stderr": stderr}
+            self.evals.append({**counters, **record, "n": n, "limit": self.limit, "checkpoint": None, "data": None})
 
     def _save(self, number: int, stage: Stage) -> None:
         path = self.path / "checkpoints" / f"stage-{number:02d}" / f"step-{self.step:010d}"
@@ -186,3 +203,33 @@ def stacked_run(path: Path, *, loss: Callable[[np.ndarray], np.ndarray] = grown_
 def scratch_run(path: Path, **changes: Any) -> SyntheticRun:
     """Eight layers for 800,000 tokens."""
     return SyntheticRun(path, [Stage("scratch", LARGE, 390, scratch_loss)], **changes)
+
+
+def sized(n_layer: int) -> Config:
+    """LARGE with another number of layers."""
+    return dataclasses.replace(LARGE, name=f"{n_layer}L128H", n_layer=n_layer)
+
+
+def power_law_loss(config: Config, *, gain: float = 1.0) -> Callable[[np.ndarray], np.ndarray]:
+    """Loss 60 (FLOPs x gain)^-0.09 of a model of this size; `gain` is how much cheaper it gets there."""
+    cost = flops_per_token(config).paper
+    return lambda tokens: 60.0 * (np.maximum(tokens, TOKENS_PER_STEP / 8) * cost * gain) ** -0.09
+
+
+def swept_run(
+    path: Path, base_steps: int, *, n_layer_src: int = 2, operator: str = "stack", steps: int = 300, **changes: Any
+) -> Path:
+    """A base of `n_layer_src` layers for `base_steps` steps, then LARGE, whose loss is lowest for 120 base steps.
+
+    At equal FLOPs the loss is that from scratch plus 0.05 (log10 of base_steps / 120)^2 - 0.2, and 0.05 times the
+    square of log2 of the growth factor over 4 on top.
+    """
+    base = sized(n_layer_src)
+    spent = flops_per_token(base).paper / flops_per_token(LARGE).paper * base_steps * TOKENS_PER_STEP
+    at_best = power_law_loss(LARGE)
+    off = 0.05 * math.log10(base_steps / 120) ** 2 + 0.05 * math.log2(LARGE.n_layer / n_layer_src / 4) ** 2
+    stages = [
+        Stage("base", base, base_steps, power_law_loss(base)),
+        Stage("grown", LARGE, steps, lambda tokens: at_best(tokens + spent) - 0.2 + off, operator=operator),
+    ]
+    return SyntheticRun(path, stages, noise=changes.pop("noise", 0.0), **changes).write()

@@ -39,6 +39,7 @@ WITHOUT_TORCH = [
     *("lit_gpt.token_source", "lit_gpt.legacy_order", "lit_gpt.prefetch", "lit_gpt.inspect_data"),
     *("grow.layer_map", "grow.plan", "grow.depth", "grow.operators", "grow.curves", "grow.__main__"),
     *("grow.guideline", "grow.guideline_command", "grow.guideline_plot", "grow.memory", "lit_gpt.counts"),
+    *("grow.fit", "grow.fit_command", "grow.scores", "grow.report.command", "grow.report.tables"),
     *("pretrain.config", "pretrain.command_line", "pretrain.data_command", "pretrain.__main__"),
     *("pretrain.status", "pretrain.heartbeat", "pretrain.time_limit", "pretrain.world"),
     *("pretrain.zero_shot.task", "pretrain.zero_shot.examples", "pretrain.zero_shot.encoding"),
@@ -168,6 +169,7 @@ print(json.dumps(culprits))
         *("grow --help", "grow map --help", "grow apply --help", "grow inspect --help", "grow operators --help"),
         *("grow plan --help", "grow plan --params 7e9 --tokens 300e9 --gpus 8 --mfu 0.4 --device h100"),
         *("grow operators", "grow map 12-3456*5-56", "grow report --help", "pretrain --help", "pretrain data --help"),
+        "grow fit --help",
         *("pretrain status --help", "pretrain validate --help"),
     ],
 )

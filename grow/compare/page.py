@@ -8,7 +8,7 @@ from typing import Any
 
 from grow.compare.ranking import RankedArm, Ranking
 from grow.compare.text import HEAD, rows, sentences
-from grow.report.charts import N_STYLES, nice_ticks, thinned, with_axes
+from grow.report.axes import N_COLOURS, chart, nice_ticks, thinned, with_axes
 from grow.report.page import environment
 
 ROW, TOP, BOTTOM, RIGHT = 30, 10, 40, 16  # of the figure, in drawing units
@@ -27,7 +27,7 @@ def render(ranking: Ranking, facts: Mapping[str, Any]) -> str:
             title=sentences(ranking)[0],
             sentences=sentences(ranking)[1:],
             head=HEAD,
-            rows=[(i % N_STYLES, row) for i, row in enumerate(rows(ranking))],
+            rows=[(i % N_COLOURS, row) for i, row in enumerate(rows(ranking))],
             ranking=ranking,
             wide=ranking_svg(ranking, 940),
             narrow=ranking_svg(ranking, 340),
@@ -41,26 +41,24 @@ def curves_chart(ranking: Ranking) -> dict[str, Any]:
     """Mean training loss over seeds against FLOPs, as plain data for the report's drawing."""
     series = [
         {
-            **{"name": arm.name, "role": "grown", "style": number % N_STYLES, "kind": "line"},
+            **{"name": arm.name, "role": "grown", "style": number % N_COLOURS, "kind": "line"},
             "points": thinned(arm.curve.flops, arm.curve.loss),
         }
         for number, arm in enumerate(ranking.curves)
     ]
     last = max(one["points"][-1][0] for one in series)
     shown = [{**one, "points": [p for p in one["points"] if p[0] >= FROM_SHARE * last]} for one in series]
-    chart = {
-        "id": "compare-curves",
-        "title": "Training loss against compute",
-        "caption": f"The mean over {len(ranking.seeds)} seeds of the mean of the last "
+    drawn = chart(
+        "compare-curves",
+        "loss",
+        "Training loss against compute",
+        [one for one in shown if one["points"]],
+        caption=f"The mean over {len(ranking.seeds)} seeds of the mean of the last "
         f"{ranking.window_tokens:,.0f} tokens; growing is charged for its base.",
-        "y_label": "training loss, nats per token",
-        "quantity": "flops",
-        "series": [one for one in shown if one["points"]],
-        "spikes": [],
-        "arrow": None,
-        "from_x": FROM_SHARE * last,
-    }
-    return with_axes(chart)
+        y_label="training loss, nats per token",
+        from_x=FROM_SHARE * last,
+    )
+    return with_axes(drawn)
 
 
 def ranking_svg(ranking: Ranking, width: int) -> str:
@@ -81,7 +79,7 @@ def ranking_svg(ranking: Ranking, width: int) -> str:
         parts.append(f'<line class="grid" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{TOP}" y2="{base}"/>')
         parts.append(f'<text class="tick" x="{x(tick):.1f}" y="{base + 16}" text-anchor="middle">{tick:g}</text>')
     for place, arm in enumerate(ranking.arms):
-        parts += _row(arm, place % N_STYLES, TOP + ROW * (place + 0.5), left, x)
+        parts += _row(arm, place % N_COLOURS, TOP + ROW * (place + 0.5), left, x)
     middle = (left + width - RIGHT) / 2
     parts.append(
         f'<text class="label" x="{middle:g}" y="{height - 6}" text-anchor="middle">{escape(ranking.measured)}</text>'

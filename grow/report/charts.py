@@ -1,51 +1,56 @@
-"""What the figures show, as plain data: series, axes, marks. The page and the image files are both drawn from it."""
+"""Figures of losses, as plain data: against FLOPs, tokens and wall time, with speed-up arrows and growth spikes."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
+from itertools import count
 from typing import Any
 
 import numpy as np
 
 from grow.curves import Curve, validation_curve
 from grow.report import text
-from grow.report.compare import Comparisons
-from grow.report.gather import TrainedModel
+from grow.report.axes import chart, rounded, style_number, thinned, with_axes
+from grow.report.compare import ALONG, Comparisons
+from grow.report.gather import Gathered, TrainedModel
+from grow.scores import ExternalModel
 
-MAX_POINTS = 320  # per line: more than a screen shows
 SPIKE_WIDTH_POINTS = 24  # first losses after growth, which are never thinned out
-N_STYLES = 8
 # Further models of a role take the styles after these
 ROLE_STYLES = {"grown": 0, "baseline": 1, "base": 2, "continued": 3}
-UNITS = ((3600.0, "h"), (60.0, "min"), (1.0, "s"))
+ARROW_DISTANCE = 0.09  # of the height of a chart: nearer ones would write over each other
 
 
-def build_charts(
-    models: Sequence[TrainedModel], comparisons: Comparisons, styles: dict[str, int]
-) -> list[dict[str, Any]]:
+def build_charts(gathered: Gathered, comparisons: Comparisons, styles: dict[str, int]) -> list[dict[str, Any]]:
     """Training loss against FLOPs (whole and where the pair is compared), tokens and wall time; validation loss.
 
     Args:
-        models: what to draw.
-        comparisons: smoothing window, validation set and the pair of the arrow.
+        gathered: what to draw.
+        comparisons: smoothing window, validation set and the pair of the arrows.
         styles: name -> number of the line's look.
     """
     flops, tokens, seconds = (
-        _training_chart(models, comparisons, styles, quantity) for quantity in ("flops", "tokens", "seconds")
+        _training_chart(gathered, comparisons, styles, quantity) for quantity in ("flops", "tokens", "seconds")
     )
-    charts = [flops, *_zoom(flops), _validation_chart(models, comparisons, styles), tokens, seconds]
-    return [with_axes(chart) for chart in charts if chart["series"]]
+    zoomed = _zoom(flops)
+    flops = {**flops, "arrows": flops["arrows"][:1], "inset": zoomed[0] if zoomed else None}
+    charts = [flops, *zoomed, _validation_chart(gathered, comparisons, styles), tokens, seconds]
+    return [drawn if "x" in drawn else with_axes(drawn) for drawn in charts if _is_extended(drawn)]
 
 
-def line_styles(models: Sequence[TrainedModel]) -> dict[str, int]:
+def _is_extended(drawn: dict[str, Any]) -> bool:
+    """Whether any line goes further than x = 0, where a run that was only validated at its start ends."""
+    return any(series["points"][-1][0] > 0 for series in drawn["series"])
+
+
+def line_styles(models: Sequence[TrainedModel], external: Sequence[ExternalModel] = ()) -> dict[str, int]:
     """Name -> number of the line's look: the first model of each role always has the same."""
-    free = [style for style in range(N_STYLES) if style not in ROLE_STYLES.values()]
     styles: dict[str, int] = {}
+    free = (style_number(place) for place in count(len(ROLE_STYLES)))
     for model in models:
         first = ROLE_STYLES[model.role]
-        styles[model.name] = first if first not in styles.values() else free[len(styles) % len(free)]
-    return styles
+        styles[model.name] = next(free) if first in styles.values() else first
+    return styles | {model.name: next(free) for model in external}
 
 
 QUANTITIES: dict[str, dict[str, str]] = {
@@ -64,11 +69,18 @@ QUANTITIES: dict[str, dict[str, str]] = {
 }
 
 
+def flops_per_token(models: Sequence[TrainedModel]) -> float | None:
+    """Of the target models, if they have one size; bases are smaller and do not count."""
+    sizes = {model.parameters for model in models if model.role != "base"}
+    size = sizes.pop() if len(sizes) == 1 else None
+    return None if size is None else 6.0 * size
+
+
 def _training_chart(
-    models: Sequence[TrainedModel], comparisons: Comparisons, styles: dict[str, int], quantity: str
+    gathered: Gathered, comparisons: Comparisons, styles: dict[str, int], quantity: str
 ) -> dict[str, Any]:
     series: list[dict[str, Any]] = []
-    for model in models:
+    for model in gathered.models:
         smoothed = comparisons.smoothed(model)
         x_of = _positions(model, quantity)
         if x_of is None:
@@ -77,16 +89,35 @@ def _training_chart(
         keep = SPIKE_WIDTH_POINTS if model.role == "grown" else 0
         series.append({**common, "kind": "logged", "points": thinned(x_of(model.curve), model.curve.loss, keep)})
         series.append({**common, "kind": "line", "points": thinned(x_of(smoothed), smoothed.loss)})
-    return {
-        "id": f"train-{quantity}",
-        "title": QUANTITIES[quantity]["title"],
-        "caption": QUANTITIES[quantity]["caption"].format(window=text.count(comparisons.window_tokens)),
-        "y_label": "training loss, nats per token",
-        "quantity": quantity,
-        "series": series,
-        "spikes": _spikes(models, comparisons, styles) if quantity == "flops" else [],
-        "arrow": _arrow(comparisons, "train") if quantity == "flops" else None,
-    }
+    series += _external_losses(gathered, styles, quantity)
+    is_flops = quantity == "flops"
+    return chart(
+        f"train-{quantity}",
+        "loss",
+        QUANTITIES[quantity]["title"],
+        series,
+        caption=QUANTITIES[quantity]["caption"].format(window=text.count(comparisons.window_tokens)),
+        y_label=f"training loss, {gathered.unit}",
+        quantity=quantity,
+        spikes=_spikes(gathered.models, comparisons, styles) if is_flops else [],
+        arrows=_arrows(comparisons, "train") if is_flops else [],
+        cut_start=True,
+        flops_per_token=flops_per_token(gathered.models) if is_flops else None,
+    )
+
+
+def _external_losses(gathered: Gathered, styles: dict[str, int], quantity: str) -> list[dict[str, Any]]:
+    """Losses of other people's models as they wrote them; only beside losses in the same unit, nats per token."""
+    place = {"tokens": 0, "flops": 1}.get(quantity)
+    if place is None or "nats" not in gathered.unit:
+        return []
+    found = []
+    for model in gathered.external:
+        drawn = [[rounded(point[place]), rounded(point[2])] for point in model.losses if point[place] is not None]
+        if drawn:
+            common = {"name": model.name, "role": "external", "style": styles[model.name]}
+            found.append({**common, "kind": "line", "points": sorted(drawn)})
+    return found
 
 
 def _positions(model: TrainedModel, quantity: str) -> Callable[[Curve], np.ndarray] | None:
@@ -101,10 +132,8 @@ def _positions(model: TrainedModel, quantity: str) -> Callable[[Curve], np.ndarr
     return lambda curve: np.interp(curve.tokens, model.curve.tokens, seconds)
 
 
-def _validation_chart(
-    models: Sequence[TrainedModel], comparisons: Comparisons, styles: dict[str, int]
-) -> dict[str, Any]:
-    curves = {model.name: validation_curve(model.evaluations, comparisons.set_name or "") for model in models}
+def _validation_chart(gathered: Gathered, comparisons: Comparisons, styles: dict[str, int]) -> dict[str, Any]:
+    curves = [(model, validation_curve(model.evaluations, comparisons.set_name or "")) for model in gathered.models]
     series = [
         {
             "name": model.name,
@@ -113,30 +142,21 @@ def _validation_chart(
             "kind": "dots",
             "points": thinned(curve.flops, curve.loss, SPIKE_WIDTH_POINTS),
         }
-        for model in models
-        if (curve := curves[model.name]) is not None
+        for model, curve in curves
+        if curve is not None
     ]
-    return {
-        "id": "validation-flops",
-        "title": "Validation loss",
-        "caption": f"Held-out text ({comparisons.set_name}), against compute; not smoothed.",
-        "y_label": "validation loss, nats per token",
-        "quantity": "flops",
-        "series": series,
-        "spikes": _spikes(models, comparisons, styles),
-        "arrow": _arrow(comparisons, "validation"),
-    }
-
-
-def thinned(x: np.ndarray, y: np.ndarray, keep_first: int = 0) -> list[list[float]]:
-    """At most about MAX_POINTS of a line, the first and the last among them."""
-    chosen = np.unique(np.linspace(0, len(x) - 1, MAX_POINTS).round().astype(int))
-    chosen = np.union1d(chosen, np.arange(min(keep_first, len(x))))
-    return [[_rounded(x[i]), _rounded(y[i])] for i in chosen]
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.6g}")
+    return chart(
+        "validation-flops",
+        "loss",
+        "Validation loss",
+        series,
+        caption=f"Held-out text ({comparisons.set_name}), against compute; not smoothed.",
+        y_label=f"validation loss, {gathered.unit}",
+        spikes=_spikes(gathered.models, comparisons, styles),
+        arrows=_arrows(comparisons, "validation")[:1],
+        cut_start=True,
+        flops_per_token=flops_per_token(gathered.models),
+    )
 
 
 def _spikes(models: Sequence[TrainedModel], comparisons: Comparisons, styles: dict[str, int]) -> list[dict[str, Any]]:
@@ -152,87 +172,67 @@ def _spikes(models: Sequence[TrainedModel], comparisons: Comparisons, styles: di
                 {
                     "name": model.name,
                     "style": styles[model.name],
-                    "x": _rounded(after.flops_total),
-                    "before": _rounded(before.value),
-                    "after": _rounded(after.value),
+                    "x": rounded(after.flops_total),
+                    "before": rounded(before.value),
+                    "after": rounded(after.value),
                 }
             )
     return spikes
 
 
-def _arrow(comparisons: Comparisons, curve: str) -> dict[str, Any] | None:
-    """From the baseline to the grown model at equal loss."""
+def _arrows(comparisons: Comparisons, curve: str) -> list[dict[str, Any]]:
+    """From the baseline to the grown model at equal loss: at the end, then at earlier losses."""
     if not comparisons.pairs:
-        return None
-    result = getattr(comparisons.pairs[0], curve)
-    if result["speedup"] is None:
-        return None
-    return {
-        "y": result["target_loss"],
-        "x_from": result["flops_scratch"],
-        "x_to": result["flops_grown"],
-        "label": ("≥" if result["lower_bound"] else "") + text.percent(result["speedup"]),
-    }
-
-
-def _zoom(chart: dict[str, Any]) -> list[dict[str, Any]]:
-    """The part of a chart around its arrow, where the curves lie close together; nothing if it has no arrow."""
-    arrow = chart["arrow"]
-    if arrow is None:
         return []
-    from_x = 0.7 * min(arrow["x_from"], arrow["x_to"])
-    series = [
-        {**series, "points": [point for point in series["points"] if point[0] >= from_x]}
-        for series in chart["series"]
-        if series["kind"] == "line"
-    ]
+    result = getattr(comparisons.pairs[0], curve)
+    results = [result, *reversed(result.get("along", []))] if result["speedup"] is not None else []
     return [
         {
-            **chart,
-            "id": f"{chart['id']}-zoom",
-            "title": "The same, where they meet",
-            "caption": "The arrow goes from the FLOPs of training from scratch to those of growing, at equal loss.",
-            "series": [series for series in series if series["points"]],
-            "spikes": [],
-            "from_x": from_x,
+            "y": each["target_loss"],
+            "x_from": each["flops_scratch"],
+            "x_to": each["flops_grown"],
+            "label": ("≥" if each["lower_bound"] else "") + text.percent(each["speedup"]),
         }
+        for each in results
+        if each["speedup"] is not None
     ]
 
 
-def with_axes(chart: dict[str, Any]) -> dict[str, Any]:
-    """Axes that show the ends of all curves and every spike, and cut off the steep fall at the very start."""
-    lines = [series["points"] for series in chart["series"] if series["kind"] != "logged"]
-    x_max = max(points[-1][0] for points in lines)
-    shown = [y for points in lines for x, y in points if x >= 0.06 * x_max or len(points) < 3]
-    shown += [y for spike in chart["spikes"] for y in (spike["before"], spike["after"])]
-    shown += [chart["arrow"]["y"]] if chart["arrow"] else []
-    pad = 0.06 * (max(shown) - min(shown)) or 0.1
-    low, high = _rounded(min(shown) - pad), _rounded(max(shown) + pad)
-    ticks = [{"at": at, "label": f"{at:g}"} for at in nice_ticks(low, high)]
-    return {
-        **chart,
-        "x": _x_axis(chart.get("from_x", 0.0), 1.02 * x_max, chart["quantity"]),
-        "y": {"min": low, "max": high, "label": chart["y_label"], "ticks": ticks},
-    }
+def _zoom(drawn: dict[str, Any]) -> list[dict[str, Any]]:
+    """The part of a chart around its arrows, where the curves lie close together; nothing if it has no arrow."""
+    if not drawn["arrows"]:
+        return []
+    ends = [arrow[end] for arrow in drawn["arrows"] for end in ("x_from", "x_to")]
+    from_x, to_x = 0.8 * min(ends), 1.15 * max(ends)
+    series = [
+        {**series, "points": [point for point in series["points"] if from_x <= point[0] <= to_x]}
+        for series in drawn["series"]
+        if series["kind"] == "line"
+    ]
+    zoomed = with_axes(
+        {
+            **drawn,
+            "id": f"{drawn['id']}-zoom",
+            "title": "The same, where they meet",
+            "caption": (
+                "Arrows go from the FLOPs of training from scratch to those of growing, at equal loss: the last one, "
+                f"and where there is room that from scratch at {' and '.join(f'{share:.0%}' for share in ALONG)} "
+                "of its FLOPs."
+            ),
+            "series": [series for series in series if series["points"]],
+            "spikes": [],
+            "cut_start": False,
+            "from_x": from_x,
+        }
+    )
+    return [{**zoomed, "arrows": _apart(zoomed["arrows"], zoomed["y"])}]
 
 
-def _x_axis(low: float, high: float, quantity: str) -> dict[str, Any]:
-    if quantity == "flops":
-        exponent = math.floor(math.log10(high))
-        unit, label = 10.0**exponent, f"training FLOPs, base included (× {text.power_of_ten(exponent)})"
-    elif quantity == "tokens":
-        unit, label = 1.0, "tokens seen"
-    else:
-        unit, name = next((size, name) for size, name in UNITS if high >= 3 * size or size == 1.0)
-        label = f"training time ({name})"
-    write = text.count if quantity == "tokens" else "{:g}".format
-    ticks = [{"at": _rounded(at * unit), "label": write(at)} for at in nice_ticks(low / unit, high / unit)]
-    return {"min": _rounded(low), "max": _rounded(high), "label": label, "ticks": ticks}
-
-
-def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers in [low, high], 1, 2 or 5 times a power of ten apart."""
-    rough = (high - low) / about
-    magnitude = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * magnitude for factor in (1, 2, 5, 10) if factor * magnitude >= 0.999 * rough)
-    return [_rounded(i * step) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+def _apart(arrows: Sequence[dict[str, Any]], axis: dict[str, Any]) -> list[dict[str, Any]]:
+    """Those that do not lie too near to one before them."""
+    kept: list[dict[str, Any]] = []
+    distance = ARROW_DISTANCE * (axis["max"] - axis["min"])
+    for arrow in arrows:
+        if all(abs(arrow["y"] - other["y"]) >= distance for other in kept):
+            kept.append(arrow)
+    return kept

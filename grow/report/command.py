@@ -19,10 +19,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=Path,
         metavar="RUN",
-        help="run directories: one that grew and one from scratch to compare it with; more of either add rows",
+        help="run directories: one that grew and one from scratch to compare it with; more of either add rows; "
+        "files of JSON lines with the points of other people's models are drawn as they are",
     )
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder for report.html, report.json and figures/"
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder for report.html, report.json, figures/ and tables/",
     )
     parser.add_argument("--json", action="store_true", help="print report.json instead of a summary")
     parser.add_argument(
@@ -51,9 +56,10 @@ def make_report(args: argparse.Namespace) -> dict[str, Any]:
     from grow.report.facts import build_report
     from grow.report.gather import gather
     from grow.report.samples import PROMPTS, no_samples, sample_texts
+    from grow.report.units import in_comparable_unit
     from lit_gpt.versions import versions
 
-    gathered = gather(args.runs)
+    gathered = in_comparable_unit(gather(args.runs))
     comparisons = compare(gathered)
     pair = comparisons.pairs[0] if comparisons.pairs else None
     models = [pair.grown, pair.baseline] if pair else gathered.models[-1:]
@@ -63,15 +69,17 @@ def make_report(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def write_report(report: dict[str, Any], folder: Path) -> None:
-    """Write figures, report.json and, last, report.html."""
+    """Write figures, tables, report.json and, last, report.html."""
     from grow.report.figures import write_figures
     from grow.report.page import render
+    from grow.report.tables import write_tables
     from lit_gpt.atomic import write_atomically
 
     page = render(report)
     facts = json.dumps(report, indent=1, allow_nan=False) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     write_figures(report["charts"], folder / "figures")
+    write_tables(report["tables"], folder / "tables")
     write_atomically(folder / "report.json", facts.encode())
     write_atomically(folder / "report.html", page.encode())
 
@@ -95,7 +103,8 @@ def summary(report: dict[str, Any], folder: Path) -> str:
         for row in report["runs"]
     ]
     widths = [max(len(line[i]) for line in [head, *rows]) for i in range(len(head))]
-    table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in [head, *rows]]
+    shown = [head, *rows] if rows else []
+    table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in shown]
     headline = report["headline"]
     number = [] if headline["verdict"] == "none" else [f"{headline['number']} {headline['label']}."]
     lines = [headline["sentence"], headline["detail"], *number, *headline["more"]]

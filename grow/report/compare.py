@@ -6,8 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from grow.curves import Curve, Speedup, default_window, no_speedup, smooth, speedup, validation_curve
+from grow.curves import (
+    Curve,
+    Speedup,
+    default_window,
+    loss_at,
+    no_speedup,
+    smooth,
+    speedup,
+    speedup_at,
+    validation_curve,
+)
 from grow.report.gather import Gathered, TrainedModel
+
+ALONG = (0.6, 0.8)  # of the baseline's FLOPs: where the speed-up is given besides at the end
 
 
 @dataclass(frozen=True)
@@ -40,14 +52,14 @@ class Comparisons:
 
 
 def compare(gathered: Gathered) -> Comparisons:
-    """Every grown model against the first baseline. The headline is the first run's growth, its last one.
+    """Every grown model against the first baseline of its size, or the first. The headline is the first run's growth.
 
     A model that continued a checkpoint is no baseline: it did not train from scratch.
     """
     grown, baselines = _headline_first(gathered.of_role("grown")), gathered.of_role("baseline")
     compared = [*grown, *baselines] or list(gathered.models)
-    window = default_window([model.curve for model in compared])
-    pairs = tuple(_comparison(model, baselines[0], window) for model in grown) if baselines else ()
+    window = default_window([model.curve for model in compared]) if compared else 0.0
+    pairs = tuple(_comparison(model, _baseline_of(model, baselines), window) for model in grown if baselines)
     return Comparisons(
         window_tokens=window,
         primary_curve=_primary_curve(pairs),
@@ -55,6 +67,10 @@ def compare(gathered: Gathered) -> Comparisons:
         pairs=pairs,
         reason=None if pairs else _why_no_pair(gathered),
     )
+
+
+def _baseline_of(grown: TrainedModel, baselines: Sequence[TrainedModel]) -> TrainedModel:
+    return next((model for model in baselines if model.parameters == grown.parameters), baselines[0])
 
 
 def _headline_first(grown: Sequence[TrainedModel]) -> list[TrainedModel]:
@@ -67,6 +83,8 @@ def _headline_first(grown: Sequence[TrainedModel]) -> list[TrainedModel]:
 
 def _why_no_pair(gathered: Gathered) -> str:
     grown, baselines, continued = (gathered.of_role(role) for role in ("grown", "baseline", "continued"))
+    if not gathered.models:
+        return "no run is given, only points of others; give a run that grew and one from scratch"
     if not grown and not baselines and not continued:
         return "there is only a base model here; train the run to its end, and one from scratch to compare it with"
     if not grown:
@@ -95,39 +113,48 @@ def _comparison(grown: TrainedModel, baseline: TrainedModel, window: float) -> C
     return Comparison(grown, baseline, _train_speedup(grown, baseline, window), _validation_speedup(grown, baseline))
 
 
-def _differing_tokenizers(grown: TrainedModel, baseline: TrainedModel) -> str | None:
-    if grown.tokenizer == baseline.tokenizer or None in (grown.tokenizer, baseline.tokenizer):
-        return None
-    return (
-        f"{grown.name} and {baseline.name} use different tokenizers, so a token is not the same amount of text and "
-        f"their losses are not comparable; compare their bits per byte"
-    )
+def _same_tokenizer(grown: TrainedModel, baseline: TrainedModel) -> bool:
+    return grown.tokenizer == baseline.tokenizer or None in (grown.tokenizer, baseline.tokenizer)
 
 
 def _differing_data(grown: TrainedModel, baseline: TrainedModel) -> str | None:
-    if grown.data_fingerprints == baseline.data_fingerprints:
-        return None
-    if not grown.data_fingerprints or not baseline.data_fingerprints:
+    """Why the training losses do not compare."""
+    ours, theirs = (_training_data(model, _same_tokenizer(grown, baseline)) for model in (grown, baseline))
+    if ours == theirs or not ours or not theirs:
         return None
     return f"{grown.name} and {baseline.name} were trained on different data, so their training losses do not compare"
 
 
+def _training_data(model: TrainedModel, same_tokenizer: bool) -> set[tuple[str, str]]:
+    """What identifies it: the token files, or, for another tokenizer's, the text they were made of, if known."""
+    if same_tokenizer:
+        return set(model.data_fingerprints.items())
+    return {("text", said["corpus_sha256"]) for said in model.corpora.values() if said.get("corpus_sha256")}
+
+
 def _train_speedup(grown: TrainedModel, baseline: TrainedModel, window: float) -> dict[str, Any]:
-    refusal = _differing_tokenizers(grown, baseline) or _differing_data(grown, baseline)
+    refusal = _differing_data(grown, baseline)
     if refusal:
-        return {**_as_dict(no_speedup(refusal)), "window": window, "range": None}
+        return {**_as_dict(no_speedup(refusal)), "window": window, "range": None, "along": []}
     result, *others = (
         speedup(smooth(grown.curve, tokens), smooth(baseline.curve, tokens))
         for tokens in (window, window / 2, window * 2)
     )
     values = [other.speedup for other in (result, *others) if other.speedup is not None]
     spread = [min(values), max(values)] if result.speedup is not None else None
-    return {**_as_dict(result), "window": window, "range": spread}
+    along = _along(smooth(grown.curve, window), smooth(baseline.curve, window))
+    return {**_as_dict(result), "window": window, "range": spread, "along": along}
+
+
+def _along(grown: Curve, baseline: Curve) -> list[dict[str, Any]]:
+    """The speed-up at losses that the baseline had on its way."""
+    budgets = [share * float(baseline.flops[-1]) for share in ALONG]
+    losses = [loss_at(baseline, flops) for flops in budgets]
+    return [_as_dict(speedup_at(grown, baseline, loss)) for loss in losses if loss is not None]
 
 
 def _validation_speedup(grown: TrainedModel, baseline: TrainedModel) -> dict[str, Any]:
     set_name, refusal = _common_set(grown, baseline)
-    refusal = _differing_tokenizers(grown, baseline) or refusal
     curves = [validation_curve(model.evaluations, set_name or "") for model in (grown, baseline)]
     if refusal or None in curves:
         return {**_as_dict(no_speedup(refusal or "")), "window": None, "set": set_name, "points": None}
@@ -139,7 +166,10 @@ def _common_set(grown: TrainedModel, baseline: TrainedModel) -> tuple[str | None
     """The first validation set both were measured on in the same way, or None and why there is none."""
     ways = [{e.set: (e.data, e.limit) for e in model.evaluations if e.metric == "loss"} for model in (grown, baseline)]
     shared = [name for name in ways[0] if name in ways[1]]
-    same = [name for name in shared if ways[0][name] == ways[1][name]]
+    if not _same_tokenizer(grown, baseline):  # token files and limits in tokens differ, whatever the text
+        same = [name for name in shared if ways[0][name][1] is ways[1][name][1] is None]
+    else:
+        same = [name for name in shared if ways[0][name] == ways[1][name]]
     if same:
         return same[0], None
     if shared:

@@ -14,10 +14,14 @@ from grow.report.charts import build_charts, line_styles
 from grow.report.compare import Comparisons
 from grow.report.gather import Gathered, TrainedModel
 from grow.report.headline import claim, definitions, headline, notes
+from grow.report.isoflop import isoflop_charts
+from grow.report.law_charts import law_charts
+from grow.report.score_charts import score_charts
+from grow.report.tables import build_tables
 from lit_gpt.config import Config
 from lit_gpt.packed_dataset import source_of
 
-FORMAT = 1
+FORMAT = 2
 FINAL = ("end", "before_growth", "every")  # moments whose last evaluation is that of the finished model
 
 
@@ -25,7 +29,12 @@ def build_report(gathered: Gathered, comparisons: Comparisons, samples: Mapping[
     """Everything the report says; JSON values only."""
     pair = comparisons.pairs[0] if comparisons.pairs else None
     primary = getattr(pair, comparisons.primary_curve) if pair else {}
-    styles = line_styles(gathered.models)
+    styles = line_styles(gathered.models, gathered.external)
+    rows = _of_one_kind([_row(model, comparisons, styles[model.name]) for model in gathered.models])
+    scores, no_scores = score_charts(gathered, styles)
+    laws, no_laws = law_charts(gathered, comparisons, styles)
+    isoflops, no_isoflops, optima = isoflop_charts(gathered, comparisons)
+    tables, no_tables = build_tables(gathered, comparisons, rows)
     return {
         "format": FORMAT,
         "headline": headline(comparisons),
@@ -37,12 +46,20 @@ def build_report(gathered: Gathered, comparisons: Comparisons, samples: Mapping[
         "speedup_train": pair.train if pair else None,
         "speedup_validation": pair.validation if pair else None,
         "window_tokens": comparisons.window_tokens,
+        "unit": gathered.unit,
         "claim": claim([pair.grown, pair.baseline] if pair else gathered.models[::-1]),
-        "runs": _of_one_kind([_row(model, comparisons, styles[model.name]) for model in gathered.models]),
+        "runs": rows,
+        "external": [
+            {"name": model.name, "file": str(model.path), "style": styles[model.name], "points": len(model.points)}
+            for model in gathered.external
+        ],
         "growths": [_growth(model, gathered, comparisons) for model in gathered.of_role("grown")],
-        "charts": build_charts(gathered.models, comparisons, styles),
+        "charts": [*build_charts(gathered, comparisons, styles), *scores, *laws, *isoflops],
+        "optima": optima,
+        "tables": tables,
+        "missing": [*no_scores, *no_laws, *no_isoflops, *no_tables],
         "samples": dict(samples),
-        "definitions": definitions(comparisons),
+        "definitions": definitions(comparisons, gathered.unit) if gathered.models else [],
         "reproduction": _reproduction(gathered.models),
         "corpora": _corpora(gathered.models),
         "notes": notes(gathered, comparisons),

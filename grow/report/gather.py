@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from grow.curves import Curve, Evaluation, Metric, RunLog, read_run_log, training_curve
+from grow.scores import ExternalModel, ScoredPoint, of_stage, read_external, read_scores
 from lit_gpt.atomic import MANIFEST, read_manifest
 from lit_gpt.config import Config
 from lit_gpt.errors import DataError
@@ -58,6 +59,8 @@ class TrainedModel:
     began_from_checkpoint: bool = False
     """Whether its run began with the weights of a checkpoint, not with random ones."""
     run_config: Mapping[str, Any] = field(default_factory=dict)
+    scores: Sequence[ScoredPoint] = ()
+    """Scores of tasks, in order; their tokens include those of the models before."""
 
     @property
     def role(self) -> str:
@@ -110,6 +113,27 @@ class TrainedModel:
     @property
     def non_embedding(self) -> int | None:
         return None if self.config is None else count_non_embedding(self.config)
+
+    @property
+    def operator(self) -> str | None:
+        """Name of the growth operator; None for a model that did not grow, or whose growth is not known."""
+        return ((self.growth or {}).get("plan") or {}).get("operator")
+
+    @property
+    def grown_after_tokens(self) -> int | None:
+        """Tokens behind its base when it grew: d in the paper."""
+        return (self.growth or {}).get("tokens")
+
+    @property
+    def growth_factor(self) -> float | None:
+        """Parameters after growth over those before, embeddings out: g in the paper. In depth, the ratio of layers."""
+        plan = (self.growth or {}).get("plan") or {}
+        if not plan:
+            return None
+        src, dst = (Config.from_dict(plan[side]) for side in ("src", "dst"))
+        if src.n_embd == dst.n_embd:
+            return dst.n_layer / src.n_layer
+        return count_non_embedding(dst) / count_non_embedding(src)
 
     @property
     def tokenizer(self) -> str | None:
@@ -191,36 +215,49 @@ class Gathered:
 
     models: tuple[TrainedModel, ...]
     notes: tuple[str, ...]
+    external: tuple[ExternalModel, ...] = ()
+    unit: str = "nats per token"
+    """Of every loss of the models."""
 
     def of_role(self, role: str) -> list[TrainedModel]:
         return [model for model in self.models if model.role == role]
 
 
-def gather(run_dirs: Sequence[Path]) -> Gathered:
-    """Read run directories.
+def gather(paths: Sequence[Path]) -> Gathered:
+    """Read run directories, and files with the points of models that others trained.
 
     Raises:
-        FileNotFoundError: a directory is not there. DataError: it holds no run, or a damaged one.
-        ValueError: the same directory is given twice.
+        FileNotFoundError: a path is not there. DataError: it holds no run or no point, or a damaged one.
+        ValueError: the same path is given twice.
     """
-    resolved = Counter(path.resolve() for path in run_dirs)
-    twice = [path for path in run_dirs if resolved[path.resolve()] > 1]
+    resolved = Counter(path.resolve() for path in paths)
+    twice = [path for path in paths if resolved[path.resolve()] > 1]
     if twice:
         raise ValueError(f"{twice[0]} is given twice; name every run once")
     notes: list[str] = []
+    external: list[ExternalModel] = []
+    for path in (path for path in paths if path.is_file()):
+        found, more = read_external(path)
+        external, notes = external + found, notes + more
     models: list[TrainedModel] = []
-    run_names = _distinct([path.resolve() for path in run_dirs])
-    for path, name in zip(run_dirs, run_names, strict=True):
+    run_dirs = [path for path in paths if not path.is_file()]
+    for path, name in zip(run_dirs, _distinct([path.resolve() for path in run_dirs]), strict=True):
         log = read_run_log(path)
         notes += log.notes
         models += _models_of_run(path, name, log, notes)
-    return Gathered(tuple(_with_parents(_with_unique_names(models))), tuple(notes))
+    linked = _with_parents(_with_unique_names(models))
+    used = Counter(model.name for model in (*linked, *external))
+    renamed = [
+        dataclasses.replace(model, name=f"{model.name} ({model.path})") if used[model.name] > 1 else model
+        for model in external
+    ]
+    return Gathered(tuple(linked), tuple(notes), tuple(renamed))
 
 
 def _distinct(paths: Sequence[Path]) -> list[str]:
     """The last part of each path; more of it where that is not enough to tell them apart."""
     depth = 1
-    longest = max(len(path.parts) for path in paths)
+    longest = max((len(path.parts) for path in paths), default=0)
     while depth < longest and len({path.parts[-depth:] for path in paths}) < len(paths):
         depth += 1
     return ["/".join(path.parts[-depth:]) for path in paths]
@@ -230,6 +267,8 @@ def _models_of_run(run_dir: Path, run: str, log: RunLog, notes: list[str]) -> li
     stages = sorted({metric.stage for metric in log.metrics})
     run_config = _read_run_config(run_dir)
     planned = len(run_config.get("stages") or stages)
+    scored, more = read_scores(run_dir)
+    notes += more
     models: list[TrainedModel] = []
     for stage in stages:
         checkpoint, state = _last_checkpoint(run_dir, stage, notes)
@@ -241,6 +280,7 @@ def _models_of_run(run_dir: Path, run: str, log: RunLog, notes: list[str]) -> li
             behind = Behind(state.get("parent_tokens") or 0, None if history or from_checkpoint else 0.0)
         else:
             behind = Behind(before.behind.tokens + before.tokens, before.total_seconds)
+        start = before.end if before else None
         models.append(
             TrainedModel(
                 name=metrics[-1].stage_name,
@@ -249,7 +289,7 @@ def _models_of_run(run_dir: Path, run: str, log: RunLog, notes: list[str]) -> li
                 stage=stage,
                 metrics=metrics,
                 evaluations=[evaluation for evaluation in log.evaluations if evaluation.stage == stage],
-                start=before.end if before else None,
+                start=start,
                 behind=behind,
                 state=state,
                 checkpoint=checkpoint,
@@ -257,6 +297,7 @@ def _models_of_run(run_dir: Path, run: str, log: RunLog, notes: list[str]) -> li
                 is_base=stage != stages[-1] or len(stages) < planned,
                 began_from_checkpoint=from_checkpoint,
                 run_config=run_config,
+                scores=of_stage(scored, stage, behind.tokens - (start.tokens if start else 0)),
             )
         )
     notes += _unfinished(run, models[-1], planned)

@@ -79,6 +79,8 @@ def _differences(pair: Comparison) -> list[str]:
     if None not in (grown.parameters, baseline.parameters) and grown.parameters != baseline.parameters:
         sizes = f"{text.count(grown.parameters)} and {text.count(baseline.parameters)} parameters"
         found.append(f"But {grown.name} and {baseline.name} differ in size: {sizes}.")
+    if None not in (grown.tokenizer, baseline.tokenizer) and grown.tokenizer != baseline.tokenizer:
+        found.append(f"But {grown.name} and {baseline.name} use different tokenizers: losses are bits per byte here.")
     seeds = [model.state.get("seed") for model in (grown, baseline)]
     if None not in seeds and seeds[0] != seeds[1]:
         found.append(f"But {grown.name} and {baseline.name} have different seeds: {seeds[0]} and {seeds[1]}.")
@@ -106,6 +108,8 @@ def _as_sentence(reason: str) -> str:
 
 def claim(models: Sequence[TrainedModel]) -> str:
     """What the result does not show."""
+    if not models:
+        return "Points of others are drawn as they are; nothing is claimed about them."
     seeds = sorted({str(model.state["seed"]) for model in models if model.state.get("seed") is not None})
     corpora = sorted({source_of(said) or name for model in models for name, said in model.corpora.items()})
     sizes = list(dict.fromkeys(text.count(model.parameters) for model in models if model.parameters))
@@ -120,8 +124,8 @@ def claim(models: Sequence[TrainedModel]) -> str:
     )
 
 
-def definitions(comparisons: Comparisons) -> list[dict[str, str]]:
-    """What each quantity in the report means."""
+def definitions(comparisons: Comparisons, unit: str) -> list[dict[str, str]]:
+    """What each quantity in the report means; `unit` is that of the losses."""
     window = text.count(comparisons.window_tokens)
     return [
         {
@@ -140,8 +144,8 @@ def definitions(comparisons: Comparisons) -> list[dict[str, str]]:
         {
             "term": "Training loss",
             "text": (
-                f"Nats per token, the mean of the last {window} tokens at every point of every curve; a shorter stage "
-                f"is averaged over its whole length."
+                f"{unit.capitalize()}, the mean of the last {window} tokens at every point of every curve; a shorter "
+                f"stage is averaged over its whole length."
             ),
         },
         {

@@ -6,7 +6,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from grow.report import text
-from grow.report.svg import chart_svg
+from grow.report.svg import chart_svg, look_of
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -33,7 +33,7 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {function.__name__: function for function in (*FORMATS, chart_svg, layer_style)}
+    environment.globals |= {function.__name__: function for function in (*FORMATS, chart_svg, layer_style, look_of)}
     return environment
 
 

@@ -16,6 +16,14 @@ def loss(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.3f}".replace("-", MINUS)
 
 
+def score(value: float, stderr: float | None) -> str:
+    """A score with its standard error: 52.8, 0.5 -> "52.80 ± 0.50"; perplexities of untrained models as powers."""
+    written = f"{value:.2f}" if value < 1e5 else flops(value)
+    return (
+        written if stderr is None else f"{written} ± {stderr:.2f}" if stderr < 1e5 else f"{written} ± {flops(stderr)}"
+    )
+
+
 def percent(share: float | None, *, signed: bool = True) -> str:
     """0.79 -> "+79 %"; one decimal below ten per cent."""
     if share is None:

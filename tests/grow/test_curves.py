@@ -14,9 +14,11 @@ from grow.curves import (
     Curve,
     default_window,
     first_crossing,
+    loss_at,
     read_run_log,
     smooth,
     speedup,
+    speedup_at,
     training_curve,
     validation_curve,
 )
@@ -59,6 +61,42 @@ def test_a_shift_by_one_and_a_half_gives_fifty_per_cent():
     baseline = power_law(300)
 
     assert speedup(Curve(baseline.tokens, baseline.flops / 1.5, baseline.loss), baseline).speedup == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("expected", [0.0, 0.5, -0.2])
+@pytest.mark.parametrize("window_tokens", [1000, 10_000])
+def test_a_known_speedup_comes_back_within_one_per_cent_with_the_base_paid_for(expected, window_tokens):
+    """The grown curve, its base's FLOPs included, is at every loss the baseline's at 1 / (1 + expected) of the FLOPs.
+
+    Smoothing: the mean of the last 1,000 or 10,000 of 400,000 tokens.
+    """
+    baseline, base_flops = power_law(400), 2e10
+    tokens = np.arange(1, 701, dtype=np.int64) * 1000
+    flops = base_flops + tokens * FLOPS_PER_TOKEN
+    loss = 2 + 6 * (flops / FLOPS_PER_TOKEN / 1000 * (1 + expected)) ** -0.2
+    grown = Curve(tokens, flops, loss)
+
+    result = speedup(smooth(grown, window_tokens), smooth(baseline, window_tokens))
+
+    assert result.reached and result.speedup == pytest.approx(expected, abs=0.01)
+    assert result.flops_grown > base_flops
+
+
+def test_a_loss_that_growth_never_reaches_is_said_and_no_number_is_made_up():
+    baseline, grown = power_law(300), power_law(300, cheaper=0.5)
+
+    result = speedup_at(grown, baseline, float(baseline.loss[-1]))
+
+    assert (result.speedup, result.flops_grown, result.reason) == (None, None, "not reached")
+    assert result.flops_baseline == baseline.flops[-1]
+
+
+def test_the_loss_at_a_budget_is_interpolated_in_log_flops_and_never_extrapolated():
+    curve = Curve(np.arange(4), np.array([0.0, 1e10, 1e12, 1e13]), np.array([9.0, 4.0, 3.0, 2.5]))
+
+    assert loss_at(curve, 1e11) == pytest.approx(3.5)
+    assert loss_at(curve, 1e13) == 2.5
+    assert loss_at(curve, 1e9) is None and loss_at(curve, 1.01e13) is None
 
 
 def test_the_printed_headline_of_the_paper_is_a_ratio_minus_one():
@@ -205,6 +243,13 @@ def test_half_a_line_at_the_end_is_left_out_with_a_note(tmp_path):
     assert len(log.notes) == 1 and "run/metrics.jsonl" in log.notes[0]
 
 
+def test_a_line_whose_steps_were_all_skipped_is_left_out_with_a_note(tmp_path):
+    log = read_run_log(write_log(tmp_path / "run", metric(1), metric(2, loss=None), metric(3)))
+
+    assert [line.step for line in log.metrics] == [1, 3]
+    assert log.notes == ("run/metrics.jsonl: 1 line without a loss left out; every step there was skipped.",)
+
+
 def test_a_step_that_was_taken_again_replaces_the_first_try(tmp_path):
     log = read_run_log(write_log(tmp_path / "run", metric(1), metric(2), metric(3), metric(2, loss=1.0)))
 
@@ -216,16 +261,32 @@ def test_a_step_that_was_taken_again_replaces_the_first_try(tmp_path):
     [
         ([metric(1), "{nonsense", metric(2)], "line 2 is not JSON"),
         ([metric(1), metric(40, loss=float("nan"))], "the loss of step 40 is nan"),
-        ([metric(1), metric(7, loss=None)], "the loss of step 7 is None"),
+        ([metric(1), metric(7, loss="low")], "the loss of step 7 is low"),
+        ([metric(7, loss=None)], "no complete line"),
         (["[1, 2]", metric(2)], "not a JSON object"),
         ([{"step": 1}], "lacks stage"),
         ([metric(1, flops_total="many")], "flops_total is 'many'"),
+        ([metric(1, tokens=float("inf"))], "tokens is inf"),
+        ([metric(1), metric(2, bpb=float("nan"))], "line 2: bpb is nan"),
         ([""], "no complete line"),
     ],
 )
 def test_a_log_that_cannot_be_a_curve_is_one_clear_error(tmp_path, lines, message):
     with pytest.raises(DataError, match=message):
         read_run_log(write_log(tmp_path / "run", *lines))
+
+
+def test_a_measurement_that_is_no_number_is_one_clear_error_and_scores_of_tasks_are_no_measurement(tmp_path):
+    run_dir = write_log(tmp_path / "run", metric(1))
+    common = {"step": 1, "stage": 1, "stage_name": "main", "when": "every", "tokens": 100, "flops_total": 1e6}
+    score = {**common, "task": "boolq", "metric": "acc", "value": 0.5}
+    (run_dir / "evals.jsonl").write_text(json.dumps(score))
+    assert read_run_log(run_dir).evaluations == ()
+
+    bits = {**common, "set": "a", "metric": "bpb", "value": float("nan")}
+    (run_dir / "evals.jsonl").write_text(json.dumps(score) + "\n" + json.dumps(bits))
+    with pytest.raises(DataError, match="line 2: the bpb of step 1 is nan"):
+        read_run_log(run_dir)
 
 
 def test_a_folder_without_metrics_is_no_run(tmp_path):

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
-import html
 import json
 import re
 import shutil
-import subprocess
 import sys
 from hashlib import sha256
 from html.parser import HTMLParser
@@ -18,11 +15,13 @@ import numpy as np
 import pytest
 
 from grow.report import text
-from grow.report.command import add_arguments, make_report, run, summary
+from grow.report.command import summary
 from grow.report.facts import blocks
 from grow.report.page import FORMATS, layer_style, render
 from lit_gpt.errors import DataError, run_command
 from lit_gpt.flops import count_parameters, flops_per_token
+from tests.browser import look_at, needs_chromium
+from tests.reports import by_name, facts_on, report_on
 from tests.synthetic_runs import (
     LARGE,
     SMALL,
@@ -39,35 +38,12 @@ from tests.synthetic_runs import (
 )
 
 
-def arguments(*runs: Path, out: Path, options: tuple[str, ...]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return parser.parse_args([*map(str, runs), "--out", str(out), *options])
-
-
-def facts_on(*runs: Path, options: tuple[str, ...] = ("--no-samples",)) -> dict[str, Any]:
-    """What report.json would hold; the page is rendered, for its template must take every report, and thrown away."""
-    report = make_report(arguments(*runs, out=Path("out"), options=options))
-    render(report)
-    return json.loads(json.dumps(report, allow_nan=False))
-
-
-def report_on(*runs: Path, out: Path, options: tuple[str, ...] = ("--no-samples",)) -> dict[str, Any]:
-    """What report.json holds after the command."""
-    assert run(arguments(*runs, out=out, options=options)) == 0
-    return json.loads((out / "report.json").read_text())
-
-
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     """The report of a run that grew and one from scratch, as the demo makes it: the dict and its folder."""
     root = tmp_path_factory.mktemp("demo")
     runs = [stacked_run(root / "stacked").write(), scratch_run(root / "scratch").write()]
     return report_on(*runs, out=root / "out"), root / "out"
-
-
-def by_name(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {row["name"]: row for row in report["runs"]}
 
 
 def test_the_speedup_is_that_of_the_known_curves(tmp_path):
@@ -181,14 +157,40 @@ def test_a_run_that_grew_twice_is_represented_by_its_last_model(tmp_path):
     assert [row["grown_from"] for row in report["runs"]] == [None, "base", "middle", None]
 
 
-def test_different_tokenizers_refuse_a_speedup(tmp_path):
-    other = {**TOKENIZER, "sha256": "dead" * 16}
-    runs = [stacked_run(tmp_path / "a").write(), scratch_run(tmp_path / "b", tokenizer=other).write()]
+OTHER_TOKENIZER = {**TOKENIZER, "sha256": "dead" * 16}
 
-    report = facts_on(*runs)
 
-    assert report["speedup_at_equal_loss"] is None and "different tokenizers" in report["reason"]
-    assert "bits per byte" in report["reason"]
+def test_different_tokenizers_are_compared_in_bits_per_byte_alone(tmp_path):
+    """Nats per token are three times as many for the baseline, whose tokens are three times as long."""
+    stacked = stacked_run(tmp_path / "a").write()
+    scratch = scratch_run(tmp_path / "b").write()
+    plain = facts_on(stacked, scratch)
+    longer = scratch_run(tmp_path / "c", tokenizer=OTHER_TOKENIZER).write()
+    for name, field in (("metrics.jsonl", "loss"), ("evals.jsonl", "value")):
+        lines = [json.loads(line) for line in (longer / name).read_text().splitlines()]
+        lines = [{**line, field: 3 * line[field]} if line.get("metric", "loss") == "loss" else line for line in lines]
+        (longer / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    report = facts_on(stacked, longer)
+
+    assert report["unit"] == "bits per byte"
+    assert report["speedup_at_equal_loss"] == pytest.approx(plain["speedup_at_equal_loss"], rel=1e-6)
+    assert report["target_loss"] == pytest.approx(plain["target_loss"] / 2.4, rel=1e-6)
+    assert report["speedup_validation"]["speedup"] == pytest.approx(plain["speedup_validation"]["speedup"], rel=1e-6)
+    assert "different tokenizers: losses are bits per byte" in " ".join(report["headline"]["more"])
+    assert any("matched by name alone" in note for note in report["notes"])
+    assert all("bits per byte" in chart["y_label"] for chart in report["charts"] if chart["section"] == "loss")
+
+
+def test_a_run_without_bits_per_byte_is_left_out_where_tokenizers_differ(tmp_path):
+    other = scratch_run(tmp_path / "b", tokenizer=OTHER_TOKENIZER).write()
+    lines = [json.loads(line) for line in (other / "metrics.jsonl").read_text().splitlines()]
+    (other / "metrics.jsonl").write_text("".join(json.dumps({**line, "bpb": None}) + "\n" for line in lines))
+
+    report = facts_on(stacked_run(tmp_path / "a").write(), other)
+
+    assert list(by_name(report)) == ["base", "grown"] and report["speedup_at_equal_loss"] is None
+    assert any("scratch is left out" in note for note in report["notes"])
 
 
 def test_a_pair_that_differs_in_more_than_growth_says_so_beside_the_number(tmp_path):
@@ -434,7 +436,8 @@ def test_every_chart_is_a_png_and_an_svg(demo):
     report, out = demo
 
     names = [chart["id"] for chart in report["charts"]]
-    assert names == ["train-flops", "train-flops-zoom", "validation-flops", "train-tokens", "train-seconds"]
+    losses = ["train-flops", "train-flops-zoom", "validation-flops", "train-tokens", "train-seconds"]
+    assert names == [*losses, "loss-difference"]
     for name in names:
         assert (out / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert "<svg" in (out / "figures" / f"{name}.svg").read_text()
@@ -589,57 +592,8 @@ def test_both_models_write_text_from_the_same_prompts(tmp_path):
     assert "training data" in without["samples"]["skipped"][0]["reason"]
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-dev-shm-usage"
-).split()
-# Collects errors from the first moment; once all is drawn, points at every visible chart and tells the frame's owner
-PROBE = """<script>
-var errors = [];
-addEventListener("error", function (event) { errors.push(event.message); });
-addEventListener("securitypolicyviolation", function (event) { errors.push(event.blockedURI); });
-console.error = function () { errors.push(Array.from(arguments).join(" ")); };
-addEventListener("load", function () {
-  var tips = [];
-  document.querySelectorAll("svg[data-chart]").forEach(function (svg) {
-    var box = svg.getBoundingClientRect();
-    if (!box.width) return;
-    var at = { clientX: box.left + 0.8 * box.width, clientY: box.top + 50, bubbles: true };
-    svg.dispatchEvent(new PointerEvent("pointermove", at));
-    svg.closest("figure").querySelectorAll(".tip:not([hidden])").forEach(function (tip) {
-      tips.push({ chart: svg.dataset.chart, text: tip.innerText });
-    });
-  });
-  var root = document.documentElement, table = document.querySelector(".scroll");
-  parent.postMessage({
-    errors: errors, tips: tips, text: document.body.innerText, width: innerWidth, content: root.scrollWidth,
-    background: getComputedStyle(document.body).backgroundColor, hidden_table: table.scrollWidth - table.clientWidth
-  }, "*");
-});
-</script>"""
-OWNER = """<!doctype html><pre id="result"></pre><script>
-addEventListener("message", function (event) {
-  document.getElementById("result").textContent = JSON.stringify(event.data);
-});
-</script><iframe src="page.html" style="border: 0; width: %dpx; height: 3000px"></iframe>"""
-
-
-def look_at(page: str, width: int, folder: Path, *flags: str) -> dict[str, Any]:
-    """What Chromium makes of a page at a width. It opens no window narrower than 500, so the page is in a frame."""
-    folder.mkdir()
-    (folder / "page.html").write_text(page.replace("<head>", "<head>" + PROBE))
-    (folder / "owner.html").write_text(OWNER % width)
-    command = [CHROMIUM, *FLAGS, *flags, f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=10000"]
-    address = f"file://{folder / 'owner.html'}"
-    dumped = subprocess.run([*command, "--dump-dom", address], capture_output=True, text=True, timeout=120)
-    found = re.search(r'<pre id="result">(.+?)</pre>', dumped.stdout, re.DOTALL)
-    assert found, dumped.stderr[-2000:]
-    return json.loads(html.unescape(found[1]))
-
-
 @pytest.mark.browser
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: install the package `chromium`")
+@needs_chromium
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_browser_shows_every_number_without_errors_or_sideways_scrolling(demo, tmp_path, width):
     report, out = demo
@@ -668,7 +622,7 @@ def test_a_browser_shows_every_number_without_errors_or_sideways_scrolling(demo,
 
 
 @pytest.mark.browser
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: install the package `chromium`")
+@needs_chromium
 def test_a_browser_that_prefers_dark_gets_a_dark_page(demo, tmp_path):
     page = (demo[1] / "report.html").read_text()
 

@@ -282,7 +282,7 @@ def test_killing_the_demo_kills_its_step(checkout: Checkout):
 
 @pytest.mark.parametrize("smoke", [False, True])
 def test_fresh_removes_only_what_the_demo_writes(checkout: Checkout, smoke: bool):
-    written = ["data", "stacked", "scratch", "figures", "report.html", "report.json"]
+    written = ["data", "stacked", "scratch", "figures", "tables", "report.html", "report.json"]
     for name in ("demo", "smoke", "mine"):
         for entry in (*written, "notes"):
             (checkout.path / "out" / name / entry).mkdir(parents=True)

@@ -15,7 +15,8 @@
   var WRITE = {
     flops: function (value) { return value.toExponential(2).replace("e+", "×10^") + " FLOPs"; },
     tokens: function (value) { return count(value) + " tokens"; },
-    seconds: function (value) { return value.toFixed(value < 100 ? 1 : 0) + " s"; }
+    seconds: function (value) { return value.toFixed(value < 100 ? 1 : 0) + " s"; },
+    factor: function (value) { return "factor " + value.toPrecision(3); }
   };
 
   function nearest(points, x) {
@@ -25,6 +26,17 @@
       if (points[middle][0] < x) low = middle; else high = middle;
     }
     return x - points[low][0] < points[high][0] - x ? points[low] : points[high];
+  }
+
+  // Where on an axis a value lies, from 0 to 1, and back
+  function share(value, axis) {
+    var f = axis.log ? Math.log : Number;
+    return (f(value) - f(axis.min)) / (f(axis.max) - f(axis.min));
+  }
+
+  function valueAt(part, axis) {
+    if (axis.log) return axis.min * Math.pow(axis.max / axis.min, part);
+    return axis.min + part * (axis.max - axis.min);
   }
 
   function element(name, attributes, parent) {
@@ -41,14 +53,14 @@
     var lines = chart.series.filter(function (one) { return one.kind !== "logged"; });
     var cursor = element("g", { "class": "cursor", visibility: "hidden" }, svg);
     var rule = element("line", { y1: plot[1], y2: plot[3] }, cursor);
-    var dots = lines.map(function (one) { return element("circle", { r: 4, "class": "s" + one.style }, cursor); });
+    var dots = lines.map(function (one) { return element("circle", { r: 4, "class": "s" + one.style % 16 }, cursor); });
     var tip = document.createElement("div");
     tip.className = "tip";
     tip.hidden = true;
     figure.appendChild(tip);
 
-    function toX(value) { return plot[0] + (value - chart.x.min) / (chart.x.max - chart.x.min) * (plot[2] - plot[0]); }
-    function toY(value) { return plot[3] - (value - chart.y.min) / (chart.y.max - chart.y.min) * (plot[3] - plot[1]); }
+    function toX(value) { return plot[0] + share(value, chart.x) * (plot[2] - plot[0]); }
+    function toY(value) { return plot[3] - share(value, chart.y) * (plot[3] - plot[1]); }
 
     function hide() {
       cursor.setAttribute("visibility", "hidden");
@@ -67,22 +79,22 @@
       var box = svg.getBoundingClientRect();
       var at = (event.clientX - box.left) * svg.viewBox.baseVal.width / box.width;
       if (at < plot[0] - 4 || at > plot[2] + 4) return hide();
-      var x = chart.x.min + (at - plot[0]) / (plot[2] - plot[0]) * (chart.x.max - chart.x.min);
-      var reach = (chart.x.max - chart.x.min) * 0.015;
+      var x = valueAt((at - plot[0]) / (plot[2] - plot[0]), chart.x);
+      var reach = 0.015 * (plot[2] - plot[0]);
       tip.replaceChildren();
       lines.forEach(function (one, i) {
         var ends = [one.points[0][0], one.points[one.points.length - 1][0]];
-        var inside = x > ends[0] - reach && x < ends[1] + reach;
+        var inside = at > toX(ends[0]) - reach && at < toX(ends[1]) + reach;
         var point = inside ? nearest(one.points, x) : null;
         var visible = inside && toY(point[1]) >= 0;
         dots[i].setAttribute("visibility", visible ? "inherit" : "hidden");
         if (!inside) return;
         dots[i].setAttribute("cx", toX(point[0]));
         dots[i].setAttribute("cy", toY(point[1]));
-        tip.append(row(one.name, point[1].toFixed(3)));
+        tip.append(row(one.name, point[1].toPrecision(4)));
       });
       if (!tip.childElementCount) return hide();
-      tip.prepend(WRITE[chart.quantity](x));
+      tip.prepend(chart.x.zero && x < 1.5 * chart.x.zero ? "0" : WRITE[chart.quantity](x));
       rule.setAttribute("x1", at);
       rule.setAttribute("x2", at);
       cursor.setAttribute("visibility", "visible");

@@ -1,0 +1,67 @@
+"""Families of runs, scratch and one per growth operator, and the budgets and losses that a law is fitted to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from grow.curves import Curve, default_window, smooth, validation_curve
+from grow.report.gather import Gathered, TrainedModel
+
+SCRATCH = "scratch"
+POINTS = ("final", "every")
+LOSSES = ("train", "validation")
+
+
+@dataclass(frozen=True)
+class Family:
+    """Runs that began in the same way."""
+
+    name: str
+    """`scratch`, or the growth operator."""
+    models: tuple[str, ...]
+    flops: np.ndarray
+    """(n,) budgets, base models included."""
+    loss: np.ndarray
+    """(n,)"""
+
+
+def family_of(model: TrainedModel) -> str | None:
+    """Its family; None for bases, whose training was cut short, and for what began with a checkpoint."""
+    if model.role == "grown" and not model.is_base:
+        return model.operator or "grown"
+    return SCRATCH if model.role == "baseline" else None
+
+
+def families(gathered: Gathered, *, points: str = "final", loss: str = "train") -> list[Family]:
+    """All families, scratch first.
+
+    Args:
+        gathered: the runs.
+        points: "final" takes the last loss of every run, "every" all of them.
+        loss: "train" takes the training loss, averaged over the last tenth of the run (at least two log intervals)
+            before every point; "validation" the losses on the first set of each run, its start left out.
+    """
+    by_name: dict[str, list[tuple[str, Curve]]] = {}
+    for model in sorted(gathered.models, key=lambda model: family_of(model) != SCRATCH):
+        name, curve = family_of(model), _curve(model, loss)
+        if name is not None and curve is not None:
+            by_name.setdefault(name, []).append((model.name, curve))
+    return [_family(name, members, points) for name, members in by_name.items()]
+
+
+def _curve(model: TrainedModel, loss: str) -> Curve | None:
+    if loss == "train":
+        return smooth(model.curve, default_window([model.curve]))
+    sets = [evaluation.set for evaluation in model.evaluations if evaluation.metric == "loss"]
+    after_start = [e for e in model.evaluations if e.when not in ("start", "after_growth")]
+    return validation_curve(after_start, sets[0]) if sets else None
+
+
+def _family(name: str, members: Iterable[tuple[str, Curve]], points: str) -> Family:
+    chosen = slice(-1, None) if points == "final" else slice(None)
+    parts = [(model, curve.flops[chosen], curve.loss[chosen]) for model, curve in members]
+    flops, loss = (np.concatenate([part[place] for part in parts]) for place in (1, 2))
+    return Family(name, tuple(model for model, _, _ in parts), flops, loss)

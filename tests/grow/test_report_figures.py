@@ -1,0 +1,393 @@
+"""The figures and tables of the paper in `grow report`: each drawn when the runs can feed it, else said in one line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from grow.report import text
+from grow.report.axes import log_ticks, nice_ticks
+from grow.report.page import render
+from grow.report.paper import models_like, speedups_like
+from grow.scores import AVERAGE, AVERAGED, LABELS, METRICS
+from lit_gpt.flops import flops_per_token
+from tests.browser import look_at, needs_chromium
+from tests.reports import by_name, facts_on, report_on
+from tests.synthetic_runs import (
+    LARGE,
+    TOKENS_PER_STEP,
+    Stage,
+    SyntheticRun,
+    power_law_loss,
+    scratch_run,
+    sized,
+    stacked_run,
+    swept_run,
+)
+
+NINE = (*AVERAGED, "wikitext")
+
+
+def from_scratch(path: Path, *, n_layer: int = 8, steps: int = 450, **changes: Any) -> Path:
+    config = sized(n_layer)
+    return SyntheticRun(path, [Stage("scratch", config, steps, power_law_loss(config))], noise=0.0, **changes).write()
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    """A report with every figure: three timings, three factors, three operators, two sizes, scores, another's model."""
+    root = tmp_path_factory.mktemp("everything")
+    runs = [from_scratch(root / "scratch", tasks=NINE), from_scratch(root / "larger", n_layer=16, steps=500)]
+    runs += [swept_run(root / f"d{steps}", steps, tasks=NINE) for steps in (30, 120, 480)]
+    runs += [swept_run(root / f"n{n_layer}", 120, n_layer_src=n_layer) for n_layer in (1, 4)]
+    runs.append(swept_run(root / "inter", 120, operator="interpolate", tasks=NINE, limit=50))
+    theirs = root / "theirs.jsonl"
+    common = {"model": "theirs", "parameters": 3e6, "results": {"sciq": {"acc_norm": 0.4}}}
+    points = [{**common, "tokens": at, "loss": 6 - at / 1e6} for at in (1e5, 5e5, 1e6)]
+    theirs.write_text("".join(json.dumps(point) + "\n" for point in points))
+    return report_on(*runs, theirs, out=root / "out"), root / "out"
+
+
+def chart_of(report: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(chart for chart in report["charts"] if chart["id"] == name)
+
+
+def table_of(report: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(table for table in report["tables"] if table["id"] == name)
+
+
+def row_of(table: dict[str, Any], name: str) -> dict[str, dict[str, Any]]:
+    row = next(row for row in table["rows"] if row["name"] == name)
+    return dict(zip(table["columns"], row["cells"], strict=True))
+
+
+def test_every_kind_of_figure_is_there_and_nothing_is_missing(everything):
+    report, out = everything
+
+    names = {chart["id"] for chart in report["charts"]}
+    assert names >= {"train-flops", "train-tokens", "score-average", "score-sciq", "score-wikitext", "loss-difference"}
+    assert names >= {"scaling-law", "isoflop-timing", "isoflop-factor"}
+    assert {table["id"] for table in report["tables"]} == {"runs", "scores", "operators", "speedups"}
+    assert report["missing"] == []
+    for name in names:
+        assert all((out / "figures" / f"{name}.{suffix}").stat().st_size for suffix in ("png", "svg"))
+
+
+def test_what_the_runs_cannot_feed_is_said_in_one_line_each(tmp_path):
+    report = facts_on(scratch_run(tmp_path / "scratch").write())
+
+    missing = {each["figure"]: each["needs"] for each in report["missing"]}
+    assert list(missing) == [
+        "Average accuracy",
+        "Accuracy of single tasks",
+        "Wikitext perplexity",
+        "Loss difference with a logarithmic fit",
+        "Scaling law L = a C^b with predictions",
+        "IsoFLOP against growth timing",
+        "IsoFLOP against growth factor",
+        "Table of scores",
+        "Operators against metrics",
+    ]
+    assert "three or more growth timings" in missing["IsoFLOP against growth timing"]
+    page = render(report).replace("&#39;", "'")
+    assert all("\n" not in needs and f"It needs {needs}." in page for needs in missing.values())
+
+
+def test_an_average_that_lacks_a_task_says_which(tmp_path):
+    report = facts_on(scratch_run(tmp_path / "scratch", tasks=NINE[1:]).write())
+
+    needs = next(each["needs"] for each in report["missing"] if each["figure"] == "Average accuracy")
+    assert "there are none of Lambada" in needs
+    assert {chart["id"] for chart in report["charts"]} >= {"score-piqa", "score-wikitext"}
+
+
+def test_the_speedup_is_given_along_the_way_too(tmp_path):
+    report = facts_on(stacked_run(tmp_path / "a", noise=0.0).write(), scratch_run(tmp_path / "b", noise=0.0).write())
+
+    along = report["speedup_train"]["along"]
+    shares = [each["flops_scratch"] / report["speedup_train"]["flops_scratch"] for each in along]
+    assert shares == [pytest.approx(0.6, abs=1e-3), pytest.approx(0.8, abs=1e-3)]
+    # the grown curve is that from scratch 380,000 tokens later: a head start that is worth more early
+    assert along[0]["speedup"] > along[1]["speedup"] > report["speedup_at_equal_loss"] > 0
+    zoom, main = chart_of(report, "train-flops-zoom"), chart_of(report, "train-flops")
+    assert [arrow["label"] for arrow in main["arrows"]] == [text.percent(report["speedup_at_equal_loss"])]
+    assert len(zoom["arrows"]) >= 2 and main["inset"]["arrows"] == zoom["arrows"]
+    rows = table_of(report, "speedups")["rows"]
+    assert [row["cells"][3]["value"] for row in rows] == [
+        *(each["speedup"] for each in along),
+        report["speedup_at_equal_loss"],
+    ]
+
+
+def test_tokens_of_the_target_model_stand_above_the_flops(tmp_path):
+    report = facts_on(stacked_run(tmp_path / "a").write(), scratch_run(tmp_path / "b").write())
+
+    tick = chart_of(report, "train-flops")["top"]["ticks"][1]
+    assert tick["label"] == "200\u202fk" and tick["at"] == pytest.approx(2e5 * flops_per_token(LARGE).paper, rel=1e-3)
+
+
+def test_models_of_two_sizes_share_no_axis_of_tokens_and_meet_the_baseline_of_their_size(everything):
+    report = everything[0]
+
+    assert chart_of(report, "train-flops")["top"] is None
+    names = [row["name"] for row in table_of(report, "speedups")["rows"]]
+    assert all(name.endswith("over scratch/scratch") for name in names)
+
+
+def test_the_loss_difference_is_that_of_the_curves_and_its_fit_runs_on(tmp_path):
+    """From scratch 60 C^-0.09, grown 0.2 lower at every budget but for the smoothing."""
+    report = facts_on(swept_run(tmp_path / "grown", 120), from_scratch(tmp_path / "scratch"))
+
+    chart = chart_of(report, "loss-difference")
+    line, fit = (series["points"] for series in chart["series"])
+    assert [y for _, y in line[len(line) // 2 :]] == pytest.approx([0.2] * (len(line) - len(line) // 2), abs=0.02)
+    assert fit[-1][0] == pytest.approx(4 * line[-1][0], rel=1e-4)
+    assert fit[0][1] == pytest.approx(np.interp(fit[0][0], *np.transpose(line)), abs=0.005)
+
+
+def test_isoflop_parabolas_find_the_best_timing_and_leave_zero_out(everything):
+    """The loss is lowest for 120 steps of the base, whatever the budget; from scratch is far above and not fitted."""
+    report = everything[0]
+
+    chart = chart_of(report, "isoflop-timing")
+    found = [each["optimum"] for each in report["optima"] if each["what"] == "d"]
+    assert len(found) == 5
+    assert all(optimum == pytest.approx(120 * TOKENS_PER_STEP, rel=0.12) for optimum in found), found
+    marks = next(series for series in chart["series"] if series["kind"] == "marks")
+    timings = [steps * TOKENS_PER_STEP for steps in (30, 120, 480)]
+    assert [x for x, _ in marks["points"]] == [chart["x"]["zero"], *timings]
+    assert marks["points"][0][1] > max(y for _, y in marks["points"][1:]) + 0.1
+    assert chart["x"]["ticks"][0] == {"at": chart["x"]["zero"], "label": "0"}
+    fit = next(series for series in chart["series"] if series["kind"] == "fit")
+    assert fit["points"][0][0] == marks["points"][1][0]
+
+
+def test_isoflop_parabolas_find_the_best_factor(everything):
+    found = [each["optimum"] for each in everything[0]["optima"] if each["what"] == "g"]
+
+    # from scratch is g = 1 and 0.2 above what the grown ones say of g = 1, so the parabola is not theirs alone
+    assert len(found) == 5 and all(3 < optimum < 5 for optimum in found), found
+    chart = chart_of(everything[0], "isoflop-factor")
+    assert [x for x, _ in chart["series"][0]["points"]] == [1, 2, 4, 8]
+
+
+def test_the_scaling_law_has_a_line_for_each_family_and_stars_ahead(everything):
+    chart = chart_of(everything[0], "scaling-law")
+
+    kinds = [(series["name"], series["kind"]) for series in chart["series"] if series["kind"] != "logged"]
+    assert kinds == [(name, kind) for name in ("scratch", "stack") for kind in ("marks", "fit", "stars")]
+    assert chart["log"] == ["x", "y"] and "b = −0.0" in chart["caption"]
+    star = next(series for series in chart["series"] if series["kind"] == "stars")["points"][0]
+    assert star[0] == pytest.approx(10 * max(row["flops_total"] for row in everything[0]["runs"]), rel=1e-4)
+
+
+def test_scores_have_standard_errors_and_limited_ones_a_mark(everything):
+    report = everything[0]
+
+    table = table_of(report, "scores")
+    cell = row_of(table, "d120/grown")["SciQ"]
+    assert cell["text"] == f"{cell['value']:.2f} ± {cell['stderr']:.2f}" and cell["limit"] is None
+    limited = row_of(table, "inter/grown")["Average"]
+    assert limited["text"].endswith("*") and limited["limit"] == 50
+    assert "* Limited" in table["caption"]
+    assert "inter/grown" in chart_of(report, "score-piqa")["caption"]
+    line = next(series for series in chart_of(report, "score-piqa")["series"] if series["name"] == "scratch/scratch")
+    low, high = line["intervals"][-1]
+    assert (low + high) / 2 == pytest.approx(line["points"][-1][1]) and high - low == pytest.approx(2 * 1.58, abs=0.01)
+
+
+def test_operators_are_shaded_from_the_worst_to_the_best_of_every_column(everything):
+    table = table_of(everything[0], "operators")
+
+    losses = [row["cells"][table["columns"].index("Loss")] for row in table["rows"]]
+    best, worst = (extreme(losses, key=lambda cell: cell["value"]) for extreme in (min, max))
+    assert (best["shade"], worst["shade"]) == (1, 0)
+    scores = [row["cells"][table["columns"].index("SciQ")] for row in table["rows"]]
+    assert max((cell for cell in scores if cell["value"]), key=lambda cell: cell["value"])["shade"] == 1
+    assert {"inter/grown: interpolate", "d120/grown: stack", "scratch/scratch"} < {row["name"] for row in table["rows"]}
+
+
+def test_tables_are_written_as_csv_with_full_numbers_and_as_markdown(everything):
+    report, out = everything
+
+    with (out / "tables" / "scores.csv").open() as file:
+        rows = {row["Model"]: row for row in csv.DictReader(file)}
+    cell = row_of(table_of(report, "scores"), "d120/grown")["SciQ"]
+    assert float(rows["d120/grown"]["SciQ"]) == cell["value"]
+    assert float(rows["d120/grown"]["SciQ stderr"]) == cell["stderr"]
+    assert rows["inter/grown"]["SciQ limit"] == "50" and rows["d120/grown"]["SciQ limit"] == ""
+    lines = (out / "tables" / "operators.md").read_text().splitlines()
+    assert lines[0].startswith("| Model | Parameters | Lambada") and set(lines[1]) <= set("| -:")
+    assert len(lines) == len(table_of(report, "operators")["rows"]) + 4
+
+
+def test_points_of_others_are_drawn_beside_the_runs_without_a_speedup(everything):
+    report = everything[0]
+
+    (theirs,) = [series for series in chart_of(report, "train-flops")["series"] if series["name"] == "theirs"]
+    assert theirs["points"] == [[1.8e12, 5.9], [9e12, 5.5], [1.8e13, 5.0]]
+    (scores,) = [series for series in chart_of(report, "score-sciq")["series"] if series["name"] == "theirs"]
+    assert [y for _, y in scores["points"]] == [40, 40, 40]
+    assert "theirs" not in by_name(report) and report["external"][0]["points"] == 3
+
+
+def test_models_of_one_name_are_told_apart_by_their_files(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"model": "scratch", "tokens": 1e6, "loss": 3.0}))
+
+    report = facts_on(from_scratch(tmp_path / "scratch"), tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+
+    names = [model["name"] for model in report["external"]]
+    assert names == [f"scratch ({tmp_path / name})" for name in ("a.jsonl", "b.jsonl")]
+    lines = chart_of(report, "train-tokens")["series"]
+    assert len({series["style"] for series in lines}) == 3 and {"scratch", *names} == {s["name"] for s in lines}
+
+
+def test_a_run_that_was_only_validated_at_its_start_has_no_validation_chart(tmp_path):
+    run = from_scratch(tmp_path / "scratch", steps=30, validation_every=1000)
+    lines = [line for line in (run / "evals.jsonl").read_text().splitlines(keepends=True) if '"start"' in line]
+    (run / "evals.jsonl").write_text("".join(lines))
+
+    report = facts_on(run)
+
+    assert {chart["id"] for chart in report["charts"]} == {"train-flops", "train-tokens", "train-seconds"}
+
+
+def test_a_run_that_grew_twice_is_one_point_of_a_law_and_none_of_a_sweep(tmp_path):
+    for steps in (60, 90, 120):
+        stages = [
+            Stage("one", sized(2), 40, power_law_loss(sized(2))),
+            Stage("two", sized(4), steps, power_law_loss(sized(4)), operator="stack"),
+            Stage("three", LARGE, 200, power_law_loss(LARGE), operator="stack"),
+        ]
+        SyntheticRun(tmp_path / f"run{steps}", stages, noise=0.0).write()
+
+    report = facts_on(*sorted(tmp_path.iterdir()), from_scratch(tmp_path / "scratch"))
+
+    law = chart_of(report, "scaling-law")
+    marks = next(series for series in law["series"] if series["kind"] == "marks")
+    assert (marks["name"], len(marks["points"])) == ("stack", 3)
+    assert not any(chart["id"].startswith("isoflop") for chart in report["charts"])
+
+
+def test_a_score_of_nobody_knows_when_stands_in_the_table_alone(tmp_path):
+    """A line of scripts/evaluate.py on a checkpoint that does not say how long it was trained."""
+    line = {"step": None, "stage": None, "tokens": None, "flops_total": None, "when": "evaluate", "n": 1000}
+    line |= {"task": "sciq", "metric": "acc_norm", "value": 0.5, "stderr": 0.02, "limit": None}
+    (tmp_path / "theirs.jsonl").write_text(json.dumps(line))
+
+    report = facts_on(from_scratch(tmp_path / "scratch", tasks=("sciq",)), tmp_path / "theirs.jsonl")
+
+    assert row_of(table_of(report, "scores"), "theirs")["SciQ"]["text"] == "50.00 ± 2.00"
+    chart = chart_of(report, "score-sciq")
+    assert [series["name"] for series in chart["series"]] == ["scratch"] and chart["quantity"] == "flops"
+
+
+def test_the_published_curves_of_pythia_are_drawn_as_they_are(data_dir, tmp_path):
+    files = sorted(data_dir("reference_results/pythia_zero_shot").glob("*.jsonl"))
+
+    report = report_on(*files, out=tmp_path / "out")
+
+    chart = chart_of(report, "score-average")
+    assert chart["quantity"] == "tokens"
+    assert [series["name"] for series in chart["series"]] == [path.stem for path in files]
+    assert all(len(series["points"]) == 27 for series in chart["series"])
+    ends = {series["name"]: series["points"][-1][1] for series in chart["series"]}
+    assert ends["pythia-70m-deduped"] < ends["pythia-410m-deduped"] < ends["pythia-6.9b-deduped"]
+    assert "no run is given" in report["reason"] and report["runs"] == []
+    assert (tmp_path / "out" / "figures" / "score-average.png").is_file()
+
+
+def test_the_papers_numbers_stand_beside_models_of_their_size():
+    names = {(model["where"], model["name"]) for model in models_like([1.03e9], operators=False)}
+    assert names == {("Table 3", "Pythia-1B"), ("Table 3", "TinyLlama")}
+    operators = models_like([1.1e9], operators=True)
+    assert len(operators) == 9 and {model["where"] for model in operators} == {"Figure 3"}
+    assert operators[0]["scores"][AVERAGE].value == pytest.approx(0.528, abs=1e-4) and operators[0]["speedup"] == 0.491
+    assert [each["speedup"] for each in speedups_like([0.37e9])] == pytest.approx([0.531, 0.337, 0.31])
+    assert models_like([3e6], operators=False) == [] == speedups_like([2e9])
+
+
+def test_the_papers_numbers_are_those_of_its_tables(data_dir):
+    """Every number of our file is one of the tables as they were transcribed, and every printed average is matched."""
+    tables = json.loads(data_dir("reference_results/paper_tables.json").read_text())
+    there = set(map(float, re.findall(r"-?\d+\.?\d*(?:[eE][+-]?\d+)?", json.dumps(tables))))
+    sizes = [0.41e9, 1.1e9, 3e9, 7e9]
+    for model in [*models_like(sizes, operators=True), *models_like(sizes, operators=False)]:
+        scores = {task: score.value for task, score in model["scores"].items() if task != AVERAGE}
+        printed = [value * (1 if task == "wikitext" else 100) for task, value in scores.items()]
+        printed += [] if model["loss"] is None else [model["loss"]]
+        for value in printed:
+            assert any(value == pytest.approx(number) for number in there), (model["name"], value)
+        assert set(model["scores"]) <= {*METRICS, AVERAGE} <= set(LABELS)
+
+
+def test_a_report_at_the_papers_size_shows_its_rows_in_the_tables(tmp_path):
+    """Runs are small here, so the sizes are made up: 1.1e9 parameters by their FLOPs alone, without a checkpoint."""
+    runs = [
+        swept_run(tmp_path / "grown", 120, tasks=NINE, checkpoints=False),
+        from_scratch(tmp_path / "scratch", tasks=NINE, checkpoints=False),
+    ]
+    factor = 1.1e9 / (flops_per_token(LARGE).paper / 6)
+    for path in [run / name for run in runs for name in ("metrics.jsonl", "evals.jsonl")]:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines = [{**line, "flops_total": line["flops_total"] * factor} for line in lines]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    report = facts_on(*runs)
+
+    assert by_name(report)["scratch"]["parameters"] == pytest.approx(1.1e9, rel=1e-3)
+    rows = table_of(report, "scores")["rows"]
+    assert [row["name"] for row in rows if row["kind"] == "paper"] == [
+        "paper, Table 3: Pythia-1B, 100\u202fB tokens",
+        "paper, Table 3: TinyLlama, 103\u202fB tokens",
+    ]
+    printed = row_of(table_of(report, "speedups"), "paper, Figure 3: 100\u202fB tokens")
+    assert printed["Speed-up"]["text"] == "+49\u202f%" and printed["Loss"]["value"] is None
+
+
+def test_the_papers_operators_stand_below_ours_and_are_shaded_by_themselves():
+    from grow.report.tables import _printed_row, _table
+
+    ours = {"name": "ours", "kind": "run", "parameters": 1.1e9, "scores": {}, "loss": 2.5, "speedup": 0.1}
+    printed = [_printed_row(model) for model in models_like([1.1e9], operators=True)]
+
+    table = _table("operators", "", "", [ours, {**ours, "name": "worse", "loss": 2.6}, *printed], shaded=True)
+
+    assert [row_of(table, name)["Loss"]["shade"] for name in ("ours", "worse")] == [1, 0]
+    stacked = row_of(table, "paper, Figure 3: G_direct (depth), 100\u202fB tokens")
+    assert (stacked["Loss"]["text"], stacked["Loss"]["shade"], stacked["Speed-up"]["shade"]) == ("2.151", 1, 1)
+
+
+def test_ticks_of_a_logarithmic_axis_are_few_and_round():
+    assert log_ticks(1e18, 1e20) == [1e18, 1e19, 1e20]
+    assert log_ticks(0.9, 9) == [1, 2, 5]
+    assert len(log_ticks(1e3, 1e24)) <= 6
+    assert nice_ticks(2.13, 2.31) == [2.15, 2.2, 2.25, 2.3]
+
+
+@pytest.mark.browser
+@needs_chromium
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_draws_every_figure_and_sorts_every_table(everything, tmp_path, width):
+    report, out = everything
+
+    seen = look_at((out / "report.html").read_text(), width, tmp_path / "browser")
+
+    assert seen["errors"] == [] and seen["content"] <= width == seen["width"]
+    assert [tip["chart"] for tip in seen["tips"]] == [chart["id"] for chart in report["charts"]]
+    assert set(seen["sorted"]) == {"runs", "scores", "operators", "speedups"}
+    for name, (down, up, by_first) in seen["sorted"].items():
+        rows = [(row["name"], row["cells"][-1]["value"]) for row in table_of(report, name)["rows"]]
+        values = sorted((value for _, value in rows if value is not None), reverse=True)
+        value_of = dict(rows)
+        with_value = len(values) if len(value_of) == len(rows) else 0  # names in some tables repeat
+        assert [value_of[row] for row in down][:with_value] == values[:with_value]
+        assert [value_of[row] for row in up][:with_value] == values[::-1][:with_value]
+        assert by_first == sorted(by_first, key=str.casefold)
