@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from lit_gpt.config import unknown_key
+from lit_gpt.settings_files import merge, read_settings_file
 from pretrain.config import RunConfig, known_keys, unknown_key_problems
 from pretrain.config_checks import config_problems
 
@@ -71,18 +71,6 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
-    if not Path(path).is_file():
-        raise ValueError(f"--config {path}: there is no such file")
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"--config {path} must hold a mapping of settings")
-    return values
-
-
 def split_arguments(argv: list[str]) -> tuple[list[str], dict[str, str], set[str]]:
     """Config files, `--section.key value` flags, and switches.
 
@@ -123,15 +111,6 @@ def _flag_problems(flags: Iterable[str]) -> list[str]:
     return [f"--{name}: {unknown_key(name, known)}" for name in unknown]
 
 
-def merge(low: dict[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
-    """`high` over `low`: mappings key by key, anything else, lists too, as a whole."""
-    merged = dict(low)
-    for key, value in high.items():
-        below = merged.get(key)
-        merged[key] = merge(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
-    return merged
-
-
 def _nested(name: str, value: Any) -> dict[str, Any]:
     for part in reversed(name.split(".")):
         value = {part: value}
@@ -152,7 +131,7 @@ def parse(argv: list[str]) -> Invocation:
         ValueError: unknown keys (with the nearest known), wrong types, or settings that do not fit together.
     """
     files, flags, switches = split_arguments(normalise(argv))
-    settings = [_read_yaml(path) for path in files]
+    settings = [read_settings_file(path) for path in files]
     problems = [f"{path}: {p}" for path, read in zip(files, settings, strict=True) for p in unknown_key_problems(read)]
     problems += _flag_problems(flags)
     given = {} if problems else settings_of(flags)

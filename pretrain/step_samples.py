@@ -17,9 +17,10 @@ from lit_gpt.atomic import file_problem, read_manifest
 from lit_gpt.checkpoint import STATE, manifest_sha256
 from lit_gpt.errors import DataError
 from lit_gpt.problems import raise_problems, read_json
+from lit_gpt.settings_files import merge
 from lit_gpt.token_text import TokenText
 from lit_gpt.tokenizer import Tokenizer
-from pretrain.command_line import config_of, merge, normalise, settings_of, split_arguments
+from pretrain.command_line import config_of, normalise, settings_of, split_arguments
 from pretrain.config import RunConfig, unknown_key_problems
 from pretrain.corpus import Corpus, model_config_for, read_corpus
 from pretrain.data import TrainData

@@ -51,7 +51,8 @@ def validate(path: str | Path, flags: Sequence[str] = ()) -> list[SetLoss]:
 
 def _settings(checkpoint: TrainingCheckpoint, flags: Sequence[str]) -> RunConfig:
     """Those of the run that wrote the checkpoint, with some replaced."""
-    from pretrain.command_line import config_of, merge, normalise, settings_of, split_arguments
+    from lit_gpt.settings_files import merge
+    from pretrain.command_line import config_of, normalise, settings_of, split_arguments
 
     _, replaced, _ = split_arguments(normalise(list(flags)))
     return config_of(merge(checkpoint.state["run_config"], settings_of(replaced)))

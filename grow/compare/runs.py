@@ -23,6 +23,7 @@ from lit_gpt.config import Config
 from lit_gpt.counts import parse_token_count
 from lit_gpt.errors import EXIT_STOPPED, DataError
 from lit_gpt.flops import flops_per_token
+from lit_gpt.settings_files import merge, read_settings_file
 from lit_gpt.stored_state import FLOPS, flops_behind
 
 DONE = "done.json"
@@ -126,22 +127,10 @@ def merged_settings(config: CompareConfig) -> dict[str, Any]:
     """
     merged: dict[str, Any] = {"batch": {"global_batch_size": 512}}
     for path in config.config:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} must hold a mapping of settings")
-        merged = _merge(merged, values)
-    merged = _merge(merged, config.settings)
+        merged = merge(merged, read_settings_file(path))
+    merged = merge(merged, config.settings)
     if not isinstance(merged.get("model"), dict) or "name" not in merged["model"]:
         raise ValueError(f"none of {', '.join(config.config)} names a model; give model: {{name: ...}}")
-    return merged
-
-
-def _merge(low: dict[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
-    """As `pretrain` lays its files over each other: mappings key by key, anything else as a whole."""
-    merged = dict(low)
-    for key, value in high.items():
-        below = merged.get(key)
-        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
     return merged
 
 
@@ -187,7 +176,7 @@ def run_once(config: CompareConfig, name: str, settings: Mapping[str, Any]) -> N
         DataError: the folder holds a finished run of other settings.
     """
     folder = Path(config.out_dir) / name
-    own = _merge(dict(config.settings), {**settings, "out_dir": str(folder)})
+    own = merge(dict(config.settings), {**settings, "out_dir": str(folder)})
     digest = hashlib.sha256(json.dumps([_contents(config.config), own], sort_keys=True).encode()).hexdigest()
     if (folder / DONE).is_file():
         if json.loads((folder / DONE).read_text())["settings"] == digest:

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lit_gpt.config import unknown_key
+from lit_gpt.settings_files import read_settings_file
 
 FROM_SCRATCH = "scratch"
 
@@ -41,15 +40,9 @@ def read_settings(path: str | Path) -> CompareConfig:
     """A comparison from its file.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a line for everything that is wrong with it.
+        ValueError: there is no such file, or a line for everything that is wrong with it.
     """
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a mapping of settings")
+    values = read_settings_file(path)
     if isinstance(values.get("config"), str):
         values = {**values, "config": [values["config"]]}
     problems = list(_problems(values))

@@ -13,9 +13,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lit_gpt.config import unknown_key
+from lit_gpt.settings_files import read_settings_file
 from pretrain.zero_shot.documents import FORMATS
 from pretrain.zero_shot.templates import Template, did_you_mean
 
@@ -79,12 +78,7 @@ def read_task(path: Path) -> Task:
         OSError: the file cannot be read.
         ValueError: it is no task; all that is wrong with it.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold the fields of a task, e.g. kind and files")
+    values = read_settings_file(path)
     problems = _problems(values)
     templates: dict[str, Any] = {}
     for field in () if problems else ("prompt", "choices", "contexts", "continuation", "text", "counted", *ANSWERS):

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from lit_gpt.settings_files import merge
 from lit_gpt.tokenizer import Tokenizer
-from pretrain.command_line import merge, parse
+from pretrain.command_line import parse
 from pretrain.run import run
 from tests.pretrain.conftest import two_stages, write_prepared
 from tests.pretrain.runs import records

@@ -20,8 +20,8 @@ from grow.samples import open_samples
 from lit_gpt.checkpoint import latest, read_config, read_exchange, read_training, write_exchange
 from lit_gpt.flops import Flops, flops_per_token
 from lit_gpt.packed_dataset import write_token_file
+from lit_gpt.settings_files import merge
 from pretrain import loop
-from pretrain.command_line import merge
 from pretrain.origin import inherit_history
 from pretrain.state import TrainState
 from tests.pretrain.conftest import write_prepared

@@ -21,7 +21,8 @@ from lit_gpt.checkpoint import latest, manifest_sha256, read_config, read_traini
 from lit_gpt.config import Config
 from lit_gpt.errors import DataError
 from lit_gpt.flops import computed_share, count_parameters
-from pretrain.command_line import merge, parse
+from lit_gpt.settings_files import merge
+from pretrain.command_line import parse
 from pretrain.config import GuardConfig, OptimizerConfig, ScheduleConfig, StageConfig
 from pretrain.growth import set_masks
 from pretrain.guards import Guard

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from lit_gpt.checkpoint import latest, read_training
+from lit_gpt.settings_files import merge
 from pretrain import loop
-from pretrain.command_line import merge, parse
+from pretrain.command_line import parse
 from pretrain.config import GuardConfig
 from pretrain.guards import NOTHING_SKIPPED, Diverged, Guard
 from pretrain.run import run

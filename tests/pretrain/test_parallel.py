@@ -12,7 +12,7 @@ import torch
 from lit_gpt.checkpoint import latest, read_training
 from lit_gpt.kernels.recompute import RECOMPUTE
 from lit_gpt.model import InitialWeights
-from pretrain.command_line import merge
+from lit_gpt.settings_files import merge
 from pretrain.config import BatchConfig, ParallelConfig
 from pretrain.parallel import Compute, build_model, check_world, clip_gradients, whole
 from pretrain.world import ALONE, World, connected

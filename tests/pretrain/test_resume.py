@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from lit_gpt.checkpoint import latest, read_training
+from lit_gpt.settings_files import merge
 from lit_gpt.tokenizer import Tokenizer
-from pretrain.command_line import merge
 from tests.pretrain.conftest import write_prepared
 from tests.pretrain.runs import assert_same_end
 

@@ -12,7 +12,7 @@ import torch
 from lit_gpt.checkpoint import latest, read_training
 from lit_gpt.config import Config
 from lit_gpt.flops import count_parameters
-from pretrain.command_line import merge
+from lit_gpt.settings_files import merge
 from pretrain.run import run
 from tests.pretrain.runs import records
 
