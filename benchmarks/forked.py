@@ -56,12 +56,14 @@ class Started:
         return (self.folder / f"{rank}.out").read_text()
 
     def errors(self, rank: int = 0) -> str:
-        return (self.folder / f"{rank}.err").read_text()
+        """stderr without a remark of torch's, made where its modules were imported before the processes met."""
+        lines = (self.folder / f"{rank}.err").read_text().splitlines(keepends=True)
+        return "".join(line for line in lines if "Assuming no hooks are registered" not in line)
 
 
 def start(arguments: list[str], size: int, folder: Path) -> Started:
     """`pretrain` with these arguments as `size` processes; their output goes to files in a new `folder`."""
-    return start_function(_pretrain, (arguments,), size, folder)
+    return start_function(pretrain, (arguments,), size, folder)
 
 
 def start_function(function: Callable[..., None], arguments: tuple[Any, ...], size: int, folder: Path) -> Started:
@@ -92,7 +94,8 @@ def _run(function: Callable[..., None], arguments: tuple[Any, ...], rank: int, s
     function(*arguments)
 
 
-def _pretrain(arguments: list[str]) -> None:
+def pretrain(arguments: list[str]) -> None:
+    """The command with these arguments, in this process, which ends with it."""
     sys.argv = ["pretrain", *arguments]
     from pretrain.__main__ import main
 

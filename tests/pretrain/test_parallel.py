@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,12 +14,13 @@ import torch
 from lit_gpt.checkpoint import latest, read_training
 from lit_gpt.kernels.recompute import RECOMPUTE
 from lit_gpt.model import InitialWeights
+from pretrain import loop
 from pretrain.command_line import merge
 from pretrain.config import BatchConfig, ParallelConfig
 from pretrain.parallel import Compute, build_model, check_world
 from pretrain.world import ALONE, World, connected
 from tests.pretrain.conftest import two_stages
-from tests.pretrain.processes import finish, run_on, start
+from tests.pretrain.processes import run_on
 from tests.pretrain.runs import records
 from tests.pretrain.test_stages import StageConfig, run_config
 from tests.toys import toy_config, toy_model, toy_tokens, toy_weights
@@ -135,35 +138,44 @@ def test_a_sharded_run_that_was_stopped_ends_as_one_that_was_not_to_the_bit(sett
         assert all(torch.equal(ended.optimizer[name][slot], value) for slot, value in slots.items())
 
 
-POISONED = """
-import sys
-from pretrain import loop
-from pretrain.world import find_world
-from pretrain.__main__ import main
+def poison_weight(hooks: ExitStack, module: torch.nn.Module, inputs: object) -> None:
+    hooks.callback(module.weight.register_hook(lambda gradient: gradient * torch.nan).remove)
 
-original = loop.train_step
 
-def train_step(run, stage, trained, state, batches):
-    if find_world().rank == 1 and state.step_count == 3:
-        hook = trained.module.register_forward_hook(lambda module, inputs, loss: loss * float("nan"))
-        try:
+def poison_one_process(kind: str, steps: tuple[int, ...], *, once: bool = False) -> None:
+    """In these steps the second process's loss is no number, or the gradient of one parameter there is none.
+
+    once: each of them is good when it is repeated.
+    """
+    original, bad = loop.train_step, set(steps)
+
+    def train_step(run, stage, trained, state, batches):
+        step = state.step_count + 1
+        if run.world.rank != 1 or step not in bad:
             return original(run, stage, trained, state, batches)
-        finally:
-            hook.remove()
-    return original(run, stage, trained, state, batches)
+        bad.difference_update({step} if once else ())
+        with ExitStack() as hooks:
+            if kind == "loss":
+                hooks.callback(trained.module.register_forward_hook(lambda _, __, loss: loss * torch.nan).remove)
+            else:  # of the gathered weight, which is there when the forward pass comes to it
+                norm = trained.model.transformer.h[0].norm_1
+                hooks.callback(norm.register_forward_pre_hook(partial(poison_weight, hooks)).remove)
+            return original(run, stage, trained, state, batches)
 
-loop.train_step = train_step
-sys.exit(main())
-"""
+    loop.train_step = train_step
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_no_number_on_one_process_lets_all_skip_the_step(settings_of, tmp_path):
+@pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_what_is_no_number_on_one_process_lets_all_skip_the_step(settings_of, tmp_path, kind, strategy):
     changes = {
         "stages": [{"name": "base", "n_layer": 1, "max_steps": 6}],
         "checkpoints": {"every_steps": 1, "keep_every_steps": 1},
+        "parallel": {"strategy": strategy},
     }
-    run_on(settings_of(tmp_path / "run", **changes), 2, tmp_path, script=POISONED)
+    settings = settings_of(tmp_path / "run", **changes)
+    run_on(settings, 2, tmp_path, prepare=partial(poison_one_process, kind, (4,)))
     before, after = (
         read_training(tmp_path / f"run/checkpoints/stage-01/step-{step:010d}", verify=False) for step in (3, 4)
     )
@@ -173,12 +185,36 @@ def test_a_loss_that_is_no_number_on_one_process_lets_all_skip_the_step(settings
         assert all(torch.equal(value, before.optimizer[name][slot]) for slot, value in slots.items())
 
 
+DIVERGES = {
+    "stages": [{"name": "base", "n_layer": 1, "max_steps": 8}],
+    "checkpoints": {"every_steps": 2},
+    "guards": {"max_skipped_steps": 2},
+}
+
+
+@pytest.mark.slow
+def test_a_shared_run_that_diverges_on_one_process_gives_up_with_one_voice(settings_of, tmp_path):
+    poison = partial(poison_one_process, "loss", (5, 6))
+    ended = run_on(settings_of(tmp_path / "run", **DIVERGES), 2, tmp_path, prepare=poison, code=4)
+    assert "steps 5 to 6 were not made" in ended.errors() and "Samples 16 to 23 of the data order" in ended.errors()
+    assert ended.errors(1) == ""
+
+
+@pytest.mark.slow
+def test_a_shared_run_goes_round_samples_that_are_bad_on_one_process(settings_of, tmp_path):
+    settings = merge(settings_of(tmp_path / "run", **DIVERGES), {"guards": {"rollbacks": 1}})
+    ended = run_on(settings, 2, tmp_path, prepare=partial(poison_one_process, "gradient", (5, 6), once=True))
+    assert "back to the last checkpoint, without these samples" in ended.output()
+    assert read_training(latest(tmp_path / "run" / "checkpoints")).state["auto_skips"] == [[16, 24]]
+    assert [line["skipped_steps"] for line in records(tmp_path / "run")] == [0] * 8
+
+
 @pytest.mark.slow
 def test_a_batch_that_does_not_divide_is_refused_once_with_what_does(settings_of, tmp_path):
-    settings = settings_of(tmp_path / "run", batch={"global_batch_size": 4, "micro_batch_size": 1})
-    done = finish(start(settings, 3, tmp_path))
-    assert [process.returncode for process in done] == [2, 2, 2]
-    assert sum("must be a multiple" in process.stderr for process in done) == 1
+    settings = settings_of(tmp_path / "run", batch={"global_batch_size": 12, "micro_batch_size": 3})
+    refused = run_on(settings, 3, tmp_path, code=2)
+    assert "must be a multiple" in refused.errors() and "micro_batch_size can be 1, 2, 4" in refused.errors()
+    assert [refused.errors(rank) for rank in (1, 2)] == ["", ""]
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -186,11 +222,9 @@ def test_a_batch_that_does_not_divide_is_refused_once_with_what_does(settings_of
 def test_what_all_processes_come_to_is_said_once(settings_of, tmp_path):
     settings = settings_of(tmp_path / "run", stop={"after": "1s"}, data={"max_epochs": 10})
     settings["stages"] = [{"name": "base", "n_layer": 1, "max_steps": 1000}]
-    done = finish(start(settings, 2, tmp_path))
-    assert [process.returncode for process in done] == [75, 75]
-    told = [process.stderr for process in done]
-    assert "stopped by stop.after=1s" in told[0] and "read more than once" in told[0]
-    assert told[1] == ""
+    stopped = run_on(settings, 2, tmp_path, code=75)
+    assert "stopped by stop.after=1s" in stopped.errors() and "read more than once" in stopped.errors()
+    assert stopped.errors(1) == ""
 
 
 def model_of(parallel: ParallelConfig, **compute: str):
