@@ -17,11 +17,11 @@ from lit_gpt.model import InitialWeights
 from pretrain import loop
 from pretrain.command_line import merge
 from pretrain.config import BatchConfig, ParallelConfig
-from pretrain.parallel import Compute, build_model, check_world
+from pretrain.parallel import Compute, build_model, check_world, find_cpp_compiler
 from pretrain.world import ALONE, World, connected
 from tests.pretrain.conftest import two_stages
 from tests.pretrain.processes import run_on
-from tests.pretrain.runs import records
+from tests.pretrain.runs import assert_same_end, records
 from tests.pretrain.test_stages import StageConfig, run_config
 from tests.toys import toy_config, toy_model, toy_tokens, toy_weights
 
@@ -33,7 +33,7 @@ CHANGES = {
     "stages": STAGES,
     "batch": {"global_batch_size": 4, "micro_batch_size": 1},
     "checkpoints": {"every_steps": 20, "keep_last": 10},
-    "validation": {"every_steps": 50},
+    "validation": {"every_steps": 50, "max_tokens": 320},
 }
 # name: processes and what is set beside
 WAYS = {
@@ -44,6 +44,7 @@ WAYS = {
     "2 replicas sharded over 2": (4, {"parallel": {"replicas": 2}}),
     "weights stay gathered": (2, {"parallel": {"reshard_after_forward": False}}),
     "replicated": (2, {"parallel": {"strategy": "ddp"}}),
+    "recomputed selectively": (2, {"activation_checkpointing": "selective"}),
     "recomputed, larger micro-batch": (2, {"activation_checkpointing": "full", "batch": {"micro_batch_size": 2}}),
 }
 
@@ -114,15 +115,31 @@ def test_a_run_goes_on_with_other_numbers_of_processes(finished, settings_of, tm
     assert [line["position"] for line in records(folder)] == [line["position"] for line in expected]
 
 
+EXACT = {
+    "fp32, recomputed": {"activation_checkpointing": "selective"},
+    "bf16, recomputed, accumulated": {
+        "precision": "bf16",
+        "activation_checkpointing": "full",
+        "batch": {"global_batch_size": 8},
+    },
+    "replicated": {"parallel": {"strategy": "ddp"}},
+    "compiled": {"compile": "block", "stages": [{"name": "base", "n_layer": 1, "max_steps": 6}]},
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_sharded_run_that_was_stopped_ends_as_one_that_was_not_to_the_bit(settings_of, tmp_path, precision):
-    stages = [{"name": "base", "n_layer": 1, "max_steps": 6}, {"name": "grown", "operator": "stack", "max_steps": 6}]
+@pytest.mark.parametrize("name", EXACT)
+def test_a_shared_run_that_was_stopped_ends_as_one_that_was_not_to_the_bit(settings_of, tmp_path, name):
+    if name == "compiled" and find_cpp_compiler() is None:
+        pytest.skip("no C++ compiler to compile with")
     changes = {
-        "stages": stages,
-        "precision": precision,
+        "stages": [
+            {"name": "base", "n_layer": 1, "max_steps": 6},
+            {"name": "grown", "operator": "stack", "max_steps": 6},
+        ],
+        "precision": "fp32",
         "checkpoints": {"every_steps": 2, "keep_last": 10},
-        "activation_checkpointing": "selective",
+        **EXACT[name],
     }
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     run_on(settings_of(whole, **changes), 2, tmp_path / "first")
@@ -131,11 +148,11 @@ def test_a_sharded_run_that_was_stopped_ends_as_one_that_was_not_to_the_bit(sett
         if int(path.name[5:]) > 4:
             shutil.rmtree(path)
     run_on(settings_of(stopped, **changes), 2, tmp_path / "second")
-    assert records(stopped) == records(whole)
-    ended, expected = (read_training(latest(each / "checkpoints")) for each in (stopped, whole))
-    assert all(torch.equal(ended.model[name], weight) for name, weight in expected.model.items())
-    for name, slots in expected.optimizer.items():
-        assert all(torch.equal(ended.optimizer[name][slot], value) for slot, value in slots.items())
+    assert_same_end(stopped, whole)
+    if name == "compiled":
+        run_on(settings_of(tmp_path / "eager", **{**changes, "compile": "none"}), 2, tmp_path / "third")
+        eager, compiled = ([line["loss"] for line in records(folder)] for folder in (tmp_path / "eager", whole))
+        assert compiled == pytest.approx(eager, rel=1e-5)
 
 
 def poison_weight(hooks: ExitStack, module: torch.nn.Module, inputs: object) -> None:
