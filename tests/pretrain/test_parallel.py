@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import shutil
 from contextlib import ExitStack
 from functools import partial
@@ -19,7 +20,7 @@ from pretrain.command_line import merge
 from pretrain.config import BatchConfig, ParallelConfig
 from pretrain.parallel import Compute, build_model, check_world, find_cpp_compiler
 from pretrain.world import ALONE, World, connected
-from tests.pretrain.conftest import two_stages
+from tests.pretrain.conftest import of_processes, two_stages
 from tests.pretrain.processes import run_on
 from tests.pretrain.runs import assert_same_end, records
 from tests.pretrain.test_stages import StageConfig, run_config
@@ -233,6 +234,35 @@ def test_a_batch_that_does_not_divide_is_refused_once_with_what_does(settings_of
     assert "must be a multiple" in refused.errors() and "micro_batch_size can be 1, 2, 4" in refused.errors()
     assert [refused.errors(rank) for rank in (1, 2)] == ["", ""]
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def below_a_file(settings: dict, tmp_path: Path) -> tuple[dict, int, str]:
+    (tmp_path / "file").touch()
+    return {**settings, "out_dir": str(tmp_path / "file" / "run")}, 3, "file"
+
+
+def with_another_seed(settings: dict, tmp_path: Path) -> tuple[dict, int, str]:
+    return {**settings, "seed": 1}, 2, "seed: 3407 in the checkpoint, 1 now"
+
+
+def with_another_job_there(settings: dict, tmp_path: Path) -> tuple[dict, int, str]:
+    lock = (tmp_path / "run" / "run.lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return {**settings, "held": lock}, 3, "another process"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [below_a_file, with_another_seed, with_another_job_there])
+def test_what_one_process_refuses_all_refuse_with_one_voice_and_nothing_is_touched(of_two, prepared, tmp_path, case):
+    run = Path(shutil.copytree(of_two, tmp_path / "run"))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "run.lock"}
+    settings, code, message = case(of_processes(run, prepared), tmp_path)
+    held = settings.pop("held", None)
+    refused = run_on(settings, 2, tmp_path / "start", code=code)
+    assert message in refused.errors(0) and refused.errors(1) == ""
+    assert {path: path.read_bytes() for path in before} == before
+    if held is not None:
+        held.close()
 
 
 @pytest.mark.slow
