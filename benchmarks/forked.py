@@ -88,10 +88,14 @@ def _run(function: Callable[..., None], arguments: tuple[Any, ...], rank: int, s
         file = os.open(folder / f"{rank}.{suffix}", os.O_WRONLY | os.O_APPEND)
         os.dup2(file, descriptor)
         os.close(file)
-    if size > 1:
-        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, STORE_FILE: folder / "store"}
-        os.environ.update({name: str(value) for name, value in own.items()})
+    os.environ.update(place(rank, size, folder / "store"))
     function(*arguments)
+
+
+def place(rank: int, size: int, store: Path) -> dict[str, str]:
+    """The variables by which a process knows its place among `size` that meet by the file `store`."""
+    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, STORE_FILE: store}
+    return {name: str(value) for name, value in own.items()} if size > 1 else {}
 
 
 def pretrain(arguments: list[str]) -> None:

@@ -41,16 +41,20 @@ EXACT = {"rel": 1e-6, "abs": 1e-6}
 
 def recording(folder: Path, stop_after: int) -> None:
     """Note the tokens that each step trains on here; SIGTERM to the last process in the step to stop after."""
-    original = loop.train_step
+    step_rows, train_step, read = loop.step_rows, loop.train_step, []
 
-    def train_step(run, stage, trained, state, batches):
-        rows, step = list(batches), state.step_count + 1
-        np.save(folder / f"step-{step:04d}-of-{run.world.rank}.npy", np.concatenate(rows))
+    def noting(*arguments):
+        read[:] = step_rows(*arguments)
+        return list(read)
+
+    def noted(run, stage, trained, state, *rest):
+        step = state.step_count + 1
+        np.save(folder / f"step-{step:04d}-of-{run.world.rank}.npy", np.concatenate(read))
         if step == stop_after and run.world.rank == run.world.size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(run, stage, trained, state, iter(rows))
+        return train_step(run, stage, trained, state, *rest)
 
-    loop.train_step = train_step
+    loop.step_rows, loop.train_step = noting, noted
 
 
 def samples_of(folder: Path) -> list[str]:
