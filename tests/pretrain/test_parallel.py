@@ -15,10 +15,10 @@ import torch
 from lit_gpt.checkpoint import latest, read_training
 from lit_gpt.kernels.recompute import RECOMPUTE
 from lit_gpt.model import InitialWeights
-from pretrain import loop
+from pretrain import loop, parallel
 from pretrain.command_line import merge
 from pretrain.config import BatchConfig, ParallelConfig
-from pretrain.parallel import Compute, build_model, check_world, find_cpp_compiler
+from pretrain.parallel import Compute, build_model, check_world
 from pretrain.world import ALONE, World, connected
 from tests.pretrain.conftest import of_processes, two_stages
 from tests.pretrain.processes import run_on
@@ -131,7 +131,7 @@ EXACT = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXACT)
 def test_a_shared_run_that_was_stopped_ends_as_one_that_was_not_to_the_bit(settings_of, tmp_path, name):
-    if name == "compiled" and find_cpp_compiler() is None:
+    if name == "compiled" and parallel.find_cpp_compiler() is None:
         pytest.skip("no C++ compiler to compile with")
     changes = {
         "stages": [
