@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.kill_sweep import cut_back
 from lit_gpt.checkpoint import latest, read_training
 from lit_gpt.kernels.recompute import RECOMPUTE
 from lit_gpt.model import InitialWeights
@@ -101,21 +102,6 @@ def test_a_student_has_the_losses_of_a_single_process_however_it_is_shared(setti
         assert [line["loss"] for line in records(tmp_path / name)] == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.slow
-def test_a_run_goes_on_with_other_numbers_of_processes(finished, settings_of, tmp_path):
-    """2 processes to step 40, 4 to step 60, in which the model grows, and 1 to the end."""
-    folder = Path(shutil.copytree(finished("sharded over 2"), tmp_path / "run"))
-    for n_processes, first, last in ((4, 40, 60), (1, 60, 100)):
-        for path in folder.glob("checkpoints/stage-*/step-*"):
-            if int(path.name[5:]) > first:
-                shutil.rmtree(path)
-        run_on(settings_of(folder, batch={"micro_batch_size": 1}), n_processes, tmp_path / str(n_processes))
-        assert int(latest(folder / "checkpoints").name[5:]) == 100 >= last
-    expected = records(finished("alone"))
-    assert [line["loss"] for line in records(folder)] == pytest.approx([line["loss"] for line in expected], rel=1e-5)
-    assert [line["position"] for line in records(folder)] == [line["position"] for line in expected]
-
-
 EXACT = {
     "fp32, recomputed": {"activation_checkpointing": "selective"},
     "bf16, recomputed, accumulated": {
@@ -144,10 +130,7 @@ def test_a_shared_run_that_was_stopped_ends_as_one_that_was_not_to_the_bit(setti
     }
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     run_on(settings_of(whole, **changes), 2, tmp_path / "first")
-    shutil.copytree(whole, stopped)
-    for path in stopped.glob("checkpoints/stage-*/step-*"):
-        if int(path.name[5:]) > 4:
-            shutil.rmtree(path)
+    cut_back(whole, stopped, 1, 4)
     run_on(settings_of(stopped, **changes), 2, tmp_path / "second")
     assert_same_end(stopped, whole)
     if name == "compiled":
