@@ -34,7 +34,7 @@ STAGES = [
 CHANGES = {
     "stages": STAGES,
     "batch": {"global_batch_size": 4, "micro_batch_size": 1},
-    "checkpoints": {"every_steps": 20, "keep_last": 10},
+    "checkpoints": {"every_steps": 20},
     "validation": {"every_steps": 50, "max_tokens": 320},
 }
 # name: processes and what is set beside
@@ -125,13 +125,13 @@ def test_a_shared_run_that_was_stopped_ends_as_one_that_was_not_to_the_bit(setti
             {"name": "grown", "operator": "stack", "max_steps": 6},
         ],
         "precision": "fp32",
-        "checkpoints": {"every_steps": 2, "keep_last": 10},
+        "checkpoints": {"every_steps": 2, "keep_every_steps": 1},
         **EXACT[name],
     }
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     run_on(settings_of(whole, **changes), 2, tmp_path / "first")
     cut_back(whole, stopped, 1, 4)
-    run_on(settings_of(stopped, **changes), 2, tmp_path / "second")
+    assert "resumed from" in run_on(settings_of(stopped, **changes), 2, tmp_path / "second").output()
     assert_same_end(stopped, whole)
     if name == "compiled":
         run_on(settings_of(tmp_path / "eager", **{**changes, "compile": "none"}), 2, tmp_path / "third")
