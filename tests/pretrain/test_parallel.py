@@ -253,7 +253,8 @@ def test_what_all_processes_come_to_is_said_once(settings_of, tmp_path):
     settings = settings_of(tmp_path / "run", stop={"after": "1s"}, data={"max_epochs": 10})
     settings["stages"] = [{"name": "base", "n_layer": 1, "max_steps": 1000}]
     stopped = run_on(settings, 2, tmp_path, code=75)
-    assert "stopped by stop.after=1s" in stopped.errors() and "read more than once" in stopped.errors()
+    assert stopped.errors().count("repeat the command to go on") == 1  # whichever clock was ahead
+    assert "read more than once" in stopped.errors()
     assert stopped.errors(1) == ""
 
 
