@@ -56,12 +56,14 @@ class Started:
         return (self.folder / f"{rank}.out").read_text()
 
     def errors(self, rank: int = 0) -> str:
-        return (self.folder / f"{rank}.err").read_text()
+        """stderr without a remark of torch's, made where its modules were imported before the processes met."""
+        lines = (self.folder / f"{rank}.err").read_text().splitlines(keepends=True)
+        return "".join(line for line in lines if "Assuming no hooks are registered" not in line)
 
 
 def start(arguments: list[str], size: int, folder: Path) -> Started:
     """`pretrain` with these arguments as `size` processes; their output goes to files in a new `folder`."""
-    return start_function(_pretrain, (arguments,), size, folder)
+    return start_function(pretrain, (arguments,), size, folder)
 
 
 def start_function(function: Callable[..., None], arguments: tuple[Any, ...], size: int, folder: Path) -> Started:
@@ -86,13 +88,18 @@ def _run(function: Callable[..., None], arguments: tuple[Any, ...], rank: int, s
         file = os.open(folder / f"{rank}.{suffix}", os.O_WRONLY | os.O_APPEND)
         os.dup2(file, descriptor)
         os.close(file)
-    if size > 1:
-        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, STORE_FILE: folder / "store"}
-        os.environ.update({name: str(value) for name, value in own.items()})
+    os.environ.update(place(rank, size, folder / "store"))
     function(*arguments)
 
 
-def _pretrain(arguments: list[str]) -> None:
+def place(rank: int, size: int, store: Path) -> dict[str, str]:
+    """The variables by which a process knows its place among `size` that meet by the file `store`."""
+    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, STORE_FILE: store}
+    return {name: str(value) for name, value in own.items()} if size > 1 else {}
+
+
+def pretrain(arguments: list[str]) -> None:
+    """The command with these arguments, in this process, which ends with it."""
     sys.argv = ["pretrain", *arguments]
     from pretrain.__main__ import main
 

@@ -148,7 +148,9 @@ def train(plan: Plan, world: World, command: list[str], stop: StopSignal) -> Non
     }
     checkpoints = RunCheckpoints(out_dir, config.checkpoints, metadata, world, fabric.device.type)
     checkpoint = checkpoints.resume()
-    state = resumed_state(checkpoint.state, config, plan.train) if checkpoint else new_state(plan)
+    state = (
+        in_turn(world, lambda: resumed_state(checkpoint.state, config, plan.train)) if checkpoint else new_state(plan)
+    )
     if is_finished(state, stages):
         say(f"{out_dir} is finished: {state.step_count:,} steps. --fresh starts over")
         return

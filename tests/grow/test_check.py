@@ -84,6 +84,36 @@ def test_parameters_of_a_layer_that_can_never_train_do_not_wait():
     assert "transformer.h.1.attn.attn.weight" in found.zero_gradient and found.waiting == []
 
 
+@pytest.mark.parametrize(
+    ("operator", "sizes"),
+    [
+        ("fpi", {"factor": 2}),
+        ("fpi", {"n_embd": 24, "n_head": 6, "n_query_groups": 3, "intermediate_size": 40, "n_layer": 3}),
+        ("aki", {"factor": 2}),
+        ("aki", {"n_embd": 24, "n_head": 6, "n_query_groups": 3, "intermediate_size": 40, "n_layer": 3}),
+        ("hypercloning", {"factor": 2}),
+        ("hypercloning", {"factor": 3, "twin_noise": 0.01}),
+        ("staged-width", {"factor": 2}),
+        ("staged-depth", {"factor": 2}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_after_growth_every_parameter_gets_a_gradient_at_once_or_behind_a_closed_layer(operator, sizes, tied):
+    config = toy_config(tie_embeddings=tied)
+    plan = plan_growth(operator, config, **sizes)
+    src, dst, tokens = toy_model(config), GPT(plan.dst), toy_tokens(config, n_rows=4)
+    dst.load_state_dict(grow_weights(plan, toy_weights(config)))
+
+    found = compare(src, dst, tokens)
+
+    assert found.zero_gradient == found.waiting
+    assert bool(found.waiting) == bool(plan.identity_layers)
+    dst(tokens[:, :-1], tokens[:, 1:]).backward()
+    torch.optim.AdamW(dst.parameters(), lr=1e-3).step()
+    assert compare(src, dst, tokens).zero_gradient == []
+
+
 def test_models_of_two_vocabularies_cannot_be_compared():
     one, other = toy_config(), toy_config(padded_vocab_size=24)
     with pytest.raises(ValueError, match="20 and 24 embedding rows"):

@@ -383,28 +383,15 @@ import os, random, shutil, signal, sys, time
 from pathlib import Path
 from grow.apply import grow_checkpoint
 from tests.grow.test_streaming import plan_of
+from tests.kills import kill_at, start_child
 from lit_gpt import sharded_writer
 from lit_gpt.checkpoint import verify
 
 src, folder, chance = Path(sys.argv[1]), Path(sys.argv[2]), random.Random(0)
 plan = plan_of("llama-pro")
 
-def start(before=lambda: None):
-    child = os.fork()
-    if child == 0:
-        before()
-        grow_checkpoint(src, folder / "grown", plan)
-        os._exit(0)
-    return child
-
-def kill_at(event_number):
-    seen = 0
-    def hook(event, _):
-        nonlocal seen
-        seen += event == "open" or event.startswith(("os.", "shutil."))
-        if seen == event_number:
-            os.kill(os.getpid(), signal.SIGKILL)
-    sys.addaudithook(hook)
+def start(*before):
+    return start_child(lambda: grow_checkpoint(src, folder / "grown", plan), *before)
 
 killed, event_number, status = 0, -1, 1
 while status:

@@ -338,26 +338,14 @@ import os, random, signal, sys, time
 sys.path.insert(0, sys.argv[1])
 import test_checkpoint as given
 import lit_gpt.sharded
+from tests.kills import kill_at, start_child
 
 target, n_timed, chance = given.Path(sys.argv[2]), int(sys.argv[3]), random.Random(0)
 model, moments = given.random_model(given.CONFIG), given.random_moments(given.CONFIG)
 
-def start_writing(name, before=lambda: None):
-    child = os.fork()
-    if child == 0:
-        before()
-        given.write_training(target / name, model, moments, given.state_of(given.CONFIG), replace=True)
-        os._exit(0)
-    return child
-
-def kill_at(event_number):
-    seen = 0
-    def hook(event, _):
-        nonlocal seen
-        seen += event == "open" or event.startswith(("os.", "shutil."))
-        if seen == event_number:
-            os.kill(os.getpid(), signal.SIGKILL)
-    sys.addaudithook(hook)
+def start_writing(name, *before):
+    state = given.state_of(given.CONFIG)
+    return start_child(lambda: given.write_training(target / name, model, moments, state, replace=True), *before)
 
 start = time.perf_counter()
 os.waitpid(start_writing("step-0000000000"), 0)

@@ -91,6 +91,29 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Pa
     return folder / "run"
 
 
+def of_processes(out_dir: Path, data: Path, **changes: object) -> dict[str, object]:
+    """The same run in micro-batches that up to four processes can share; validation on 10 rows, as it meets often."""
+    settings = {
+        **two_stages(out_dir, data),
+        "batch": {"global_batch_size": 4, "micro_batch_size": 1},
+        "validation": {"every_steps": 4, "max_tokens": 160},
+    }
+    return {**settings, **changes}
+
+
+@pytest.fixture(scope="session")
+def of_two(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Path:
+    """The folder of a run of two processes that nothing disturbed, all of its checkpoints kept. Copy it first."""
+    from tests.pretrain.processes import run_on
+
+    folder = tmp_path_factory.mktemp("of_two")
+    settings = of_processes(folder / "run", prepared, checkpoints={"every_steps": 2, "keep_every_steps": 1})
+    started = run_on(settings, 2, folder / "start")
+    assert "training stood" in started.output() and "written in" in started.output(), started.errors()
+    assert started.errors(1).count("Traceback") == 0
+    return folder / "run"
+
+
 def command_for(settings: dict[str, object], folder: Path, *flags: str) -> list[str]:
     """The arguments of a `pretrain` on these settings, which are written to a file in `folder`."""
     path = folder / "settings.yaml"

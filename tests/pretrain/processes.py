@@ -1,38 +1,61 @@
-"""Runs of several processes, started by hand: they meet by a file, so that no test needs a port."""
+"""Runs of several processes for tests: forked from one that has imported torch already, they meet by a file."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-import yaml
+from benchmarks.forked import Started, place, pretrain, start_function
+from tests.pretrain.conftest import command_for
 
 
-def start(settings: dict[str, object], n_processes: int, folder: Path, *, script: str | None = None) -> list:
-    """`pretrain` on these settings, or a script that is given their path, as so many processes."""
+def run_on(
+    settings: dict[str, object], size: int, folder: Path, *, prepare: Callable[[], None] | None = None, code: int = 0
+) -> Started:
+    """`pretrain` on these settings as so many processes, until all of them have ended with the code.
+
+    Args:
+        settings: of the run.
+        size: number of processes.
+        folder: a new one, for what they say.
+        prepare: a function of a module, or a partial of one; each process calls it first, to change what a test needs.
+        code: how all of them are to end.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "settings.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    store = folder / "meeting"
-    store.unlink(missing_ok=True)
-    what = ["-m", "pretrain"] if script is None else ["-c", script]
-    meeting = {} if n_processes == 1 else {"WORLD_SIZE": str(n_processes), "PRETRAIN_STORE": str(store)}
+    started = start_function(_prepared, (prepare, command_for(settings, folder)), size, folder / "logs")
+    codes = started.wait()
+    assert codes == [code] * size, (codes, *map(started.errors, range(size)))
+    return started
+
+
+def _prepared(prepare: Callable[[], None] | None, arguments: list[str]) -> None:
+    if prepare is not None:
+        prepare()
+    pretrain(arguments)
+
+
+def start(settings: dict[str, object], size: int, folder: Path, *, script: str) -> list[subprocess.Popen[str]]:
+    """A script that is given settings, as so many fresh interpreters: for what happens before torch is imported."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-c", script, *command_for(settings, folder)]
+    (folder / "meeting").unlink(missing_ok=True)
     return [
         subprocess.Popen(
-            [sys.executable, *what, "--config", str(path)],
+            command,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "RANK": str(rank), **place(rank, size, folder / "meeting")},
         )
-        for rank in range(n_processes)
+        for rank in range(size)
     ]
 
 
-def finish(processes: list, timeout_secs: float = 300) -> list[subprocess.CompletedProcess]:
-    """Wait for all of them; what is left after a time is killed."""
+def finish(processes: list[subprocess.Popen[str]], timeout_secs: float = 300) -> list[subprocess.CompletedProcess[str]]:
+    """Wait for fresh interpreters; what is left after a time is killed."""
     done = []
     try:
         for process in processes:
@@ -42,9 +65,3 @@ def finish(processes: list, timeout_secs: float = 300) -> list[subprocess.Comple
         for process in processes:
             process.kill()
     return done
-
-
-def run_on(settings: dict[str, object], n_processes: int, folder: Path, **options: str) -> None:
-    """Start, wait, and see that all of them ended well."""
-    for process in finish(start(settings, n_processes, folder, **options)):
-        assert process.returncode == 0, process.stderr

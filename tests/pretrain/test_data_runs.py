@@ -14,9 +14,10 @@ from lit_gpt.checkpoint import latest, read_training
 from lit_gpt.errors import NonFiniteError
 from lit_gpt.legacy_order import LegacyOrder
 from lit_gpt.packed_dataset import write_token_file
+from lit_gpt.settings_files import merge
 from lit_gpt.tokenizer import Tokenizer
 from pretrain.changed_settings import changed_settings
-from pretrain.command_line import config_of, merge
+from pretrain.command_line import config_of
 from pretrain.config import BatchConfig, DataConfig, to_plain
 from pretrain.world import World
 from tests.pretrain.conftest import BLOCK_SIZE, write_prepared

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
+from benchmarks.forked import start_function
 from lit_gpt.config import Config
 from lit_gpt.errors import DataError
 from lit_gpt.model import GPT, init_weights
@@ -22,8 +20,9 @@ from lit_gpt.packed_dataset import write_token_file
 from lit_gpt.token_files import find_token_files
 from lit_gpt.token_source import TokenSource
 from lit_gpt.tokenizer import Tokenizer
-from pretrain.evaluate import measure, summarise
+from pretrain.evaluate import evaluate, measure, summarise
 from pretrain.held_out import ValidationSet
+from pretrain.world import connected, find_world
 
 BLOCK_SIZE = 8
 VOCAB_SIZE = 259
@@ -45,12 +44,16 @@ def validation_set(tmp_path) -> ValidationSet:
     return held_out(tmp_path, byte_lengths=Tokenizer.load("bytes").byte_lengths())
 
 
-@pytest.fixture(scope="module")
-def model() -> GPT:
+def make_model() -> GPT:
     sizes = {"n_embd": 16, "n_head": 2, "head_size": 8, "intermediate_size": 32}
     model = GPT(Config(n_layer=2, block_size=BLOCK_SIZE, vocab_size=VOCAB_SIZE, **sizes))
     init_weights(model, 1)
     return model
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    return make_model()
 
 
 def on_ranks(model, validation_set, world_size, micro_batch_size=4, n_rows=None):
@@ -167,38 +170,21 @@ def test_a_token_outside_the_vocabulary_is_an_error_in_a_short_row_too(tmp_path)
         ValidationSet("text", source, None).read(np.arange(2))
 
 
-TWO_PROCESSES = """
-import json, sys
-from pathlib import Path
-import torch
-from pretrain.evaluate import evaluate
-from tests.pretrain.test_evaluate import held_out, BLOCK_SIZE, VOCAB_SIZE
-from lit_gpt.config import Config
-from lit_gpt.model import GPT, init_weights
-
-from pretrain.world import connected, find_world
-
-world = find_world()
-sizes = {"n_embd": 16, "n_head": 2, "head_size": 8, "intermediate_size": 32}
-model = GPT(Config(n_layer=2, block_size=BLOCK_SIZE, vocab_size=VOCAB_SIZE, **sizes))
-init_weights(model, 1)
-folder = Path(sys.argv[2]) / f"{world.size}-{world.rank}"
-folder.mkdir()
-with connected(world, "cpu"):
-    result = evaluate(model, held_out(folder), 4, None, torch.device("cpu"), world)
-(folder / "result").write_text(repr(result))
-"""
+def evaluate_together(folder: Path) -> None:
+    """Each process writes down what all of them found."""
+    world = find_world()
+    own = folder / f"{world.size}-{world.rank}"
+    own.mkdir()
+    with connected(world, "cpu"):
+        result = evaluate(make_model(), held_out(own), 4, None, torch.device("cpu"), world)
+    (own / "result").write_text(repr(result))
 
 
 @pytest.mark.slow
-def test_two_processes_find_what_one_finds(tmp_path, root):
-    for processes in ("1", "2"):
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-        script = tmp_path / "evaluate.py"
-        script.write_text(TWO_PROCESSES)
-        command = [sys.executable, *launcher, str(script), processes, str(tmp_path)]
-        done = subprocess.run(command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True)
-        assert done.returncode == 0, done.stderr.decode()
+def test_two_processes_find_what_one_finds(tmp_path):
+    for size in (1, 2):
+        started = start_function(evaluate_together, (tmp_path,), size, tmp_path / f"logs of {size}")
+        assert started.wait() == [0] * size, started.errors()
     results = {folder.name: (folder / "result").read_text() for folder in tmp_path.glob("?-?")}
     assert len(results) == 3
     assert len(set(results.values())) == 1

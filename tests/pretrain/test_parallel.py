@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import shutil
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.kill_sweep import cut_back
 from lit_gpt.checkpoint import latest, read_training
 from lit_gpt.kernels.recompute import RECOMPUTE
 from lit_gpt.model import InitialWeights
 from lit_gpt.settings_files import merge
+from pretrain import loop, parallel
 from pretrain.config import BatchConfig, ParallelConfig
 from pretrain.parallel import Compute, build_model, check_world, clip_gradients, whole
 from pretrain.world import ALONE, World, connected
-from tests.pretrain.conftest import two_stages
-from tests.pretrain.processes import finish, run_on, start
-from tests.pretrain.runs import records
+from tests.pretrain.conftest import of_processes, two_stages
+from tests.pretrain.processes import run_on
+from tests.pretrain.runs import assert_same_end, records
 from tests.pretrain.test_stages import StageConfig, run_config
 from tests.toys import toy_config, toy_tokens, toy_weights
 
@@ -29,8 +34,8 @@ STAGES = [
 CHANGES = {
     "stages": STAGES,
     "batch": {"global_batch_size": 4, "micro_batch_size": 1},
-    "checkpoints": {"every_steps": 20, "keep_last": 10},
-    "validation": {"every_steps": 50},
+    "checkpoints": {"every_steps": 20},
+    "validation": {"every_steps": 50, "max_tokens": 320},
 }
 # name: processes and what is set beside
 WAYS = {
@@ -41,6 +46,7 @@ WAYS = {
     "2 replicas sharded over 2": (4, {"parallel": {"replicas": 2}}),
     "weights stay gathered": (2, {"parallel": {"reshard_after_forward": False}}),
     "replicated": (2, {"parallel": {"strategy": "ddp"}}),
+    "recomputed selectively": (2, {"activation_checkpointing": "selective"}),
     "recomputed, larger micro-batch": (2, {"activation_checkpointing": "full", "batch": {"micro_batch_size": 2}}),
 }
 
@@ -112,74 +118,81 @@ def test_a_student_has_the_losses_of_a_single_process_however_it_is_shared(setti
         assert [line["loss"] for line in records(tmp_path / name)] == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.slow
-def test_a_run_goes_on_with_other_numbers_of_processes(finished, settings_of, tmp_path):
-    """2 processes to step 40, 4 to step 60, in which the model grows, and 1 to the end."""
-    folder = Path(shutil.copytree(finished("sharded over 2"), tmp_path / "run"))
-    for n_processes, first, last in ((4, 40, 60), (1, 60, 100)):
-        for path in folder.glob("checkpoints/stage-*/step-*"):
-            if int(path.name[5:]) > first:
-                shutil.rmtree(path)
-        run_on(settings_of(folder, batch={"micro_batch_size": 1}), n_processes, tmp_path / str(n_processes))
-        assert int(latest(folder / "checkpoints").name[5:]) == 100 >= last
-    expected = records(finished("alone"))
-    assert [line["loss"] for line in records(folder)] == pytest.approx([line["loss"] for line in expected], rel=1e-5)
-    assert [line["position"] for line in records(folder)] == [line["position"] for line in expected]
+EXACT = {
+    "fp32, recomputed": {"activation_checkpointing": "selective"},
+    "bf16, recomputed, accumulated": {
+        "precision": "bf16",
+        "activation_checkpointing": "full",
+        "batch": {"global_batch_size": 8},
+    },
+    "replicated": {"parallel": {"strategy": "ddp"}},
+    "compiled": {"compile": "block", "stages": [{"name": "base", "n_layer": 1, "max_steps": 6}]},
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_sharded_run_that_was_stopped_ends_as_one_that_was_not_to_the_bit(settings_of, tmp_path, precision):
-    stages = [{"name": "base", "n_layer": 1, "max_steps": 6}, {"name": "grown", "operator": "stack", "max_steps": 6}]
+@pytest.mark.parametrize("name", EXACT)
+def test_a_shared_run_that_was_stopped_ends_as_one_that_was_not_to_the_bit(settings_of, tmp_path, name):
+    if name == "compiled" and parallel.find_cpp_compiler() is None:
+        pytest.skip("no C++ compiler to compile with")
     changes = {
-        "stages": stages,
-        "precision": precision,
-        "checkpoints": {"every_steps": 2, "keep_last": 10},
-        "activation_checkpointing": "selective",
+        "stages": [
+            {"name": "base", "n_layer": 1, "max_steps": 6},
+            {"name": "grown", "operator": "stack", "max_steps": 6},
+        ],
+        "precision": "fp32",
+        "checkpoints": {"every_steps": 2, "keep_every_steps": 1},
+        **EXACT[name],
     }
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     run_on(settings_of(whole, **changes), 2, tmp_path / "first")
-    shutil.copytree(whole, stopped)
-    for path in stopped.glob("checkpoints/stage-*/step-*"):
-        if int(path.name[5:]) > 4:
-            shutil.rmtree(path)
-    run_on(settings_of(stopped, **changes), 2, tmp_path / "second")
-    assert records(stopped) == records(whole)
-    ended, expected = (read_training(latest(each / "checkpoints")) for each in (stopped, whole))
-    assert all(torch.equal(ended.model[name], weight) for name, weight in expected.model.items())
-    for name, slots in expected.optimizer.items():
-        assert all(torch.equal(ended.optimizer[name][slot], value) for slot, value in slots.items())
+    cut_back(whole, stopped, 1, 4)
+    assert "resumed from" in run_on(settings_of(stopped, **changes), 2, tmp_path / "second").output()
+    assert_same_end(stopped, whole)
+    if name == "compiled":
+        run_on(settings_of(tmp_path / "eager", **{**changes, "compile": "none"}), 2, tmp_path / "third")
+        eager, compiled = ([line["loss"] for line in records(folder)] for folder in (tmp_path / "eager", whole))
+        assert compiled == pytest.approx(eager, rel=1e-5)
 
 
-POISONED = """
-import sys
-from pretrain import loop
-from pretrain.world import find_world
-from pretrain.__main__ import main
+def poison_weight(hooks: ExitStack, module: torch.nn.Module, inputs: object) -> None:
+    hooks.callback(module.weight.register_hook(lambda gradient: gradient * torch.nan).remove)
 
-original = loop.train_step
 
-def train_step(run, stage, trained, state, batches):
-    if find_world().rank == 1 and state.step_count == 3:
-        hook = trained.module.register_forward_hook(lambda module, inputs, loss: loss * float("nan"))
-        try:
+def poison_one_process(kind: str, steps: tuple[int, ...], *, once: bool = False) -> None:
+    """In these steps the second process's loss is no number, or the gradient of one parameter there is none.
+
+    once: each of them is good when it is repeated.
+    """
+    original, bad = loop.train_step, set(steps)
+
+    def train_step(run, stage, trained, state, batches):
+        step = state.step_count + 1
+        if run.world.rank != 1 or step not in bad:
             return original(run, stage, trained, state, batches)
-        finally:
-            hook.remove()
-    return original(run, stage, trained, state, batches)
+        bad.difference_update({step} if once else ())
+        with ExitStack() as hooks:
+            if kind == "loss":
+                hooks.callback(trained.module.register_forward_hook(lambda _, __, loss: loss * torch.nan).remove)
+            else:  # of the gathered weight, which is there when the forward pass comes to it
+                norm = trained.model.transformer.h[0].norm_1
+                hooks.callback(norm.register_forward_pre_hook(partial(poison_weight, hooks)).remove)
+            return original(run, stage, trained, state, batches)
 
-loop.train_step = train_step
-sys.exit(main())
-"""
+    loop.train_step = train_step
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_no_number_on_one_process_lets_all_skip_the_step(settings_of, tmp_path):
+@pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_what_is_no_number_on_one_process_lets_all_skip_the_step(settings_of, tmp_path, kind, strategy):
     changes = {
         "stages": [{"name": "base", "n_layer": 1, "max_steps": 6}],
         "checkpoints": {"every_steps": 1, "keep_every_steps": 1},
+        "parallel": {"strategy": strategy},
     }
-    run_on(settings_of(tmp_path / "run", **changes), 2, tmp_path, script=POISONED)
+    settings = settings_of(tmp_path / "run", **changes)
+    run_on(settings, 2, tmp_path, prepare=partial(poison_one_process, kind, (4,)))
     before, after = (
         read_training(tmp_path / f"run/checkpoints/stage-01/step-{step:010d}", verify=False) for step in (3, 4)
     )
@@ -189,24 +202,76 @@ def test_a_loss_that_is_no_number_on_one_process_lets_all_skip_the_step(settings
         assert all(torch.equal(value, before.optimizer[name][slot]) for slot, value in slots.items())
 
 
+DIVERGES = {
+    "stages": [{"name": "base", "n_layer": 1, "max_steps": 8}],
+    "checkpoints": {"every_steps": 2},
+    "guards": {"max_skipped_steps": 2},
+}
+
+
+@pytest.mark.slow
+def test_a_shared_run_that_diverges_on_one_process_gives_up_with_one_voice(settings_of, tmp_path):
+    poison = partial(poison_one_process, "loss", (5, 6))
+    ended = run_on(settings_of(tmp_path / "run", **DIVERGES), 2, tmp_path, prepare=poison, code=4)
+    assert "steps 5 to 6 were not made" in ended.errors() and "Samples 16 to 23 of the data order" in ended.errors()
+    assert ended.errors(1) == ""
+
+
+@pytest.mark.slow
+def test_a_shared_run_goes_round_samples_that_are_bad_on_one_process(settings_of, tmp_path):
+    settings = merge(settings_of(tmp_path / "run", **DIVERGES), {"guards": {"rollbacks": 1}})
+    ended = run_on(settings, 2, tmp_path, prepare=partial(poison_one_process, "gradient", (5, 6), once=True))
+    assert "back to the last checkpoint, without these samples" in ended.output()
+    assert read_training(latest(tmp_path / "run" / "checkpoints")).state["auto_skips"] == [[16, 24]]
+    assert [line["skipped_steps"] for line in records(tmp_path / "run")] == [0] * 8
+
+
 @pytest.mark.slow
 def test_a_batch_that_does_not_divide_is_refused_once_with_what_does(settings_of, tmp_path):
-    settings = settings_of(tmp_path / "run", batch={"global_batch_size": 4, "micro_batch_size": 1})
-    done = finish(start(settings, 3, tmp_path))
-    assert [process.returncode for process in done] == [2, 2, 2]
-    assert sum("must be a multiple" in process.stderr for process in done) == 1
+    settings = settings_of(tmp_path / "run", batch={"global_batch_size": 12, "micro_batch_size": 3})
+    refused = run_on(settings, 3, tmp_path, code=2)
+    assert "must be a multiple" in refused.errors() and "micro_batch_size can be 1, 2, 4" in refused.errors()
+    assert [refused.errors(rank) for rank in (1, 2)] == ["", ""]
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def below_a_file(settings: dict, tmp_path: Path) -> tuple[dict, int, str]:
+    (tmp_path / "file").touch()
+    return {**settings, "out_dir": str(tmp_path / "file" / "run")}, 3, "file"
+
+
+def with_another_seed(settings: dict, tmp_path: Path) -> tuple[dict, int, str]:
+    return {**settings, "seed": 1}, 2, "seed: 3407 in the checkpoint, 1 now"
+
+
+def with_another_job_there(settings: dict, tmp_path: Path) -> tuple[dict, int, str]:
+    lock = (tmp_path / "run" / "run.lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return {**settings, "held": lock}, 3, "another process"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [below_a_file, with_another_seed, with_another_job_there])
+def test_what_one_process_refuses_all_refuse_with_one_voice_and_nothing_is_touched(of_two, prepared, tmp_path, case):
+    run = Path(shutil.copytree(of_two, tmp_path / "run"))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "run.lock"}
+    settings, code, message = case(of_processes(run, prepared), tmp_path)
+    held = settings.pop("held", None)
+    refused = run_on(settings, 2, tmp_path / "start", code=code)
+    assert message in refused.errors(0) and refused.errors(1) == ""
+    assert {path: path.read_bytes() for path in before} == before
+    if held is not None:
+        held.close()
 
 
 @pytest.mark.slow
 def test_what_all_processes_come_to_is_said_once(settings_of, tmp_path):
     settings = settings_of(tmp_path / "run", stop={"after": "1s"}, data={"max_epochs": 10})
     settings["stages"] = [{"name": "base", "n_layer": 1, "max_steps": 1000}]
-    done = finish(start(settings, 2, tmp_path))
-    assert [process.returncode for process in done] == [75, 75]
-    told = [process.stderr for process in done]
-    assert "stopped by stop.after=1s" in told[0] and "read more than once" in told[0]
-    assert told[1] == ""
+    stopped = run_on(settings, 2, tmp_path, code=75)
+    assert stopped.errors().count("repeat the command to go on") == 1  # whichever clock was ahead
+    assert "read more than once" in stopped.errors()
+    assert stopped.errors(1) == ""
 
 
 def model_of(parallel: ParallelConfig, config=None, precision: str = "fp32", **compute: str):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.kill_sweep import cut_back
 from lit_gpt.checkpoint import latest, read_training
 from lit_gpt.settings_files import merge
 from lit_gpt.tokenizer import Tokenizer
@@ -67,6 +68,26 @@ def test_a_signal_saves_at_the_next_step_and_exits_75(
     assert 1 <= saved < 14
     assert pretrain(never).returncode == 0
     assert_same_end(folder, finished_run)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"precision": "fp32", "activation_checkpointing": "full"},
+        {"precision": "bf16", "activation_checkpointing": "selective", "batch": {"micro_batch_size": 1}},
+        {"precision": "bf16-true"},
+    ],
+    ids=lambda changes: changes["precision"],
+)
+def test_a_run_that_was_stopped_ends_to_the_bit_however_it_computes(settings, pretrain, tmp_path, changes):
+    kept = {"checkpoints": {"every_steps": 2, "keep_every_steps": 1}, "validation": {"max_tokens": 160}}
+    settings = merge(settings, {**changes, **kept})
+    assert pretrain(settings).returncode == 0
+    stopped = tmp_path / "stopped"
+    cut_back(Path(settings["out_dir"]), stopped, 1, 4)
+    again = pretrain({**settings, "out_dir": str(stopped)})
+    assert "resumed from" in again.stdout, again.stderr
+    assert_same_end(stopped, Path(settings["out_dir"]))
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_over_without_double_records(settings, pretrain, finished_run):

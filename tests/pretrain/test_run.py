@@ -13,6 +13,7 @@ from lit_gpt.checkpoint import latest, read_training
 from lit_gpt.config import Config
 from lit_gpt.flops import count_parameters
 from lit_gpt.settings_files import merge
+from pretrain.parallel import find_cpp_compiler
 from pretrain.run import run
 from tests.pretrain.runs import records
 
@@ -175,6 +176,7 @@ def test_bf16_computation_keeps_fp32_weights_and_stays_close(finish):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(find_cpp_compiler() is None, reason="no C++ compiler to compile with")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo looks
 def test_compiled_blocks_and_loss_agree_with_eager(finish):
     reference = records(finish("eager", compile="none"))

@@ -14,10 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from benchmarks import kill_sweep
-from benchmarks.forked import Started, start, start_function
+from benchmarks.forked import start_function
 from grow.apply import grow_checkpoint
 from grow.grown import GrownOptimizer, GrownWeights
 from grow.operators import plan_growth
@@ -33,7 +32,8 @@ from pretrain.optim import build_optimizer, load_named_state, named_state
 from pretrain.parallel import Compute, build_model, whole
 from pretrain.state import TrainState
 from pretrain.world import World, connected, find_world
-from tests.pretrain.conftest import two_stages
+from tests.pretrain.conftest import of_processes
+from tests.pretrain.processes import run_on
 from tests.pretrain.runs import assert_same_end, records
 from tests.toys import toy_config, toy_weights
 
@@ -217,30 +217,6 @@ def test_on_two_processes(together, function):
 # Whole runs
 
 
-def settings_of(out_dir: Path, data: Path, **changes: Any) -> dict[str, Any]:
-    return {**two_stages(out_dir, data), "batch": {"global_batch_size": 4, "micro_batch_size": 1}, **changes}
-
-
-def run_on(size: int, settings: dict[str, Any], folder: Path) -> Started:
-    folder.mkdir()
-    path = folder / "settings.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    started = start(["--config", str(path)], size, folder / "logs")
-    started.wait()
-    return started
-
-
-@pytest.fixture(scope="module")
-def of_two(tmp_path_factory, prepared) -> Path:
-    """The folder of a run of two processes that nothing disturbed, all of its checkpoints kept."""
-    folder = tmp_path_factory.mktemp("of_two")
-    settings = settings_of(folder / "run", prepared, checkpoints={"every_steps": 2, "keep_every_steps": 1})
-    started = run_on(2, settings, folder / "start")
-    assert "training stood" in started.output() and "written in" in started.output(), started.errors()
-    assert started.errors(1).count("Traceback") == 0
-    return folder / "run"
-
-
 def cut_back(run: Path, copied: Path, stage: int = 2, step: int = 10) -> Path:
     kill_sweep.cut_back(run, copied, stage, step)
     return copied
@@ -259,7 +235,7 @@ def cut_back(run: Path, copied: Path, stage: int = 2, step: int = 10) -> Path:
 )
 def test_what_two_processes_saved_goes_on_in_any_world(of_two, prepared, tmp_path, size, parallel):
     run = cut_back(of_two, tmp_path / "run")
-    started = run_on(size, settings_of(run, prepared, parallel=parallel), tmp_path / "start")
+    started = run_on(of_processes(run, prepared, parallel=parallel), size, tmp_path / "start")
     assert "resumed from" in started.output(), started.errors()
     if (size, parallel) == (2, {}):
         assert_same_end(run, of_two)
@@ -270,7 +246,7 @@ def test_what_two_processes_saved_goes_on_in_any_world(of_two, prepared, tmp_pat
 @pytest.mark.slow
 def test_growth_may_begin_with_another_number_of_processes_than_the_stage_before_ended_with(of_two, prepared, tmp_path):
     run = cut_back(of_two, tmp_path / "run", 1, 6)
-    started = run_on(1, settings_of(run, prepared), tmp_path / "start")
+    started = run_on(of_processes(run, prepared), 1, tmp_path / "start")
     assert "growth: stack 1 -> 3" in started.output(), started.errors()
     ours, theirs = ([line["loss"] for line in records(folder)] for folder in (run, of_two))
     assert ours == pytest.approx(theirs, abs=1e-6)
@@ -537,11 +513,11 @@ def test_a_growth_that_is_being_learned_goes_on_to_the_bit_on_two_processes(prep
         {"name": "grown", "operator": "ligo", "options": {"learn_steps": 3}, "max_steps": 6},
     ]
     keep = {"every_steps": 1, "keep_every_steps": 1}
-    whole_run = settings_of(tmp_path / "whole", prepared, stages=stages, checkpoints=keep)
-    assert run_on(2, whole_run, tmp_path / "first").wait() == [0, 0]
+    whole_run = of_processes(tmp_path / "whole", prepared, stages=stages, checkpoints=keep)
+    run_on(whole_run, 2, tmp_path / "first")
     run = cut_back(tmp_path / "whole", tmp_path / "run", 2, 5)
-    again = run_on(2, settings_of(run, prepared, stages=stages, checkpoints=keep), tmp_path / "second")
-    assert again.wait() == [0, 0] and "resumed from" in again.output()
+    again = run_on(of_processes(run, prepared, stages=stages, checkpoints=keep), 2, tmp_path / "second")
+    assert "resumed from" in again.output()
     assert_same_end(run, tmp_path / "whole")
 
 

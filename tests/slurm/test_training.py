@@ -94,6 +94,12 @@ def lines(out: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def loss_log(out: Path) -> list[bytes]:
+    """The lines of metrics.jsonl as they stand in the file, without what tells the time."""
+    timing = rb', "(?:tokens_per_sec|seconds|time)": [^,}]*'
+    return [re.sub(timing, b"", line) for line in (out / "metrics.jsonl").read_bytes().splitlines()]
+
+
 def field(slurm, job: int, name: str) -> str:
     return re.search(rf"\b{name}=(\S*)", slurm.command("scontrol", "--oneliner", "show", "job", str(job)))[1]
 
@@ -137,10 +143,23 @@ srun -N1 -n2 -r1 {sys.executable} -c "{MEET}" 2>&1 | grep -E '^met|^ValueError' 
     assert "'zz2', which does not resolve" in unresolved and "set MASTER_ADDR" in unresolved
 
 
+def test_a_job_that_names_its_tasks_alone_is_understood(slurm, tmp_path: Path, root: Path):
+    """--ntasks without --ntasks-per-node, which Lightning refuses."""
+    script = tmp_path / "job.sh"
+    script.write_text(f"""#!/usr/bin/env bash
+export PYTHONPATH={root}
+srun {sys.executable} -c "{WHO}" 2>&1 | grep -E '^place|^ValueError' | sort
+""")
+    job = slurm.submit(script, options=["--nodes=1", "--ntasks=2", "--time=5"], cwd=tmp_path)
+    assert set(slurm.wait(job).values()) == {"COMPLETED"}
+    assert slurm.output(job).splitlines() == [f"place {rank} 2 {rank} srun" for rank in range(2)]
+
+
 def test_a_signalled_job_is_queued_again_and_ends_with_the_same_losses(slurm, submit, tmp_path: Path):
-    two = ("--nodes=2", "--ntasks-per-node=1")
-    job = submit(tmp_path / "run", *two, MAX_STEP="60")
-    undisturbed = submit(tmp_path / "undisturbed", *two, MAX_STEP="60")
+    four = ("--nodes=2", "--ntasks-per-node=2")
+    settings = {"MAX_STEP": "40", "MICRO_BATCH_SIZE": "1"}
+    job = submit(tmp_path / "run", *four, **settings)
+    undisturbed = submit(tmp_path / "undisturbed", *four, **settings)
     after = tmp_path / "after.sh"
     after.write_text("#!/bin/sh\necho ran\n")
     dependent = slurm.submit(after, options=[f"--dependency=afterok:{job}"], cwd=tmp_path)
@@ -153,12 +172,12 @@ def test_a_signalled_job_is_queued_again_and_ends_with_the_same_losses(slurm, su
 
     assert set(slurm.wait(job).values()) == {"COMPLETED"}, slurm.output(job)
     assert set(slurm.wait(undisturbed).values()) == {"COMPLETED"}, slurm.output(undisturbed)
-    assert 4 <= stopped_at < 60
+    assert 4 <= stopped_at < 40
     assert field(slurm, job, "Restarts") == "1"
     assert "resumed from" in slurm.output(job) and "start 2" in slurm.output(job)
-    assert "2 on 2 node(s), started by srun, the model sharded over 2" in slurm.output(job)
-    losses, expected = ([repr(line["loss"]) for line in lines(tmp_path / each)] for each in ("run", "undisturbed"))
-    assert losses == expected and len(losses) == 60
+    assert "4 on 2 node(s), started by srun, the model sharded over 4" in slurm.output(job)
+    log, expected = (loss_log(tmp_path / each) for each in ("run", "undisturbed"))
+    assert log == expected and len(log) == 40
     assert not (tmp_path / "run" / "REQUEUE").exists()
     assert set(slurm.wait(dependent).values()) == {"COMPLETED"}
 
