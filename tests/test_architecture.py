@@ -40,6 +40,7 @@ WITHOUT_TORCH = [
     *("grow.layer_map", "grow.plan", "grow.depth", "grow.operators", "grow.curves", "grow.__main__"),
     *("grow.guideline", "grow.guideline_command", "grow.guideline_plot", "grow.memory", "lit_gpt.counts"),
     *("grow.fit", "grow.fit_command", "grow.scores", "grow.report.command", "grow.report.tables"),
+    *("grow.compare.command", "grow.compare.settings", "grow.compare.text"),
     *("pretrain.config", "pretrain.command_line", "pretrain.data_command", "pretrain.__main__"),
     *("pretrain.status", "pretrain.heartbeat", "pretrain.time_limit", "pretrain.world"),
     *("pretrain.zero_shot.task", "pretrain.zero_shot.examples", "pretrain.zero_shot.encoding"),

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grow.compare.runs import RunFailed, run_all
 from grow.compare.settings import CompareConfig, read_settings
 from grow.compare.text import sentences, table
 from grow.report.extra import require
@@ -36,6 +35,8 @@ def run(args: argparse.Namespace) -> int | None:
             folder is damaged or cannot be read.
     """
     require("the comparison", "jinja2", "scipy")
+    from grow.compare.runs import RunFailed, run_all
+
     config = _with_flags(read_settings(args.config), args)
     try:
         run_all(config)

@@ -8,7 +8,7 @@ from typing import Any
 
 from grow.compare.ranking import RankedArm, Ranking
 from grow.compare.text import HEAD, rows, sentences
-from grow.report.axes import N_COLOURS, chart, nice_ticks, thinned, with_axes
+from grow.report.axes import chart, nice_ticks, style_number, thinned, with_axes
 from grow.report.page import environment
 
 ROW, TOP, BOTTOM, RIGHT = 30, 10, 40, 16  # of the figure, in drawing units
@@ -18,16 +18,16 @@ FROM_SHARE = 0.3  # curves are shown from this share of the FLOPs on
 def render(ranking: Ranking, facts: Mapping[str, Any]) -> str:
     """The page as text.
 
-    facts: how it was made, for the end of the page: command, seeds, files of settings and their text, versions.
+    facts: how it was made, for the end of the page: command, files of settings and their text, versions.
     """
     return (
         environment()
         .get_template("compare.html.j2")
         .render(
-            title=sentences(ranking)[0],
-            sentences=sentences(ranking)[1:],
+            title=f"{ranking.arms[0].name} ends lowest",
+            sentences=sentences(ranking),
             head=HEAD,
-            rows=[(i % N_COLOURS, row) for i, row in enumerate(rows(ranking))],
+            rows=[(style_number(i), row) for i, row in enumerate(rows(ranking))],
             ranking=ranking,
             wide=ranking_svg(ranking, 940),
             narrow=ranking_svg(ranking, 340),
@@ -41,7 +41,10 @@ def curves_chart(ranking: Ranking) -> dict[str, Any]:
     """Mean training loss over seeds against FLOPs, as plain data for the report's drawing."""
     series = [
         {
-            **{"name": arm.name, "role": "grown", "style": number % N_COLOURS, "kind": "line"},
+            "name": arm.name,
+            "role": "grown",
+            "style": style_number(number),
+            "kind": "line",
             "points": thinned(arm.curve.flops, arm.curve.loss),
         }
         for number, arm in enumerate(ranking.curves)
@@ -79,7 +82,7 @@ def ranking_svg(ranking: Ranking, width: int) -> str:
         parts.append(f'<line class="grid" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{TOP}" y2="{base}"/>')
         parts.append(f'<text class="tick" x="{x(tick):.1f}" y="{base + 16}" text-anchor="middle">{tick:g}</text>')
     for place, arm in enumerate(ranking.arms):
-        parts += _row(arm, place % N_COLOURS, TOP + ROW * (place + 0.5), left, x)
+        parts += _row(arm, style_number(place), TOP + ROW * (place + 0.5), left, x)
     middle = (left + width - RIGHT) / 2
     parts.append(
         f'<text class="label" x="{middle:g}" y="{height - 6}" text-anchor="middle">{escape(ranking.measured)}</text>'

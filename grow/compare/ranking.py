@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from grow.compare.runs import BASE, run_dirs
+from grow.compare.runs import run_dirs
 from grow.compare.settings import FROM_SCRATCH, CompareConfig
-from grow.curves import Curve, RunLog, default_window, read_run_log, smooth, speedup, training_curve
+from grow.curves import Curve, Evaluation, RunLog, default_window, read_run_log, smooth, speedup, training_curve
 from lit_gpt.errors import DataError
 
 CONFIDENCE = 0.95
+UNEQUAL = 0.02  # arms whose FLOPs differ by more than this share are not quite comparable
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Estimate:
     stderr: float | None
     """Standard error of the mean; None for a single seed."""
     low: float | None
-    """Ends of the 95 % interval by Student's t."""
+    """Ends of the interval by Student's t, of 95 % where nothing else is said."""
     high: float | None
     n: int
 
@@ -44,11 +45,14 @@ class RankedArm:
     spike: Estimate | None
     """Loss right after growth minus loss right before it; None for `scratch`."""
     behind_best: Estimate
-    """Loss minus that of the first in the ranking, seed by seed."""
+    """Loss minus that of the first in the ranking, seed by seed. The interval is wide enough for all pairs of arms
+    together (Bonferroni): the first is chosen for being lowest, and of many equal arms some pair always looks apart."""
     against_scratch: Estimate | None
     """Loss minus that of training from scratch, seed by seed; None without such an arm."""
     speedup: Estimate | None
-    """FLOPs of scratch over those of this arm minus one, at equal training loss; None where no seed has one."""
+    """FLOPs of scratch over those of this arm minus one, at equal training loss, over the seeds that have one."""
+    speedup_is_bound: bool
+    """Whether an arm was below the loss from its first point on, so that the true speed-up is at least this."""
     flops: float
     """Of the base and the probe, the mean over seeds."""
 
@@ -81,6 +85,12 @@ class Ranking:
     window_tokens: float
     """In which training losses are smoothed for curves and speed-ups."""
 
+    @property
+    def unequal(self) -> list[RankedArm]:
+        """Arms that cost more or less than the others: a teacher, gradients before growth, steps that do not divide."""
+        usual = float(np.median([arm.flops for arm in self.arms]))
+        return [arm for arm in self.arms if abs(arm.flops / usual - 1) > UNEQUAL]
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "measured": self.measured,
@@ -90,15 +100,15 @@ class Ranking:
         }
 
 
-def estimate(values: Sequence[float]) -> Estimate:
-    """Mean, standard error and 95 % interval of independent values."""
+def estimate(values: Sequence[float], confidence: float = CONFIDENCE) -> Estimate:
+    """Mean, standard error and interval of independent values."""
     from scipy.stats import t
 
     n, mean = len(values), float(np.mean(values))
     if n < 2:
         return Estimate(mean, None, None, None, n)
     stderr = float(np.std(values, ddof=1)) / math.sqrt(n)
-    reach = float(t.ppf((1 + CONFIDENCE) / 2, n - 1)) * stderr
+    reach = float(t.ppf((1 + confidence) / 2, n - 1)) * stderr
     return Estimate(mean, stderr, mean - reach, mean + reach, n)
 
 
@@ -128,35 +138,31 @@ def rank(config: CompareConfig) -> Ranking:
 
 
 def _common_set(logs: dict[str, list[RunLog]]) -> str | None:
-    """The first validation set that every run measured at its end."""
-    each = [
-        [e.set for e in log.evaluations if e.metric == "loss" and e.when == "end" and e.stage_name == name]
-        for name, runs in logs.items()
-        for log in runs
-    ]
-    return next((name for name in each[0] if all(name in sets for sets in each)), None)
+    """The first validation set that was measured at the end of any run; None: none was."""
+    return next((e.set for runs in logs.values() for log in runs for e in log.evaluations if _is_final(e)), None)
+
+
+def _is_final(evaluation: Evaluation) -> bool:
+    return (evaluation.metric, evaluation.when) == ("loss", "end")
 
 
 def _final_loss(log: RunLog, name: str, set_name: str | None, folder: Path) -> float:
     if set_name is None:
         curve = _curve(log, name)
         return float(smooth(curve, default_window([curve])).loss[-1])
-    found = _evaluation(log, set_name, ("end",))
-    if found is None:
-        raise DataError(f"{folder} has not come to its end; repeat the command")
-    return found
-
-
-def _evaluation(log: RunLog, set_name: str, whens: Sequence[str]) -> float | None:
-    found = [e.value for e in log.evaluations if (e.metric, e.set) == ("loss", set_name) and e.when in whens]
-    return found[-1] if found else None
+    found = [e.value for e in log.evaluations if _is_final(e) and (e.set, e.stage_name) == (set_name, name)]
+    if not found:
+        raise DataError(f"{folder} has not come to its end, or was not measured on {set_name}; repeat the command")
+    return found[-1]
 
 
 def _curve(log: RunLog, name: str) -> Curve:
+    """Logged losses of an arm's last stage."""
     metrics = [metric for metric in log.metrics if metric.stage_name == name]
     if not metrics:
         raise DataError(f"no step of {name!r} was logged; lower logging.every_steps or lengthen the probe")
-    return training_curve(metrics, 0)
+    before = [metric.tokens for metric in log.metrics if metric.stage < metrics[0].stage]
+    return training_curve(metrics, before[-1] if before else 0)
 
 
 def _mean_curve(curves: Sequence[Curve]) -> Curve:
@@ -176,28 +182,31 @@ def _ranked(
 ) -> RankedArm:
     scratch = FROM_SCRATCH if FROM_SCRATCH in ends and name != FROM_SCRATCH else None
     found = [] if scratch is None else [speedup(a, b) for a, b in zip(smoothed[name], smoothed[scratch], strict=True)]
-    speedups = [each.speedup for each in found if each.speedup is not None]
-    spikes = [] if name == FROM_SCRATCH or set_name is None else [_spike(log, set_name) for log in logs]
+    measured = [each for each in found if each.speedup is not None]
+    spikes = [] if set_name is None else [_spike(log, name, set_name) for log in logs]
     known = [each for each in spikes if each is not None]
+    n_pairs = max(1, len(ends) * (len(ends) - 1) // 2)
     return RankedArm(
         name=name,
         loss=estimate(ends[name]),
         losses=tuple(ends[name]),
         spike=estimate(known) if known else None,
-        behind_best=_difference(ends[name], ends[best]),
+        behind_best=_difference(ends[name], ends[best], 1 - (1 - CONFIDENCE) / n_pairs),
         against_scratch=None if scratch is None else _difference(ends[name], ends[scratch]),
-        speedup=estimate(speedups) if speedups else None,
+        speedup=estimate([each.speedup for each in measured]) if measured else None,
+        speedup_is_bound=any(each.lower_bound for each in measured),
         flops=float(np.mean([log.metrics[-1].flops_total for log in logs])),
     )
 
 
-def _difference(ours: Sequence[float], theirs: Sequence[float]) -> Estimate:
-    return estimate([a - b for a, b in zip(ours, theirs, strict=True)])
+def _difference(ours: Sequence[float], theirs: Sequence[float], confidence: float = CONFIDENCE) -> Estimate:
+    return estimate([a - b for a, b in zip(ours, theirs, strict=True)], confidence)
 
 
-def _spike(log: RunLog, set_name: str) -> float | None:
-    before = next(
-        (e.value for e in log.evaluations if e.stage_name == BASE and (e.metric, e.set) == ("loss", set_name)), None
-    )
-    after = _evaluation(log, set_name, ("after_growth",))
-    return None if before is None or after is None else after - before
+def _spike(log: RunLog, name: str, set_name: str) -> float | None:
+    """What the arm's last growth did to the loss; None for one that did not grow."""
+    losses = [e for e in log.evaluations if (e.metric, e.set) == ("loss", set_name)]
+    for before, after in zip(losses, losses[1:], strict=False):
+        if (after.when, after.stage_name) == ("after_growth", name):
+            return after.value - before.value
+    return None

@@ -21,14 +21,14 @@ from lit_gpt.atomic import write_atomically
 from lit_gpt.checkpoint import TRAINING, detect_form, find_checkpoint, read_config, read_exchange, read_training
 from lit_gpt.config import Config
 from lit_gpt.counts import parse_token_count
-from lit_gpt.errors import EXIT_STOPPED, DataError
+from lit_gpt.errors import EXIT_DATA, EXIT_NON_FINITE, EXIT_OK, EXIT_STOPPED, EXIT_USAGE, DataError
 from lit_gpt.flops import flops_per_token
 from lit_gpt.settings_files import merge, read_settings_file
 from lit_gpt.stored_state import FLOPS, flops_behind
 
 DONE = "done.json"
-SETTINGS = "compare.yaml"
 BASE = "base"
+GLOBAL_BATCH_SIZE = 512  # where the settings have none; written into every run's
 LENGTHS = frozenset({"max_tokens", "max_steps"})
 
 
@@ -36,7 +36,8 @@ class RunFailed(Exception):
     """A run of the comparison ended with an error; its own message is on the terminal."""
 
     def __init__(self, name: str, code: int) -> None:
-        super().__init__(f"{name} ended with exit code {code}; repeat the command to go on from there")
+        again = "the reason stands above; mend it and " if code in (EXIT_USAGE, EXIT_DATA, EXIT_NON_FINITE) else ""
+        super().__init__(f"{name} ended with exit code {code}; {again}repeat the command to go on from there")
         self.code = code
 
 
@@ -54,14 +55,19 @@ def run_all(config: CompareConfig) -> None:
     """Train what is not trained yet; everything that is done already is left alone.
 
     Raises:
-        RunFailed: one of the runs did not come to its end. ValueError, DataError, OSError: before anything is trained.
+        RunFailed: one of the runs did not come to its end.
+        ValueError: settings that do not fit, found before the arms of a seed are trained. DataError, OSError: a
+            checkpoint or a folder is damaged.
     """
     for seed in config.seeds:
         origin = _origin(config, seed, BASE, {})
-        for name, arm in config.arms.items():
-            own = _origin(config, seed, f"{name}, its base", arm["base"]) if "base" in arm else origin
-            steps = arm_steps(config, name, origin, own)
-            run_once(config, f"seed-{seed}/{name}", {"seed": seed, **_arm_settings(config, name, own, steps)})
+        bases = {
+            name: _origin(config, seed, f"{name}, its base", arm["base"]) if "base" in arm else origin
+            for name, arm in config.arms.items()
+        }
+        steps = {name: arm_steps(config, name, origin, own) for name, own in bases.items()}
+        for name, own in bases.items():
+            run_once(config, f"seed-{seed}/{name}", {"seed": seed, **_arm_settings(config, name, own, steps[name])})
 
 
 def run_dirs(config: CompareConfig, name: str) -> Iterator[tuple[int, Path]]:
@@ -125,7 +131,7 @@ def merged_settings(config: CompareConfig) -> dict[str, Any]:
     Raises:
         ValueError: a file that is no YAML mapping, or no model in any.
     """
-    merged: dict[str, Any] = {"batch": {"global_batch_size": 512}}
+    merged: dict[str, Any] = {"batch": {"global_batch_size": GLOBAL_BATCH_SIZE}}
     for path in config.config:
         merged = merge(merged, read_settings_file(path))
     merged = merge(merged, config.settings)
@@ -176,7 +182,8 @@ def run_once(config: CompareConfig, name: str, settings: Mapping[str, Any]) -> N
         DataError: the folder holds a finished run of other settings.
     """
     folder = Path(config.out_dir) / name
-    own = merge(dict(config.settings), {**settings, "out_dir": str(folder)})
+    batch = {"global_batch_size": merged_settings(config)["batch"]["global_batch_size"]}
+    own = merge(merge(dict(config.settings), {"batch": batch}), {**settings, "out_dir": str(folder)})
     digest = hashlib.sha256(json.dumps([_contents(config.config), own], sort_keys=True).encode()).hexdigest()
     if (folder / DONE).is_file():
         if json.loads((folder / DONE).read_text())["settings"] == digest:
@@ -189,17 +196,22 @@ def run_once(config: CompareConfig, name: str, settings: Mapping[str, Any]) -> N
     sys.stderr.write(f"== {name}\n")
     code = _ended(subprocess.Popen([sys.executable, "-m", "pretrain", *files], stdout=sys.stderr))
     if code:
-        raise RunFailed(name, code if code in (2, 3, 4, EXIT_STOPPED) else 1)
+        raise RunFailed(name, code if code in (EXIT_USAGE, EXIT_DATA, EXIT_NON_FINITE, EXIT_STOPPED) else 1)
     write_atomically(folder / DONE, json.dumps({"settings": digest}).encode())
 
 
 def _ended(process: subprocess.Popen[bytes]) -> int:
     """Its exit code. A Ctrl-C reaches it as well, and it saves: that is waited for."""
+    interrupted = False
     while True:
         try:
-            return process.wait()
+            code = process.wait()
+            break
         except KeyboardInterrupt:
-            continue
+            interrupted = True
+    if interrupted and code == EXIT_OK:  # it had just come to its end
+        raise KeyboardInterrupt
+    return code
 
 
 def _contents(paths: list[str]) -> list[str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from grow.operators import operator
 from lit_gpt.config import unknown_key
+from lit_gpt.counts import parse_count
 from lit_gpt.settings_files import read_settings_file
 
 FROM_SCRATCH = "scratch"
@@ -76,11 +78,24 @@ def _length_problems(values: Mapping[str, Any]) -> list[str]:
     problems = []
     if set(probe) not in ({"max_tokens"}, {"max_steps"}):
         problems.append(f"probe={probe} must be {{max_tokens: N}} or {{max_steps: N}}")
+    else:
+        problems += _count_problems("probe", probe)
+    problems += _count_problems("base", base)
     if "checkpoint" in base and set(base) != {"checkpoint"}:
         problems.append(f"base names a checkpoint, so {', '.join(sorted({*base} - {'checkpoint'}))} has no effect")
     if "checkpoint" not in base and ("max_tokens" in base) == ("max_steps" in base):
         problems.append("base needs exactly one of max_tokens and max_steps, or a checkpoint")
     return problems
+
+
+def _count_problems(where: str, lengths: Mapping[str, Any]) -> list[str]:
+    try:
+        for key, count in (("max_tokens", "tokens"), ("max_steps", "steps")):
+            if key in lengths:
+                parse_count(lengths[key], count)
+    except ValueError as error:
+        return [f"{where}: {error}"]
+    return []
 
 
 def _arm_problems(values: Mapping[str, Any]) -> list[str]:
@@ -121,7 +136,20 @@ def _stage_problems(name: str, arm: Mapping[str, Any], base: Mapping[str, Any]) 
     lengths = {"max_tokens", "max_steps", "name"} & {key for stage in stages for key in stage}
     if lengths:
         return [f"{', '.join(sorted(lengths))} is not for arms; probe says how long they are"]
-    shares = [stage.get("share") for stage in stages]
+    return _operator_problems(stages) or _share_problems([stage.get("share") for stage in stages])
+
+
+def _operator_problems(stages: Sequence[Mapping[str, Any]]) -> list[str]:
+    try:
+        for stage in stages:
+            if "operator" in stage:
+                operator(str(stage["operator"]))
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
+def _share_problems(shares: Sequence[Any]) -> list[str]:
     if shares[-1] is not None or not all(isinstance(each, int | float) and 0 < each < 1 for each in shares[:-1]):
         return ["every stage but the last needs a share of the FLOPs after the base, between 0 and 1"]
     return [] if sum(shares[:-1]) < 1 else ["the shares of its stages leave nothing for the last one"]

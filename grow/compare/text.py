@@ -22,8 +22,12 @@ def number(found: Estimate | None, digits: int = 4, *, signed: bool = False, sca
     return f"{scale * found.mean:{sign}.{digits}f}{error}"
 
 
-def percent(found: Estimate | None) -> str:
-    return "–" if found is None else number(found, 0, signed=True, scale=100.0) + " %"
+def speedup(arm: RankedArm, n_seeds: int) -> str:
+    """`≥ +54 ± 3 % (2 of 3)`: a bound, and in how many seeds there was one."""
+    if arm.speedup is None:
+        return "–"
+    seeds = "" if arm.speedup.n == n_seeds else f" ({arm.speedup.n} of {n_seeds})"
+    return ("≥ " if arm.speedup_is_bound else "") + number(arm.speedup, 0, signed=True, scale=100.0) + f" %{seeds}"
 
 
 def rows(ranking: Ranking) -> Iterator[tuple[str, ...]]:
@@ -35,7 +39,7 @@ def rows(ranking: Ranking) -> Iterator[tuple[str, ...]]:
             "–" if place == 0 else number(arm.behind_best, signed=True),
             number(arm.against_scratch, signed=True),
             number(arm.spike, signed=True),
-            percent(arm.speedup),
+            speedup(arm, len(ranking.seeds)),
             f"{arm.flops:.3g}",
         )
 
@@ -48,18 +52,22 @@ def sentences(ranking: Ranking) -> list[str]:
     if seeds < 2:
         return [*found, "One seed says nothing about chance; give several."]
     if close:
-        found.append(f"Not told apart from it with 95 % confidence: {', '.join(close)}.")
+        found.append(f"Not told apart from it with 95 % confidence in all arms together: {', '.join(close)}.")
     scratch = next((arm for arm in ranking.arms if arm.name == FROM_SCRATCH), None)
     if scratch is not None and first is not scratch:
-        found.append(_against_scratch(first))
+        found.append(_against_scratch(first, scratch))
+    if ranking.unequal:
+        listed = ", ".join(f"{arm.name} ({arm.flops:.3g})" for arm in ranking.unequal)
+        found.append(f"Not of equal FLOPs with the others: {listed}.")
     return found
 
 
-def _against_scratch(first: RankedArm) -> str:
+def _against_scratch(first: RankedArm, scratch: RankedArm) -> str:
     found = first.against_scratch
     assert found is not None
-    wins = "in every seed" if found.high is not None and found.high < 0 else "on average"
-    return f"Against training from scratch for the same FLOPs that is {number(found, signed=True)}, lower {wins}."
+    wins = sum(a < b for a, b in zip(first.losses, scratch.losses, strict=True))
+    seeds = f"{wins} of {found.n} seeds"
+    return f"Against training from scratch for the same FLOPs that is {number(found, signed=True)}, lower in {seeds}."
 
 
 def table(ranking: Ranking) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from grow.compare.text import sentences, table
 from lit_gpt.config import Config
 from lit_gpt.errors import DataError
 from lit_gpt.flops import flops_per_token
+from tests.browser import look_at, needs_chromium
 from tests.toys import toy_config
 
 BASE = toy_config(n_layer=1)
@@ -49,6 +51,8 @@ def settings_file(folder: Path, **changes: object) -> Path:
         ({"arms": {"scratch": {}, "a/b": {"operator": "stack"}}}, "needs a name that a folder can have"),
         ({"arms": {"scratch": {}, "stack": {"operator": "stack", "max_steps": 3}}}, "max_steps is not for arms"),
         ({"arms": ["stack"]}, "is not a dict"),
+        ({"probe": {"max_steps": "abc"}}, "probe: 'abc' is not a number of steps"),
+        ({"arms": {"scratch": {}, "a": {"operator": "stak"}}}, "unknown growth operator 'stak'"),
         ({"arms": {"scratch": {"operator": "stack"}, "a": {}}}, "it is the baseline and has no operator"),
         ({"arms": {"scratch": {}, "a": {"base": {"n_layer": 2}}}}, "base has no effect: it has no operator"),
         ({"arms": {"scratch": {}, "a": {"stages": []}}}, "stages must be a list of stages"),
@@ -104,22 +108,23 @@ def test_a_base_of_unknown_cost_has_no_baseline(tmp_path):
         arm_steps(comparison(tmp_path), "scratch", base, base)
 
 
-def write_run(folder: Path, name: str, loss: float, *, ended: bool = True, base: bool = True) -> None:
-    """A run that comes down to a loss along a power law, with the records that `rank` reads."""
+def write_run(folder: Path, name: str, loss: float, *, ended: bool = True, hops: tuple[int, ...] = (20,)) -> None:
+    """A run that comes down to a loss along a power law, with the records that `rank` reads; steps of its stages."""
     folder.mkdir(parents=True)
-    common = {"stage": 2, "stage_name": name}
-    metrics = [
-        {
-            **common,
-            **{"step": step, "stage_step": step, "tokens": 64 * step, "flops_total": 1e6 * step, "seconds": step},
-            "loss": loss * (20 / step) ** 0.1,
-        }
-        for step in range(1, 21)
-    ]
-    evals = [{"when": "start", "stage_name": "base", "value": loss + 1}] if base else []
-    evals += [{"when": "after_growth", "stage_name": name, "value": loss + 1.5}] if base else []
-    evals += [{"when": "end", "stage_name": name, "value": loss}] if ended else []
     rest = {"step": 0, "stage": 2, "tokens": 0, "flops_total": 0.0, "set": "text", "metric": "loss"}
+    evals = [] if name == "scratch" else [{"when": "start", "stage_name": "base", "value": loss + 1}]
+    metrics, total = [], sum(hops)
+    for number, steps in enumerate(hops):
+        stage_name, done = name if number == len(hops) - 1 else f"{name}, hop {number + 1}", len(metrics)
+        if name != "scratch":
+            evals.append({"when": "after_growth", "stage_name": stage_name, "value": evals[-1]["value"] + 0.5})
+        for step in range(done + 1, done + steps + 1):
+            counts = {"step": step, "stage_step": step - done, "tokens": 64 * step, "flops_total": 1e6 * step}
+            stage = {"stage": number + 2, "stage_name": stage_name, "seconds": step}
+            metrics.append({**counts, **stage, "loss": loss * (total / step) ** 0.1})
+        if number < len(hops) - 1:
+            evals.append({"when": "before_growth", "stage_name": stage_name, "value": loss + 0.7})
+    evals += [{"when": "end", "stage_name": name, "value": loss}] if ended else []
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
     (folder / "evals.jsonl").write_text("".join(json.dumps({**rest, **line}) + "\n" for line in evals))
 
@@ -134,7 +139,8 @@ def ranked(tmp_path):
         config = comparison(tmp_path, arms=arms, seeds=seeds)
         for name, each in losses.items():
             for seed, loss in zip(seeds, each, strict=True):
-                write_run(tmp_path / "out" / f"seed-{seed}" / name, name, loss, base=name != "scratch")
+                hops = (5, 15) if name == "gradual" else (20,)
+                write_run(tmp_path / "out" / f"seed-{seed}" / name, name, loss, hops=hops)
         return rank(config)
 
     return make
@@ -154,10 +160,10 @@ def test_the_lowest_mean_comes_first_and_differences_are_taken_seed_by_seed(rank
 
 
 def test_what_chance_may_have_done_is_not_told_apart(ranked):
-    found = ranked(scratch=[4.0, 4.2, 4.1], stack=[3.5, 3.9, 3.6], interpolate=[3.7, 3.6, 3.75])
+    found = ranked(scratch=[5.0, 5.4, 5.1], stack=[3.5, 3.9, 3.6], interpolate=[3.7, 3.6, 3.75])
 
     assert found.arms[1].name == "interpolate" and not found.arms[1].is_told_apart
-    assert "Not told apart from it with 95 % confidence: interpolate." in sentences(found)
+    assert "Not told apart from it with 95 % confidence in all arms together: interpolate." in sentences(found)
     assert "stack ends lowest: 3.6667 ± 0.1202 nats per token (validation loss on text, 3 seeds)." in sentences(found)
 
 
@@ -169,20 +175,65 @@ def test_one_seed_has_no_error_and_says_so(ranked):
     assert "±" not in table(found)
 
 
+def test_an_arm_in_hops_has_the_curve_of_its_last_one_and_changes_no_other(ranked, tmp_path):
+    losses = {"scratch": [4.0, 4.2], "stack": [3.5, 3.7]}
+    alone = {arm.name: arm for arm in ranked(**losses).arms}
+    shutil.rmtree(tmp_path / "out")
+
+    found = {arm.name: arm for arm in ranked(**losses, gradual=[3.6, 3.8]).arms}
+
+    assert found["stack"].speedup == alone["stack"].speedup
+    assert found["gradual"].spike.mean == pytest.approx(0.5)
+
+
+def test_the_more_arms_the_further_apart_they_must_be(ranked, tmp_path):
+    losses = {"scratch": [4.0, 4.1, 4.05], "stack": [3.6, 3.8, 3.72]}
+    assert ranked(**losses).arms[1].is_told_apart
+    shutil.rmtree(tmp_path / "out")
+    more = {name: [4.2, 4.3, 4.25] for name in ("interpolate", "zero-depth", "llama-pro", "gradual", "midas")}
+    assert not {arm.name: arm for arm in ranked(**losses, **more).arms}["scratch"].is_told_apart
+
+
+def test_in_how_many_seeds_the_first_beats_scratch_is_counted(ranked):
+    found = ranked(scratch=[4.0, 4.0, 4.0, 4.0], stack=[3.0, 3.0, 3.0, 4.1])
+    assert "lower in 3 of 4 seeds." in " ".join(sentences(found))
+
+
+def test_an_arm_that_costs_more_is_named(ranked, tmp_path):
+    found = ranked(scratch=[4.0, 4.1], stack=[3.5, 3.6], distill=[3.4, 3.5])
+    dear = dataclasses.replace(found.arms[0], flops=2.5e7)
+    assert "Not of equal FLOPs with the others: distill (2.5e+07)." in sentences(
+        dataclasses.replace(found, arms=(dear, *found.arms[1:]))
+    )
+
+
 def test_a_run_that_has_not_come_to_its_end_is_an_error(tmp_path):
     config = comparison(tmp_path, seeds=[1, 2])
     for seed, name in ((1, "scratch"), (1, "stack"), (2, "scratch"), (2, "stack")):
-        write_run(tmp_path / "out" / f"seed-{seed}" / name, name, 3.0)
-    evals = tmp_path / "out" / "seed-2" / "stack" / "metrics.jsonl"
-    evals.write_text("")
-    with pytest.raises(DataError, match="no complete line"):
+        write_run(tmp_path / "out" / f"seed-{seed}" / name, name, 3.0, ended=(seed, name) != (2, "stack"))
+    with pytest.raises(DataError, match="seed-2/stack has not come to its end"):
         rank(config)
 
 
-def test_intervals_are_students(monkeypatch):
+def test_intervals_are_students():
     found = estimate([1.0, 2.0, 3.0])
     assert (found.mean, found.n) == (2.0, 3)
     assert found.high - found.mean == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)  # t(0.975, 2 degrees)
+
+
+@pytest.mark.browser
+@needs_chromium
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_shows_the_page_without_errors_or_sideways_scrolling(ranked, tmp_path, width):
+    from grow.compare.page import render
+
+    found = ranked(scratch=[4.0, 4.2, 4.1], stack=[3.5, 3.7, 3.6])
+    page = render(found, {"command": "grow compare", "files": {"a.yaml": "x: " + "1" * 300}, "versions": {}})
+
+    seen = look_at(page, width, tmp_path / "browser")
+
+    assert seen["errors"] == [] and seen["content"] <= seen["width"] == width
+    assert "stack ends lowest" in seen["text"]
 
 
 def test_the_page_has_every_number_of_the_table_and_needs_nothing_else(ranked):

@@ -109,13 +109,13 @@ def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(compare_file
 
 def test_a_run_that_fails_ends_the_comparison_with_its_exit_code(compare_file, started, capsys):
     settings = yaml.safe_load(compare_file.read_text())
-    settings["arms"]["stack"]["operator"] = "stak"
+    settings["arms"]["stack"]["layer_map"] = "12"
     compare_file.write_text(yaml.safe_dump(settings))
 
     assert grow(["compare", "--config", str(compare_file)]) == 2
 
     err = capsys.readouterr().err
-    assert "stak" in err and "seed-1/stack ended with exit code 2; repeat the command" in err
+    assert "seed-1/stack ended with exit code 2; the reason stands above; mend it and repeat the command" in err
 
 
 @pytest.mark.slow
