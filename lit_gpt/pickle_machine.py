@@ -56,7 +56,8 @@ UNREADABLE = (ValueError, KeyError, IndexError, TypeError, AttributeError, EOFEr
 
 _MARK = object()
 _SIZED = (str, bytes, tuple, list, dict)
-_PLAIN_KEYS = (str, int, float, type(None))
+_PLAIN_KEYS = (str, int, type(None))
+_MAX_NUMBER = 1 << 64  # larger ones are slow to hash, and many of them hash alike
 _MEMO = ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE")
 
 
@@ -83,6 +84,11 @@ class _Machine:
         raise ValueError("no end")
 
     def push(self, value: Any) -> None:
+        self._stack.append(value)
+
+    def push_number(self, value: int) -> None:
+        if not -_MAX_NUMBER < value < _MAX_NUMBER:
+            raise ValueError(f"a number of {value.bit_length():,} bits")
         self._stack.append(value)
 
     def nothing(self, _: Any) -> None:
@@ -185,10 +191,11 @@ class _Machine:
 
 _STEPS: dict[str, Callable[[_Machine, Any], None]] = {
     **dict.fromkeys(
-        """BININT BININT1 BININT2 LONG1 LONG4 INT LONG FLOAT BINFLOAT UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8
+        """BININT BININT1 BININT2 FLOAT BINFLOAT UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8
         STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8""".split(),
         _Machine.push,
     ),
+    **dict.fromkeys(("LONG1", "LONG4", "LONG", "INT"), _Machine.push_number),
     "NONE": lambda machine, _: machine.push(None),
     "NEWTRUE": lambda machine, _: machine.push(True),
     "NEWFALSE": lambda machine, _: machine.push(False),

@@ -20,7 +20,7 @@ from lit_gpt.pickle_machine import UNREADABLE, Vocabulary, interpret
 
 MAX_PICKLE_BYTES = 1 << 24  # of the structure; that of a 7B model with optimizer state has 0.3 MB
 MAX_DIMENSIONS = 64  # torch's own
-MAX_SIZE = 1 << 63
+MAX_SIZE = 1 << 60  # of a dimension
 LOCAL_HEADER_BYTES = 30
 WAY_OUT = "get it again, or load it where it was made and save its weights with safetensors"
 _DTYPES = {
@@ -163,7 +163,7 @@ def _tensor(storage: _Storage, offset: int, shape: tuple, stride: tuple, *_: Any
 def _mapping(pairs: Any = ()) -> dict[Any, Any]:
     found: dict[Any, Any] = {}
     for key, value in pairs.items() if isinstance(pairs, dict) else pairs:
-        if not isinstance(key, str | int | float | None):  # a deep tuple takes for ever to hash
+        if not isinstance(key, str | int | None):  # a deep tuple takes for ever to hash
             raise ValueError(f"an entry under a {type(key).__name__}")
         found[key] = value
     return found

@@ -26,13 +26,13 @@ from torch.distributed.checkpoint.metadata import (
 
 from lit_gpt.errors import DataError
 from lit_gpt.pickle_machine import MAX_STEPS, Vocabulary, interpret
-from lit_gpt.pickles import MAX_DIMENSIONS, MAX_SIZE
+from lit_gpt.pickles import MAX_DIMENSIONS, MAX_PICKLE_BYTES, MAX_SIZE
 
 METADATA = ".metadata"
 BYTES_PER_STEP = (
     64  # of the checkpoint; a part of a tensor takes some 70 opcodes, and has more than 4 kB where it matters
 )
-WAY_OUT = "use an earlier checkpoint"
+WAY_OUT = "use an earlier checkpoint, or, if another version of torch wrote it, that version"
 
 
 def load_metadata(path: Path, sizes: Mapping[str, int]) -> Metadata:
@@ -44,11 +44,14 @@ def load_metadata(path: Path, sizes: Mapping[str, int]) -> Metadata:
     Raises:
         DataError: it is missing, damaged, names other files, or asks for anything else; nothing of it was executed.
     """
+    more = sum(sizes.values()) // BYTES_PER_STEP
     try:
+        if path.stat().st_size > MAX_PICKLE_BYTES + more:
+            raise DataError(f"{path} has {path.stat().st_size:,} bytes, far more than such files need; {WAY_OUT}")
         content = path.read_bytes()
     except FileNotFoundError:
         raise DataError(f"{path} is missing; {WAY_OUT}") from None
-    metadata = interpret(content, _VOCABULARY, path, MAX_STEPS + sum(sizes.values()) // BYTES_PER_STEP)
+    metadata = interpret(content, _VOCABULARY, path, MAX_STEPS + more)
     if type(metadata) is not Metadata:
         raise DataError(f"{path} holds a {type(metadata).__name__}, not the metadata of a checkpoint; {WAY_OUT}")
     problem = _problem(metadata, sizes)
@@ -161,22 +164,47 @@ def _untyped(metadata: Metadata) -> str | None:
 
 
 def _unbacked(metadata: Metadata, sizes: Mapping[str, int]) -> str | None:
-    stored: dict[str, int] = {}
+    """Whether every tensor is stored once, whole, in files that have room for it."""
+    places: dict[str, dict[torch.Size | None, _StorageInfo]] = {}
     for index, place in metadata.storage_data.items():
         if not 0 <= place.offset <= place.offset + place.length <= sizes.get(place.relative_path, -1):
             return f"{index.fqn} lies outside the files of the checkpoint"
-        stored[index.fqn] = stored.get(index.fqn, 0) + place.length
-    seen: set[int] = set()  # many names may share one entry, whose parts are counted once
+        places.setdefault(index.fqn, {})[index.offset] = place
     for name, entry in metadata.state_dict_metadata.items():
-        if id(entry) not in seen and not _adds_up(entry):
+        stored = places.get(name, {})
+        if len(entry.chunks) != len(stored) or not _is_tiled(entry):  # the first bounds what the second looks at
             return f"the parts of {name} do not add up to its shape {tuple(entry.size)}"
-        seen.add(id(entry))
-        if prod(entry.size) * entry.properties.dtype.itemsize > stored.get(name, 0):
+        if not _has_room(entry, stored, sizes):
             return f"{name} of shape {tuple(entry.size)} is longer than what is stored of it"
     return None
 
 
-def _adds_up(entry: TensorStorageMetadata) -> bool:
-    if any(type(chunk) is not ChunkStorageMetadata for chunk in entry.chunks):
+def _is_tiled(entry: TensorStorageMetadata) -> bool:
+    """Whether the parts follow each other along the first dimension, as shares of processes do, and are all of it."""
+    chunks, size = entry.chunks, entry.size
+    if any(type(chunk) is not ChunkStorageMetadata for chunk in chunks):
         return False
-    return sum(prod(chunk.sizes) for chunk in entry.chunks) == prod(entry.size)
+    if any(
+        len(chunk.offsets) != len(size) or any(chunk.offsets[1:]) or chunk.sizes[1:] != size[1:] for chunk in chunks
+    ):
+        return False
+    if not size:
+        return len(chunks) == 1
+    end = 0
+    for chunk in sorted(chunks, key=lambda chunk: (chunk.offsets[0], chunk.sizes[0])):
+        if chunk.offsets[0] != end:
+            return False
+        end += chunk.sizes[0]
+    return end == size[0]
+
+
+def _has_room(
+    entry: TensorStorageMetadata, stored: Mapping[torch.Size | None, _StorageInfo], sizes: Mapping[str, int]
+) -> bool:
+    used: dict[str, int] = {}  # bytes of each file: parts that lie on each other would be more than it has
+    for chunk in entry.chunks:
+        place = stored.get(chunk.offsets)
+        if place is None or place.length < prod(chunk.sizes) * entry.properties.dtype.itemsize:
+            return False
+        used[place.relative_path] = used.get(place.relative_path, 0) + place.length
+    return all(n_bytes <= sizes[path] for path, n_bytes in used.items())

@@ -108,6 +108,11 @@ def number_pairs(count: int) -> bytes:
     return b"".join(b"J" + struct.pack("<i", key) + b"N" for key in range(count))
 
 
+def alike(count: int) -> bytes:
+    """Entries of a dict under numbers that all have one hash."""
+    return b"".join(number(key * ((1 << 61) - 1)) + b"N" for key in range(count))
+
+
 def called_again(function: bytes, argument: bytes, times: int) -> bytes:
     """Calls with the same large argument, taken from the memo."""
     return argument + b"q\x07(" + (function + b"h\x07R") * times + b"t"
@@ -152,6 +157,7 @@ PICKLES: dict[str, bytes] = {
     "a tuple copied ten thousand times": torch_file(
         whole(called_again(named("torch", "device"), b"(" + b"N" * 100_000 + b"t", 10_000))
     ),
+    "numbers that hash alike": torch_file(whole(b"}(" + alike(60_000) + b"u")),
     "ten million dicts": torch_file(whole(b"(" + b"}" * 10_000_000 + b"t")),
     "a storage from outside": weights(tensor(key="../../../etc/passwd")),
     "a storage of a terabyte": weights(tensor(elements=1 << 38, shape=numbers(1 << 38))),
@@ -282,6 +288,19 @@ METADATA: dict[str, bytes] = {
         + stored(size_of(0), b"](" + b"h\x07" * 100_000 + b"e")
         + b"q\x080",
         state=b"}(" + b"".join(text(str(key)) + b"h\x08" for key in range(20_000)) + b"u",
+    ),
+    "a hundred thousand parts of a thousand tensors": metadata(
+        before=filled("ChunkStorageMetadata", offsets=size_of(0), sizes=size_of(0))
+        + b"q\x070]("
+        + b"h\x07" * 100_000
+        + b"eq\x080"
+        + PROPERTIES
+        + b"q\x090",
+        state=b"}(" + b"".join(text(str(key)) + stored(size_of(0), b"h\x08", b"h\x09") for key in range(1000)) + b"u",
+    ),
+    "numbers that hash alike": metadata(state=b"}(" + alike(60_000) + b"u"),
+    "a name of forty thousand bits": metadata(
+        state=b"}\x8b" + struct.pack("<i", 5000) + b"\x01" * 5000 + stored(size_of(4), b"]") + b"s"
     ),
     "calls os.system": whole(call("os", "system")),
     "calls builtins.eval": whole(call("builtins", "eval", "__import__('os').system('" + SHELL + "')")),

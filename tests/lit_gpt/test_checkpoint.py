@@ -592,7 +592,12 @@ def test_a_pickle_that_calls_the_shell_is_not_executed(checkpoint, tmp_path, nam
 
 
 def test_metadata_cannot_reach_outside_or_ask_for_more_memory_than_there_is_data(checkpoint):
-    from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+    from torch.distributed.checkpoint.metadata import (
+        BytesStorageMetadata,
+        ChunkStorageMetadata,
+        Metadata,
+        MetadataIndex,
+    )
 
     path = checkpoint / ".metadata"
     untouched = path.read_bytes()
@@ -611,6 +616,21 @@ def test_metadata_cannot_reach_outside_or_ask_for_more_memory_than_there_is_data
     def parts_missing(metadata: Metadata) -> None:
         metadata.state_dict_metadata[name].chunks.clear()
 
+    def overlapping(metadata: Metadata) -> None:
+        entry, index = metadata.state_dict_metadata[name], MetadataIndex(name, entry_offset := torch.Size((0, 0)))
+        half = torch.Size((entry.size[0] // 2, entry.size[1]))
+        entry.chunks = [ChunkStorageMetadata(entry_offset, half), ChunkStorageMetadata(entry_offset, half)]
+        metadata.storage_data[MetadataIndex(name, torch.Size((half[0], 0)))] = metadata.storage_data[index]
+
+    def on_each_other(metadata: Metadata) -> None:
+        entry, place = metadata.state_dict_metadata[name], metadata.storage_data[MetadataIndex(name, (0, 0))]
+        rows, columns = entry.size
+        entry.size = torch.Size((1000 * rows, columns))
+        entry.chunks = [
+            ChunkStorageMetadata(torch.Size((i * rows, 0)), torch.Size((rows, columns))) for i in range(1000)
+        ]
+        metadata.storage_data |= {MetadataIndex(name, chunk.offsets): place for chunk in entry.chunks}
+
     def unnamed(metadata: Metadata) -> None:
         del metadata.state_dict_metadata[name].size
 
@@ -622,6 +642,8 @@ def test_metadata_cannot_reach_outside_or_ask_for_more_memory_than_there_is_data
         (huge, "longer than what is stored"),
         (pickled_object, "BytesStorageMetadata|not a tensor"),
         (parts_missing, "do not add up"),
+        (overlapping, "do not add up"),
+        (on_each_other, "longer than what is stored"),
         (nonsense, "a Metadata whose storage_data is a list"),
         (unnamed, "does not hold together"),
     ]:
