@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
-import shutil
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -268,10 +268,9 @@ def _agrees(batch: Any, *, was_cast: bool) -> bool:
 
 def _set_aside(destination: Path) -> Path:
     """Move what came out wrong out of the way, so that nobody takes it for the model; returns where it is."""
-    aside = destination.with_name(destination.name + WRONG)
-    if aside.is_dir():
-        shutil.rmtree(aside)
-    return destination.replace(aside)
+    names = (f"{destination.name}{WRONG}{'' if number == 1 else f'-{number}'}" for number in count(1))
+    free = next(each for name in names if not (each := destination.with_name(name)).exists())
+    return destination.replace(free)
 
 
 def _copies(source: Source, weights: Mapping[str, Tensor]) -> Copies | None:

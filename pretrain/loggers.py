@@ -23,7 +23,7 @@ TENSORBOARD_FOLDER = "tensorboard"
 
 
 def cut_back(path: Path, stage: int, step: int, owed: str | None = None) -> None:
-    """Drop the lines after (stage, step) and a half-written last one, so that a resumed run does not repeat itself.
+    """Drop the lines after (stage, step) and a half-written one, so that a resumed run does not repeat itself.
 
     owed: `when` of a validation at (stage, step) that is about to be measured again.
     """
@@ -34,7 +34,7 @@ def cut_back(path: Path, stage: int, step: int, owed: str | None = None) -> None
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
-            break  # a killed run may leave half a line, always the last
+            continue  # a killed run may leave half a line
         moment = (record["stage"], record["step"])
         is_owed = moment == (stage, step) and owed is not None and record.get("when") == owed
         of_no_run = record["stage"] is None  # scores of another model, which somebody has put here

@@ -160,12 +160,14 @@ def check_tokenizer(state: Mapping[str, Any], corpus: Corpus, origin: Path | Non
     """
     now, before = corpus.tokenizer_entry, (state.get("tokenizer") or {}).get("sha256")
     beside = tokenizer_beside(origin) if before is None and origin is not None else None
+    guess = ""
     if beside is not None and not _encode_alike(beside, corpus.tokenizer):
         before = beside.fingerprint
+        guess = f"; if the one beside {origin} is not its own, take it out of that folder"
     if now is not None and before not in (None, now["sha256"]):
         raise ValueError(
             f"the checkpoint was trained with another tokenizer ({before[:12]}) than that of the data "
-            f"({now['sha256'][:12]}); prepare the data with the checkpoint's own: scripts/prepare.py --tokenizer PATH"
+            f"({now['sha256'][:12]}); prepare the data with the checkpoint's own: scripts/prepare.py --tokenizer PATH{guess}"
         )
 
 

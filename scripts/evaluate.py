@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import util
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from conversion_command import dashed
 from loading import find_device, find_first_id, find_tokenizer, own_words
@@ -67,7 +67,7 @@ class Report:
     """Turns scores into records, and writes them while the evaluation goes on."""
 
     common: dict[str, Any]
-    out: TextIO | None
+    out: Path | None
     talks: bool
     """Whether a line on stderr says what is done."""
     records: list[dict[str, Any]]
@@ -78,8 +78,7 @@ class Report:
         new = [{**self.common, **asdict(score)} for score in scores]
         self.records.extend(new)
         if self.out is not None:
-            self.out.write("".join(json.dumps(record) + "\n" for record in new))
-            self.out.flush()
+            append(self.out, "".join(json.dumps(record) + "\n" for record in new))
         if self.talks:
             secs = time.perf_counter() - self.began
             sys.stderr.write(f"{scores[0].task}: {scores[0].n} documents, {secs:.0f} s since the start\n")
@@ -97,8 +96,9 @@ def main(argv: Sequence[str]) -> int:
         raise FileNotFoundError(f"{data} is not a folder; give --data DIR, the folder of evaluation data")
     for task in tasks:
         data_file(task, data)  # refuses before a large model is read
-    with _opened(args.out) as out:
-        scores, report = _evaluate(args, tasks, data, out)
+    if args.out is not None:
+        append(args.out, "")  # refuses before anything is computed
+    scores, report = _evaluate(args, tasks, data)
     if args.json:
         print(json.dumps({"checkpoint": str(args.checkpoint), "scores": report.records}, indent=1))
     else:
@@ -128,16 +128,16 @@ def _default_data() -> Path | None:
     return Path(base) / DATA_FOLDER if base else None
 
 
-def _opened(path: Path | None) -> Any:
-    """The file to append to, opened before anything is computed; or nothing."""
-    from contextlib import nullcontext
+def append(path: Path, lines: str) -> None:
+    """Put lines at the end of a file. It is opened each time: a run that is resumed meanwhile replaces its own."""
+    with path.open("a+b") as file:
+        if file.tell() and lines:
+            file.seek(-1, os.SEEK_END)
+            lines = lines if file.read() == b"\n" else f"\n{lines}"  # behind half a line of a killed run
+        file.write(lines.encode())
 
-    return nullcontext() if path is None else path.open("a", encoding="utf-8")
 
-
-def _evaluate(
-    args: argparse.Namespace, tasks: Sequence[Task], data: Path | None, out: TextIO | None
-) -> tuple[list[Score], Report]:
+def _evaluate(args: argparse.Namespace, tasks: Sequence[Task], data: Path | None) -> tuple[list[Score], Report]:
     """Load the checkpoint and score the tasks; the average comes last, where there is one."""
     import torch
 
@@ -159,7 +159,7 @@ def _evaluate(
         raise ValueError(f"--block-size {args.block_size} is above the model's, {model.config.block_size}")
     evaluator = _harness().NAME if args.harness else "lit-grow"
     common = _common(state, first, args.dtype, evaluator) | {"checkpoint": manifest_sha256(path)}
-    report = Report(common, out, not args.json, [], time.perf_counter())
+    report = Report(common, args.out, not args.json, [], time.perf_counter())
     scores: list[Score] = []
 
     def take(found: Sequence[Score]) -> None:

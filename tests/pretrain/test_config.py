@@ -48,7 +48,7 @@ def test_plain_digits_are_taken_as_they_are(tokens):
     assert parse_token_count(str(tokens)) == tokens
 
 
-@pytest.mark.parametrize("text", ["ten", "0", "-5", "1.5", "3q", "", "0.0001k"])
+@pytest.mark.parametrize("text", ["ten", "0", "-5", "1.5", "3q", "", "0.0001k", "1e3000000"])
 def test_what_is_no_whole_positive_count_is_refused(text):
     with pytest.raises(ValueError, match="tokens"):
         parse_token_count(text)

@@ -117,6 +117,7 @@ def test_a_folder_that_brings_another_tokenizer_is_refused(pretrain, prepared, t
     result = pretrain(settings_from(origin, prepared, tmp_path / "run"), "--dry-run")
 
     assert result.returncode == 2 and "was trained with another tokenizer" in result.stderr
+    assert f"if the one beside {origin} is not its own, take it out of that folder" in result.stderr
 
 
 def test_a_folder_that_brings_the_tokenizer_of_the_data_is_taken(pretrain, prepared, tmp_path):

@@ -30,7 +30,9 @@ def test_a_record_of_the_next_stage_at_the_same_step_is_dropped(tmp_path):
 
 def test_scores_of_a_model_of_no_run_stay(tmp_path):
     path = tmp_path / "evals.jsonl"
-    write_lines(path, [{"stage": None, "step": None, "task": "piqa"}, {"stage": 2, "step": 20}])
+    path.write_text('{"stage": 1, "ste\n')  # behind half a line of a killed run
+    score, loss = {"stage": None, "step": None, "task": "piqa"}, {"stage": 2, "step": 20}
+    path.write_text(path.read_text() + "".join(json.dumps(record) + "\n" for record in (score, loss)))
     cut_back(path, stage=1, step=20)
     assert [json.loads(line)["stage"] for line in path.read_text().splitlines()] == [None]
 

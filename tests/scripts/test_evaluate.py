@@ -113,6 +113,15 @@ def test_records_say_which_checkpoint_which_file_and_how(evaluate, folder, data,
     assert first["chance"] == 0.5 and 0 <= first["value"] <= 1
 
 
+def test_records_begin_on_a_line_of_their_own(evaluate, folder, data, tmp_path):
+    (tmp_path / "o.jsonl").write_text('{"step": 3, "lo')
+
+    evaluate(folder, "--data", data, "--tasks", "piqa", "--out", tmp_path / "o.jsonl")
+
+    half, *records = (tmp_path / "o.jsonl").read_text().splitlines()
+    assert half == '{"step": 3, "lo' and [json.loads(line)["metric"] for line in records] == ["acc_norm", "acc"]
+
+
 def test_a_run_is_its_last_checkpoint_and_texts_begin_with_its_separator(evaluate, data, tmp_path):
     run = tmp_path / "run"
     training_form(run / "checkpoints" / "stage-02" / "step-0000000012")
