@@ -167,7 +167,8 @@ def check_tokenizer(state: Mapping[str, Any], corpus: Corpus, origin: Path | Non
     if now is not None and before not in (None, now["sha256"]):
         raise ValueError(
             f"the checkpoint was trained with another tokenizer ({before[:12]}) than that of the data "
-            f"({now['sha256'][:12]}); prepare the data with the checkpoint's own: scripts/prepare.py --tokenizer PATH{guess}"
+            f"({now['sha256'][:12]}); prepare the data with the checkpoint's own: "
+            f"scripts/prepare.py --tokenizer PATH{guess}"
         )
 
 
