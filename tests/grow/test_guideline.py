@@ -169,7 +169,7 @@ def test_inside_the_domain_nothing_is_warned_of(capsys):
     ("arguments", "message"),
     [
         (("--params", "10M", "--tokens", "160M"), "eq. 2 gives the base"),
-        (("--params", "3B", "--tokens", "22B"), "33.61 B tokens, 1.82e20 FLOPs; the whole budget is 22 B tokens"),
+        (("--params", "3B", "--tokens", "22B"), "33.61 B tokens; it must have fewer than training from scratch, 22 B"),
         (("--model", "24L2048H", "--tokens", "9B", "--base-tokens", "9B"), "the base is to have 9 B tokens"),
         (("--depth", 12, "--width", 256, "--tokens", "10M"), "by --base-tokens, or train from scratch"),
         (("--params", "1e13", "--tokens", "1T"), "give its depth and width, or a name"),
@@ -188,6 +188,7 @@ def test_inside_the_domain_nothing_is_warned_of(capsys):
         (("--params", "7B", "--tokens", "1T", "--tokens-per-sec", 0), "must be above 0"),
         (("--params", "7B", "--tokens", "1T", "--gpus", 0), "must be at least 1"),
         (("--params", "7B", "--tokens", "1T", "--gpus", 1, "--micro-batch-size", 0), "must be at least 1"),
+        (("--params", "7B", "--tokens", "1T", "--micro-batch-size", 0), "must be at least 1"),
         (("--params", "7B", "--tokens", "1T", "--plot", "rules.pdf"), ".png or .svg"),
         (("--params", "7B"), "the following arguments are required: --tokens"),
         (("--modle", "24L2048H", "--tokens", "1T"), "did you mean --model?"),
@@ -200,12 +201,32 @@ def test_what_cannot_be_planned_exits_with_2_and_one_message(capsys, arguments, 
     assert message in err and "Traceback" not in err
 
 
-def test_a_base_that_costs_the_budget_is_refused_though_its_tokens_fit():
+def test_a_base_must_have_fewer_tokens_than_training_from_scratch_and_then_something_is_left():
     """A width of which the embeddings are most of the cost: a quarter of the layers costs nearly as much."""
     small = Config.from_name("4L128H")
-    with pytest.raises(ValueError, match="must take less of both"):
+    with pytest.raises(ValueError, match="fewer than training from scratch"):
         make_guideline(1000, model=small, base_tokens=1000)
     assert make_guideline(1000, model=small, base_tokens=999).target.tokens > 0
+
+
+def test_a_round_number_is_in_the_rules_alone_and_the_models_parameters_are_what_is_paid_for(capsys):
+    """The paper's 7B: N = 7e9 in eq. 2; 1.068e22 FLOPs on its axis for 300 B tokens from scratch."""
+    arguments = ("--tokens", "300B", "--mfu", 0.4, "--device", "h100")
+    found = plan_json(capsys, "--params", "7e9", *arguments)
+
+    assert (found["rule_parameters"], found["rule_flops"]) == (7e9, 6 * 7e9 * 300e9)
+    assert found["budget_flops"] == 6 * 5_933_109_248 * 300 * BILLION == pytest.approx(1.068e22, rel=1e-3)
+    for phase in (found["base"], found["target"]):
+        assert phase["flops"] == 6 * phase["parameters"] * phase["tokens"]
+    by_name = plan_json(capsys, "--model", "tiny_LLaMA_7B", *arguments)
+    assert found["device_hours"]["scratch"] == by_name["device_hours"]["scratch"]
+
+
+@pytest.mark.parametrize("option", [("--micro-batch-size", 4), ("--activation-checkpointing", "full")])
+def test_an_option_of_the_memory_that_nobody_asks_for_is_warned_of(capsys, option):
+    arguments = ("--model", "24L2048H", "--tokens", "100B", *option)
+    assert [warning.split()[0] for warning in plan_json(capsys, *arguments)["warnings"]] == [option[0]]
+    assert plan_json(capsys, *arguments, "--gpus", 8)["warnings"] == []
 
 
 def test_json_has_what_the_contract_names(capsys):
@@ -341,6 +362,12 @@ def test_the_page_shows_what_the_command_prints(capsys, root):
     for arguments, printed in shown:
         _, out, err = plan(capsys, *arguments.split())
         assert out + err == printed, f"write the output of `grow plan {arguments}` into docs/planning.md"
+
+
+def test_the_days_in_the_text_of_the_page_are_those_of_the_command(capsys, root):
+    page = (root / "docs" / "planning.md").read_text(encoding="utf-8")
+    (arguments, days), *more = re.findall(r"`grow plan ([^`]+)` gives (\d+) days", page)
+    assert round(plan_json(capsys, *arguments.split())["device_hours"]["wall_days"]) == int(days) and not more
 
 
 def test_the_page_has_every_rule_with_its_source(root):
