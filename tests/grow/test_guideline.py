@@ -9,6 +9,8 @@ from math import isclose
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from grow.__main__ import main
 from grow.guideline import fitted_growth_factor, growth_timing, make_guideline
@@ -299,33 +301,49 @@ def test_hours_follow_from_the_speed_of_the_grown_model(capsys):
     assert at_peak == pytest.approx(palm * 100e9 / (0.5 * 989e12) / 3600)
 
 
-def saved_bytes(config: Config, n_tokens: int) -> int:
-    """What a forward pass keeps for backward, parameters left out."""
+class Made(TorchDispatchMode):
+    """The storages that operations give out, others than those of the parameters, and whether they are still there."""
+
+    def __init__(self, model: GPT) -> None:
+        super().__init__()
+        self.given = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return made
+
+    def kept_bytes(self) -> int:
+        made = (kept for pointer, kept in self.storages.items() if pointer not in self.given)
+        return sum(size for storage, size in made if not storage.expired())
+
+
+def saved_bytes(config: Config, n_tokens: int, recompute: str) -> int:
+    """What is still there after a forward pass, for backward."""
     model = GPT(config)
     model.load_state_dict(toy_weights(config))
-    kept = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
+    for block in model.transformer.h:
+        block.recompute = recompute
     idx = toy_tokens(config, n_rows=1)[:, : n_tokens + 1]
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with Made(model) as made:
         loss = model(idx[:, :-1], idx[:, 1:])
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     assert loss.requires_grad
-    return sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in own)
+    return made.kept_bytes()
 
 
 @pytest.mark.parametrize("n_query_groups", [1, 2, 4])
-def test_activations_are_what_a_layer_really_keeps(n_query_groups):
+@pytest.mark.parametrize(("recompute", "of_norms_and_heads"), [("none", 2 + 4), ("selective", 4), ("full", 0)])
+def test_activations_are_what_a_layer_really_keeps(recompute, of_norms_and_heads, n_query_groups):
+    """Beside what is estimated there is one number per token and norm, and one per head of attention."""
     sizes = {"n_query_groups": n_query_groups, "block_size": 64, "n_embd": 64, "intermediate_size": 96}
-    small, deep = (saved_bytes(toy_config(n_layer=n, **sizes), 64) for n in (2, 6))
+    small, deep = (saved_bytes(toy_config(n_layer=n, **sizes), 64, recompute) for n in (2, 6))
 
     per_token = (deep - small) / 4 / 64 / 4  # layers, tokens, bytes
-    estimated = saved_per_token(toy_config(**sizes), "none")
-    norms_and_attention = 2 + 4  # one number per token and norm, and one per head
-    assert per_token == estimated + norms_and_attention
+    assert per_token == saved_per_token(toy_config(**sizes), recompute) + of_norms_and_heads
 
 
 def test_memory_is_sharded_over_devices_and_activations_are_not():
