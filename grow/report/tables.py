@@ -158,8 +158,8 @@ def _speedup_tables(gathered: Gathered, comparisons: Comparisons) -> list[dict[s
         return []
     sizes = {pair.grown.parameters for pair in comparisons.pairs if pair.grown.parameters}
     for printed in speedups_like(sizes):
-        name = f"paper, {printed['where']}: {text.count(printed['tokens'])} tokens"
-        rows.append(_speedup_row(name, "paper", {"speedup": printed["speedup"]}))
+        name = f"paper, {printed.where}: {text.count(printed.tokens)} tokens"
+        rows.append(_speedup_row(name, "paper", {"speedup": printed.speedup}))
     caption = "At equal training loss: two losses on the baseline's way and the last one. Nothing is extrapolated."
     columns = ["Loss", "FLOPs from scratch", "FLOPs grown", "Speed-up"]
     title = "Speed-up at equal loss"
