@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from math import log, log10
 
 from grow.model_sizes import named, nearest_model
+from grow.report.text import scaled
 from grow.sizes import with_depth
 from lit_gpt.config import Config
 from lit_gpt.flops import count_non_embedding, count_parameters
@@ -230,13 +231,11 @@ def _plan_warnings(plan: Guideline) -> Iterator[str]:
 
 
 def short(value: float) -> str:
-    """7e9 -> "7 B"."""
-    for size, suffix in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
-        if value >= 0.9995 * size:
-            return f"{value / size:.4g}{suffix}"
-    return f"{value:.4g}"
+    """7e9 -> "7 B": to one digit more than in reports, and with a plain space, for terminals."""
+    number, suffix = scaled(value)
+    return f"{number:.4g} {suffix}".rstrip()
 
 
 def power(value: float) -> str:
-    """1.26e22 -> "1.26e22"."""
+    """1.26e22 -> "1.26e22": as options take it."""
     return f"{value:.3g}".replace("e+", "e")
