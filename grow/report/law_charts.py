@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from grow.curves import Curve, loss_at
-from grow.fit import PowerLaw, fit_logarithm, fit_power_law
+from grow.fit import PREDICTED, PowerLaw, fit_logarithm, fit_power_law
 from grow.report import text
 from grow.report.axes import N_COLOURS, chart, rounded, thinned, with_axes
 from grow.report.compare import Comparison, Comparisons
@@ -17,7 +17,6 @@ from grow.report.gather import Gathered
 
 N_GRID = 200  # budgets at which two curves are subtracted
 EXTRAPOLATED = 4  # times the shared FLOPs, by the logarithmic fit
-PREDICTED = 10  # times the largest budget, by the power laws
 Found = tuple[list[dict[str, Any]], list[dict[str, str]]]
 
 
