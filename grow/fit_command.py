@@ -13,7 +13,7 @@ from grow.report.extra import require
 
 if TYPE_CHECKING:
     from grow.fit import PowerLaw
-    from grow.report.families import Family
+    from grow.runs.families import Family
 
 SPARE_POINTS = 3  # beyond the constants, below which a bootstrap's intervals are far too narrow
 SHARE_SAID = 0.001  # of draws
@@ -23,7 +23,7 @@ BOOTSTRAP_HELD = "which held the truth of made-up losses 90 to 98 % of the time 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `grow fit`."""
     from grow.fit import BOOTSTRAP_DRAWS, PREDICTED, T_DRAWS
-    from grow.report.families import LOSSES, POINTS
+    from grow.runs.families import LOSSES, POINTS
 
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="run directories, of several sizes or budgets of each kind"
@@ -78,9 +78,9 @@ def run(args: argparse.Namespace) -> int:
 def make_fits(args: argparse.Namespace) -> dict[str, Any]:
     """Everything the command says: a law for each family, predictions, speed-ups over scratch."""
     from grow.fit import PREDICTED
-    from grow.report.families import SCRATCH, families
-    from grow.report.gather import gather
-    from grow.report.units import in_comparable_unit
+    from grow.runs.families import SCRATCH, families
+    from grow.runs.gather import gather
+    from grow.runs.units import in_comparable_unit
 
     gathered = in_comparable_unit(gather(args.runs))
     found = families(gathered, points=args.points, loss=args.loss)

@@ -17,7 +17,7 @@ from grow.curves import (
     speedup_at,
     validation_curve,
 )
-from grow.report.gather import Gathered, TrainedModel
+from grow.runs.gather import Gathered, TrainedModel
 
 ALONG = (0.6, 0.8)  # of the baseline's FLOPs: where the speed-up is given besides at the end
 

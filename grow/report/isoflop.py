@@ -13,7 +13,7 @@ from grow.fit import Parabola, fit_parabola
 from grow.report import text
 from grow.report.axes import SEQUENCE, chart, rounded, with_axes
 from grow.report.compare import Comparisons
-from grow.report.gather import Gathered, TrainedModel
+from grow.runs.gather import Gathered, TrainedModel
 
 N_BUDGETS = 5
 SAME = 0.02  # timings and sizes that differ by less count as equal

@@ -12,8 +12,8 @@ from grow.fit import PREDICTED, PowerLaw, fit_logarithm, fit_power_law
 from grow.report import text
 from grow.report.axes import N_COLOURS, chart, rounded, thinned, with_axes
 from grow.report.compare import Comparison, Comparisons
-from grow.report.families import SCRATCH, Family, families
-from grow.report.gather import Gathered
+from grow.runs.families import SCRATCH, Family, families
+from grow.runs.gather import Gathered
 
 N_GRID = 200  # budgets at which two curves are subtracted
 EXTRAPOLATED = 4  # times the shared FLOPs, by the logarithmic fit

@@ -10,9 +10,9 @@ from typing import Any
 
 from grow.report import text
 from grow.report.compare import Comparisons, have_same_data
-from grow.report.gather import NATS_PER_TOKEN, Gathered, TrainedModel
 from grow.report.paper import models_like, speedups_like
 from grow.report.score_charts import HOW_TO_SCORE
+from grow.runs.gather import NATS_PER_TOKEN, Gathered, TrainedModel
 from grow.scores import AVERAGE, LABELS, METRICS, WIKITEXT, Score
 
 Row = dict[str, Any]

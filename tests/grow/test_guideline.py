@@ -13,10 +13,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grow.__main__ import main
-from grow.guideline import fitted_growth_factor, growth_timing, make_guideline
-from grow.guideline_rules import expected_speedup, measured_speedups, rules
-from grow.memory import memory_per_device, saved_per_token
-from grow.model_sizes import PAPER_SIZES, nearest_model
+from grow.planning.guideline import fitted_growth_factor, growth_timing, make_guideline
+from grow.planning.memory import memory_per_device, saved_per_token
+from grow.planning.model_sizes import PAPER_SIZES, nearest_model
+from grow.planning.rules import expected_speedup, measured_speedups, rules
 from lit_gpt.config import Config
 from lit_gpt.flops import count_parameters, flops_per_token
 from lit_gpt.model import GPT

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import log, log10
 
-from grow.model_sizes import named, nearest_model
+from grow.planning.model_sizes import named, nearest_model
 from grow.report.text import scaled
 from grow.sizes import with_depth
 from lit_gpt.config import Config

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from math import log
 from typing import Any
 
-from grow.guideline import FITTED_FLOPS, FITTED_PARAMETERS, Guideline, short
-from grow.model_sizes import nearest_model
 from grow.paper import PrintedSpeedup, printed_speedups
+from grow.planning.guideline import FITTED_FLOPS, FITTED_PARAMETERS, Guideline, short
+from grow.planning.model_sizes import nearest_model
 from grow.sizes import with_depth
 from lit_gpt.flops import count_parameters
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from grow.guideline import COUNTS, Guideline, Phase, make_guideline, power, short
-from grow.guideline_rules import Expectation, Rule, expected_speedup, rules
-from grow.memory import DEVICES, RECOMPUTE, Memory, memory_per_device
-from grow.model_sizes import named
+from grow.planning.guideline import COUNTS, Guideline, Phase, make_guideline, power, short
+from grow.planning.memory import DEVICES, RECOMPUTE, Memory, memory_per_device
+from grow.planning.model_sizes import named
+from grow.planning.rules import Expectation, Rule, expected_speedup, rules
 from lit_gpt.config import Config
 from lit_gpt.counts import parse_count, parse_token_count
 from lit_gpt.flops import count_non_embedding, count_parameters, flops_per_token
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | list[str]:
         OSError: the plot cannot be written.
     """
     if args.plot is not None:
-        from grow.guideline_plot import check_plot_path, write_plot
+        from grow.planning.plot import check_plot_path, write_plot
 
         check_plot_path(args.plot)
     plan = make_guideline(

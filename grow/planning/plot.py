@@ -6,7 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grow.guideline import FITTED_FLOPS, FITTED_PARAMETERS, Guideline, fitted_growth_factor, growth_timing, short
+from grow.planning.guideline import (
+    FITTED_FLOPS,
+    FITTED_PARAMETERS,
+    Guideline,
+    fitted_growth_factor,
+    growth_timing,
+    short,
+)
 from grow.report.extra import require
 
 if TYPE_CHECKING:

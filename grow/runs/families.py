@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from grow.curves import Curve, default_window, smooth, validation_curve
-from grow.report.gather import Gathered, TrainedModel
+from grow.runs.gather import Gathered, TrainedModel
 
 SCRATCH = "scratch"
 POINTS = ("final", "every")
