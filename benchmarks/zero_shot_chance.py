@@ -15,20 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe
+from grow.scores import AVERAGED
 from lit_gpt.config import Config
 from lit_gpt.model import GPT, init_weights
 from lit_gpt.tokenizer import Tokenizer
 from pretrain.zero_shot.encoding import first_token
 from pretrain.zero_shot.evaluator import evaluate_tasks
 from pretrain.zero_shot.metrics import average
-from pretrain.zero_shot.task import PAPER_TASKS, find_tasks
+from pretrain.zero_shot.task import find_tasks
 
 RESULT = Path(__file__).parent / "results" / "zero_shot_chance.json"
 LIMIT_POINTS = 2.0
-SIZES = {
-    **{"n_layer": 2, "n_embd": 64, "n_head": 4, "n_query_groups": 4, "intermediate_size": 176},
-    **{"block_size": 2048},
-}
+SIZES = dict(n_layer=2, n_embd=64, n_head=4, n_query_groups=4, intermediate_size=176, block_size=2048)
 
 
 def measure(seed: int, tokenizer: Tokenizer, data: Path) -> dict[str, Any]:
@@ -38,7 +36,7 @@ def measure(seed: int, tokenizer: Tokenizer, data: Path) -> dict[str, Any]:
     model.requires_grad_(False)
     began = time.perf_counter()
     first = first_token(tokenizer, tokenizer.bos_id)
-    scored = evaluate_tasks(model, tokenizer, find_tasks(PAPER_TASKS), data, first)
+    scored = evaluate_tasks(model, tokenizer, find_tasks(list(AVERAGED)), data, first)
     scores = [score for each in scored for score in each.scores]
     mean = average(scores)
     assert mean is not None, "all seven were asked for"

@@ -242,13 +242,13 @@ def run_report(args: argparse.Namespace) -> int:
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
-    from grow.guideline_command import add_arguments
+    from grow.planning.command import add_arguments
 
     add_arguments(parser)
 
 
 def run_plan(args: argparse.Namespace) -> None:
-    from grow.guideline_command import run
+    from grow.planning.command import run
 
     found = run(args)
     if args.json:

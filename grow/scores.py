@@ -139,6 +139,7 @@ class ExternalModel:
     losses: Sequence[tuple[float | None, float | None, float]]
     """Tokens, FLOPs and training loss, in order."""
     parameters: float | None
+    """The last that a line says."""
 
     @property
     def end(self) -> ScoredPoint | None:
@@ -150,7 +151,8 @@ def read_external(path: Path) -> tuple[list[ExternalModel], list[str]]:
 
     `results` maps a task to the metrics of lm-evaluation-harness; lines of `scripts/evaluate.py` (`task`, `metric`,
     `value`) do as well. `flops_total`, or `parameters` (then FLOPs are 6 per parameter and token), puts a point on the
-    axis of FLOPs. A line without `model` belongs to a model with the file's name.
+    axis of FLOPs; the last `parameters` of a model count for all of its lines. A line without `model` belongs to a
+    model with the file's name.
 
     Raises:
         DataError: a damaged line, or no point at all.
@@ -167,13 +169,14 @@ def read_external(path: Path) -> tuple[list[ExternalModel], list[str]]:
 
 
 def _external(name: str, path: Path, lines: Sequence[tuple[str, Mapping[str, Any]]], notes: list[str]) -> ExternalModel:
+    sizes = [size for where, values in lines if (size := _number(values, "parameters", where)) is not None]
+    parameters = sizes[-1] if sizes else None
+    lines = [(where, _with_flops(values, parameters, where)) for where, values in lines]
     points, more = _points([line for line in lines if "task" in line[1]])
     notes += more
-    losses, parameters = [], None
+    losses = []
     for where, values in lines:
-        tokens, flops, parameters = (_number(values, key, where) for key in ("tokens", "flops_total", "parameters"))
-        if flops is None and None not in (tokens, parameters):
-            flops = 6.0 * parameters * tokens
+        tokens, flops = values.get("tokens"), values["flops_total"]
         if "results" in values:
             points.append(_point(tokens, flops, _harness_scores(values["results"], where, notes)))
         if "loss" in values:
@@ -181,6 +184,14 @@ def _external(name: str, path: Path, lines: Sequence[tuple[str, Mapping[str, Any
             losses += [(tokens, flops, loss.value)] if loss else []
     in_order = sorted((point for point in points if point.scores), key=lambda point: point.tokens or 0)
     return ExternalModel(name, path, in_order, sorted(losses, key=lambda loss: loss[0] or 0), parameters)
+
+
+def _with_flops(values: Mapping[str, Any], parameters: float | None, where: str) -> Mapping[str, Any]:
+    """A line with the FLOPs that it says, or those that follow from the size of its model."""
+    tokens, flops = (_number(values, key, where) for key in ("tokens", "flops_total"))
+    if flops is None and tokens is not None and parameters is not None:
+        flops = 6.0 * parameters * tokens
+    return {**values, "flops_total": flops}
 
 
 def _harness_scores(results: Any, where: str, notes: list[str]) -> dict[str, Score]:

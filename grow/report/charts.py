@@ -12,7 +12,7 @@ from grow.curves import Curve, validation_curve
 from grow.report import text
 from grow.report.axes import chart, rounded, style_number, thinned, with_axes
 from grow.report.compare import ALONG, Comparisons
-from grow.report.gather import Gathered, TrainedModel
+from grow.runs.gather import NATS_PER_TOKEN, Gathered, TrainedModel
 from grow.scores import ExternalModel
 
 SPIKE_WIDTH_POINTS = 24  # first losses after growth, which are never thinned out
@@ -109,7 +109,7 @@ def _training_chart(
 def _external_losses(gathered: Gathered, styles: dict[str, int], quantity: str) -> list[dict[str, Any]]:
     """Losses of other people's models as they wrote them; only beside losses in the same unit, nats per token."""
     place = {"tokens": 0, "flops": 1}.get(quantity)
-    if place is None or "nats" not in gathered.unit:
+    if place is None or gathered.unit != NATS_PER_TOKEN:
         return []
     found = []
     for model in gathered.external:

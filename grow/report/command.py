@@ -54,9 +54,9 @@ def make_report(args: argparse.Namespace) -> dict[str, Any]:
     """Read the runs; everything the report says."""
     from grow.report.compare import compare
     from grow.report.facts import build_report
-    from grow.report.gather import gather
     from grow.report.samples import PROMPTS, no_samples, sample_texts
-    from grow.report.units import in_comparable_unit
+    from grow.runs.gather import gather
+    from grow.runs.units import in_comparable_unit
     from lit_gpt.versions import versions
 
     gathered = in_comparable_unit(gather(args.runs))

@@ -17,7 +17,7 @@ from grow.curves import (
     speedup_at,
     validation_curve,
 )
-from grow.report.gather import Gathered, TrainedModel
+from grow.runs.gather import Gathered, TrainedModel
 
 ALONG = (0.6, 0.8)  # of the baseline's FLOPs: where the speed-up is given besides at the end
 
@@ -30,6 +30,8 @@ class Comparison:
     baseline: TrainedModel
     train: dict[str, Any]
     validation: dict[str, Any]
+    same_data: bool
+    """Whether both trained on the same data, as far as anybody knows."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,9 @@ def _set_name(pairs: Sequence[Comparison], models: Sequence[TrainedModel]) -> st
 
 
 def _comparison(grown: TrainedModel, baseline: TrainedModel, window: float) -> Comparison:
-    return Comparison(grown, baseline, _train_speedup(grown, baseline, window), _validation_speedup(grown, baseline))
+    refusal = _differing_data(grown, baseline)
+    train = _train_speedup(grown, baseline, window, refusal)
+    return Comparison(grown, baseline, train, _validation_speedup(grown, baseline), same_data=refusal is None)
 
 
 def _same_tokenizer(grown: TrainedModel, baseline: TrainedModel) -> bool:
@@ -119,10 +123,15 @@ def _same_tokenizer(grown: TrainedModel, baseline: TrainedModel) -> bool:
 
 def _differing_data(grown: TrainedModel, baseline: TrainedModel) -> str | None:
     """Why the training losses do not compare."""
-    ours, theirs = (_training_data(model, _same_tokenizer(grown, baseline)) for model in (grown, baseline))
-    if ours == theirs or not ours or not theirs:
+    if have_same_data(grown, baseline):
         return None
     return f"{grown.name} and {baseline.name} were trained on different data, so their training losses do not compare"
+
+
+def have_same_data(one: TrainedModel, other: TrainedModel) -> bool:
+    """Whether two models were trained on the same data, as far as anybody knows."""
+    ours, theirs = (_training_data(model, _same_tokenizer(one, other)) for model in (one, other))
+    return ours == theirs or not ours or not theirs
 
 
 def _training_data(model: TrainedModel, same_tokenizer: bool) -> set[tuple[str, str]]:
@@ -132,8 +141,7 @@ def _training_data(model: TrainedModel, same_tokenizer: bool) -> set[tuple[str, 
     return {("text", said["corpus_sha256"]) for said in model.corpora.values() if said.get("corpus_sha256")}
 
 
-def _train_speedup(grown: TrainedModel, baseline: TrainedModel, window: float) -> dict[str, Any]:
-    refusal = _differing_data(grown, baseline)
+def _train_speedup(grown: TrainedModel, baseline: TrainedModel, window: float, refusal: str | None) -> dict[str, Any]:
     if refusal:
         return {**_as_dict(no_speedup(refusal)), "window": window, "range": None, "along": []}
     result, *others = (

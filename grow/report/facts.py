@@ -12,12 +12,12 @@ from grow.layer_map import format_layer_map, is_connected, layer_texts
 from grow.plan import MARKS
 from grow.report.charts import build_charts, line_styles
 from grow.report.compare import Comparisons
-from grow.report.gather import Gathered, TrainedModel
 from grow.report.headline import claim, definitions, headline, notes
 from grow.report.isoflop import isoflop_charts
 from grow.report.law_charts import law_charts
 from grow.report.score_charts import score_charts
 from grow.report.tables import build_tables
+from grow.runs.gather import Gathered, TrainedModel
 from lit_gpt.config import Config
 from lit_gpt.packed_dataset import source_of
 

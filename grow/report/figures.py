@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from grow.report.axes import INSET, colour_and_dash
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; line styles differ as well
 # and from the ninth on a scale from blue to yellow (viridis) for what is ordered
@@ -26,20 +28,31 @@ INK = "#1d2430"
 
 def write_figures(charts: list[dict[str, Any]], folder: Path) -> list[Path]:
     """Write every chart as <id>.png and <id>.svg into `folder`; returns the paths."""
-    import matplotlib
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    # the salt replaces random ids, so that equal charts give equal files
-    with matplotlib.rc_context({"svg.hashsalt": "lit-grow", "svg.fonttype": "none", "font.size": 10}):
+    with drawing():
         for chart in charts:
             figure = Figure(figsize=(7.2, 4.2), dpi=160, layout="constrained")
             _draw(figure.add_subplot(), chart)
-            for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+            for suffix in ("png", "svg"):
                 paths.append(folder / f"{chart['id']}.{suffix}")
-                figure.savefig(paths[-1], metadata=metadata)
+                save(figure, paths[-1])
     return paths
+
+
+def drawing() -> AbstractContextManager[None]:
+    """The settings that every figure is drawn and saved under."""
+    import matplotlib
+
+    # the salt replaces random ids, so that equal charts give equal files
+    return matplotlib.rc_context({"svg.hashsalt": "lit-grow", "svg.fonttype": "none", "font.size": 10})
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write .png or .svg, without the date and the version of what drew it."""
+    figure.savefig(path, metadata={"Software": None} if path.suffix == ".png" else {"Date": None})
 
 
 def _draw(axes: Axes, chart: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from grow.report import text
 from grow.report.compare import Comparison, Comparisons
-from grow.report.gather import Gathered, TrainedModel
+from grow.runs.gather import Gathered, TrainedModel
 from lit_gpt.packed_dataset import source_of
 
 EVEN = 0.005  # speed-ups below half a per cent are called none

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from grow.fit import Parabola, fit_parabola
 from grow.report import text
 from grow.report.axes import SEQUENCE, chart, rounded, with_axes
 from grow.report.compare import Comparisons
-from grow.report.gather import Gathered, TrainedModel
+from grow.runs.gather import Gathered, TrainedModel
 
 N_BUDGETS = 5
 SAME = 0.02  # timings and sizes that differ by less count as equal
@@ -30,7 +29,7 @@ class Sweep:
     fixed: str
     """What they have in common, in words."""
     members: tuple[tuple[float, TrainedModel], ...]
-    """Value and model, in order; from scratch is d = 0, or g = 1."""
+    """Value and model, in order; from scratch is d = 0, or g = 1. Runs that repeat a value are all here."""
 
 
 WORDS = {
@@ -62,37 +61,44 @@ def isoflop_charts(
 
 
 def sweeps(gathered: Gathered, what: str) -> list[Sweep]:
-    """Groups of grown models with three or more different values of `what` and all else equal."""
-    groups: dict[tuple[Any, ...], dict[float, TrainedModel]] = {}
+    """Groups of grown models with three or more different values of `what` and all else equal, the data too."""
+    groups: dict[tuple[Any, ...], list[tuple[float, float, TrainedModel]]] = {}
     for model in gathered.of_role("grown"):
         d, g = model.grown_after_tokens, model.growth_factor
         if not d or g is None or model.parameters is None or len(model.state["history"]) > 1:
             continue  # of a model that grew several times, neither is one number
         value, other = (float(d), g) if what == "d" else (g, float(d))
-        key = (model.operator, model.parameters, model.tokenizer, _class(other))
-        groups.setdefault(key, {})[value] = model
+        groups.setdefault((model.operator, *_setting(model)), []).append((value, other, model))
     found = []
-    for (operator, parameters, tokenizer, _), members in groups.items():
-        baselines = [
-            model
-            for model in gathered.of_role("baseline")
-            if model.parameters == parameters and model.tokenizer == tokenizer
-        ]
-        zero = [(0.0 if what == "d" else 1.0, model) for model in baselines[:1]]
-        values = set(members) | ({1.0} if zero and what == "g" else set())
-        if len(values) >= 3:
-            first = next(iter(members.values()))
-            common = (
-                f"g = {first.growth_factor:g}" if what == "d" else f"d = {text.count(first.grown_after_tokens)} tokens"
-            )
-            fixed = f"{operator}, {text.count(parameters)} parameters, {common}"
-            found.append(Sweep(what, fixed, (*zero, *sorted(members.items(), key=lambda member: member[0]))))
+    for (operator, *setting), members in groups.items():
+        scratch = [model for model in gathered.of_role("baseline") if _setting(model) == tuple(setting)]
+        zero = [(0.0 if what == "d" else 1.0, model) for model in scratch]
+        for alike in _alike(members, 1):
+            ours = sorted(((value, model) for value, _, model in alike), key=lambda member: member[0])
+            if len(_alike([*(zero if what == "g" else ()), *ours], 0)) >= 3:
+                found.append(Sweep(what, _in_words(operator, alike[0][2], what), (*zero, *ours)))
     return found
 
 
-def _class(value: float) -> int:
-    """Equal for values that differ by little."""
-    return round(math.log(value) / math.log(1 + SAME))
+def _setting(model: TrainedModel) -> tuple[Any, ...]:
+    """What models must share to differ in growth alone."""
+    return model.parameters, model.tokenizer, frozenset(model.data_fingerprints.items())
+
+
+def _alike(members: Sequence[tuple[Any, ...]], place: int) -> list[list[tuple[Any, ...]]]:
+    """Groups, in order, whose numbers at `place` are at most SAME above the lowest of the group."""
+    groups: list[list[tuple[Any, ...]]] = []
+    for member in sorted(members, key=lambda member: member[place]):
+        if groups and member[place] <= groups[-1][0][place] * (1 + SAME):
+            groups[-1].append(member)
+        else:
+            groups.append([member])
+    return groups
+
+
+def _in_words(operator: str | None, model: TrainedModel, what: str) -> str:
+    common = f"g = {model.growth_factor:g}" if what == "d" else f"d = {text.count(model.grown_after_tokens)} tokens"
+    return f"{operator}, {text.count(model.parameters)} parameters, {common}"
 
 
 def _isoflop(

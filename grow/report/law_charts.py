@@ -8,16 +8,15 @@ from typing import Any
 import numpy as np
 
 from grow.curves import Curve, loss_at
-from grow.fit import PowerLaw, fit_logarithm, fit_power_law
+from grow.fit import PREDICTED, PowerLaw, fit_logarithm, fit_power_law
 from grow.report import text
 from grow.report.axes import N_COLOURS, chart, rounded, thinned, with_axes
 from grow.report.compare import Comparison, Comparisons
-from grow.report.families import SCRATCH, Family, families
-from grow.report.gather import Gathered
+from grow.runs.families import SCRATCH, Family, families
+from grow.runs.gather import Gathered
 
 N_GRID = 200  # budgets at which two curves are subtracted
 EXTRAPOLATED = 4  # times the shared FLOPs, by the logarithmic fit
-PREDICTED = 10  # times the largest budget, by the power laws
 Found = tuple[list[dict[str, Any]], list[dict[str, str]]]
 
 
@@ -43,7 +42,7 @@ def _difference(comparisons: Comparisons, styles: dict[str, int], unit: str) -> 
         series.append({**common, "kind": "line", "points": thinned(flops, gap)})
         fit = thinned(ahead, intercept + slope * np.log(ahead))
         series.append({**common, "kind": "fit", "points": fit})
-        said.append(_fit_words(pair.grown.name, intercept, slope, flops[-1]))
+        said.append(f"{pair.grown.name}: {_fit_words(gap, intercept, slope, flops[-1])}")
     if not series:
         needs = "a run that grew and one from scratch on the same data, with FLOPs that overlap"
         return [], [{"figure": "Loss difference with a logarithmic fit", "needs": needs}]
@@ -54,7 +53,7 @@ def _difference(comparisons: Comparisons, styles: dict[str, int], unit: str) -> 
         series,
         caption=(
             "Above zero the grown model is ahead. Dashed: p + q ln C, fitted to the second half of the shared FLOPs "
-            f"and drawn to {EXTRAPOLATED} times of them. {said[0]}"
+            f"and drawn to {EXTRAPOLATED} times of them. {' '.join(said)}"
         ),
         y_label=f"loss from scratch − loss grown, {unit}",
     )
@@ -63,7 +62,7 @@ def _difference(comparisons: Comparisons, styles: dict[str, int], unit: str) -> 
 
 def _difference_of(pair: Comparison, comparisons: Comparisons) -> tuple[np.ndarray, np.ndarray] | None:
     """Budgets that both curves cover, and the difference there."""
-    if pair.train["reason"] and "different data" in pair.train["reason"]:
+    if not pair.same_data:
         return None
     grown, baseline = comparisons.smoothed(pair.grown), comparisons.smoothed(pair.baseline)
     low, high = max(grown.flops[0], baseline.flops[0]), min(grown.flops[-1], baseline.flops[-1])
@@ -77,24 +76,31 @@ def _losses(curve: Curve, flops: np.ndarray) -> np.ndarray:
     return np.array([loss_at(curve, float(at)) for at in flops], dtype=np.float64)
 
 
-def _fit_words(name: str, intercept: float, slope: float, highest: float) -> str:
+def _fit_words(gap: np.ndarray, intercept: float, slope: float, highest: float) -> str:
+    """What the measured difference and its fit, which ends at `highest` FLOPs, say."""
+    if gap.max() <= 0:
+        behind = "the grown model is behind at all of the shared FLOPs"
+        if slope <= 0:
+            return f"{behind}, and the fit does not rise."
+        return f"{behind}; by the fit it would catch up {_where_zero(intercept, slope, highest)}."
+    if intercept + slope * np.log(highest) <= 0:
+        return "the difference is gone within the shared FLOPs."
     if slope >= 0:
-        return f"{name}: the fit does not fall."
+        return "the fit does not fall."
+    return f"by the fit the difference would be gone {_where_zero(intercept, slope, highest)}."
+
+
+def _where_zero(intercept: float, slope: float, highest: float) -> str:
     log_zero = -intercept / slope
-    far = log_zero - np.log(highest)
-    if far <= 0:
-        return f"{name}: the difference is gone within the shared FLOPs."
-    where = (
-        f"at {text.flops(float(np.exp(log_zero)))} FLOPs"
-        if far < np.log(1000)
-        else "beyond a thousand times these FLOPs"
-    )
-    return f"{name}: by the fit the difference would be gone {where}."
+    if log_zero - np.log(highest) >= np.log(1000):
+        return "beyond a thousand times these FLOPs"
+    return f"at {text.flops(float(np.exp(log_zero)))} FLOPs"
 
 
 def _scaling(gathered: Gathered, comparisons: Comparisons, styles: dict[str, int]) -> Found:
     """Final losses of several sizes or budgets, a power law for each family, and its prediction."""
-    found = [family for family in families(gathered) if len(set(family.flops)) >= 2 and family.loss.min() > 0]
+    of_kinds = families(gathered, smoothed=comparisons.smoothed)
+    found = [family for family in of_kinds if len(set(family.flops)) >= 2 and family.loss.min() > 0]
     if not found:
         needs = "two or more finished runs of one kind (from scratch, or grown by one operator) with different FLOPs"
         return [], [{"figure": "Scaling law L = a C^b with predictions", "needs": needs}]

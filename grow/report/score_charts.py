@@ -8,7 +8,7 @@ from typing import Any
 
 from grow.report.axes import chart, rounded, with_axes
 from grow.report.charts import flops_per_token
-from grow.report.gather import Gathered
+from grow.runs.gather import Gathered
 from grow.scores import AVERAGE, AVERAGED, LABELS, METRICS, WIKITEXT, ScoredPoint
 
 HOW_TO_SCORE = "score checkpoints with `scripts/evaluate.py CKPT --out RUN/evals.jsonl`"

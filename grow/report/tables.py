@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from grow.report import text
-from grow.report.compare import Comparisons
-from grow.report.gather import Gathered, TrainedModel
+from grow.report.compare import Comparisons, have_same_data
 from grow.report.paper import models_like, speedups_like
 from grow.report.score_charts import HOW_TO_SCORE
+from grow.runs.gather import NATS_PER_TOKEN, Gathered, TrainedModel
 from grow.scores import AVERAGE, LABELS, METRICS, WIKITEXT, Score
 
 Row = dict[str, Any]
 Cell = dict[str, Any]
 LESS_IS_BETTER = {LABELS[WIKITEXT], "Loss"}
+EQUAL_FLOPS = 0.05  # budgets that differ by less are equal enough to rank what was made of them
 MANY_RUNS = 6  # more columns than these are hard to read: they become rows
 TASKS = (*(task for task in METRICS if task != WIKITEXT), AVERAGE, WIKITEXT)
 
@@ -44,8 +45,9 @@ def build_tables(
     operators = _operator_rows(gathered, comparisons)
     if operators:
         caption = (
-            "Better is greener in every column, own and printed rows apart. Loss: the final training loss; "
-            "speed-ups are at equal loss."
+            "Better is greener in every column, own and printed rows apart. Of our own, those are shaded that were "
+            f"trained on the same data with FLOPs, base included, within {100 * EQUAL_FLOPS:g} % of each other: others "
+            "do not rank. Loss: the final training loss; speed-ups are at equal loss."
         )
         tables.append(_table("operators", "Operators against metrics", caption, operators, shaded=True))
     else:
@@ -87,29 +89,60 @@ def _operator_rows(gathered: Gathered, comparisons: Comparisons) -> list[Row]:
         return []
     models = [*by_size[size], *(model for model in gathered.of_role("baseline") if model.parameters == size)]
     speedups = {pair.grown.name: pair.train["speedup"] for pair in comparisons.pairs}
+    comparable = _comparable(models)
     rows = []
     for model in models:
-        more = {"loss": float(comparisons.smoothed(model).loss[-1]), "speedup": speedups.get(model.name)}
+        more = {
+            "flops": model.end.flops_total,
+            "loss": float(comparisons.smoothed(model).loss[-1]),
+            "speedup": speedups.get(model.name),
+            "ranked": model in comparable,
+        }
         name = f"{model.name}: {model.operator}" if model.operator else model.name
+        name += "" if have_same_data(model, comparable[0]) else " (other data)"
         rows.append(_score_row(name, "run", size, _final(model.scores), **more))
-    if "nats" not in gathered.unit:
+    if gathered.unit != NATS_PER_TOKEN:
         return rows  # the paper's losses are nats per token
     return [*rows, *(_printed_row(model) for model in models_like([size], operators=True))]
 
 
+def _comparable(models: Sequence[TrainedModel]) -> list[TrainedModel]:
+    """The most models that were trained on the data of one of them and spent its FLOPs or hardly more."""
+    groups = [
+        [
+            model
+            for model in models
+            if have_same_data(model, first)
+            and first.end.flops_total <= model.end.flops_total <= (1 + EQUAL_FLOPS) * first.end.flops_total
+        ]
+        for first in models
+    ]
+    return max(groups, key=len)
+
+
 def _table(name: str, title: str, caption: str, rows: Sequence[Row], *, shaded: bool = False) -> dict[str, Any]:
-    """Models against metrics: the columns are those that any row has."""
+    """Models against metrics: the columns are those that any row has. Rows that are not `ranked` are not shaded."""
     tasks = [task for task in TASKS if any(task in row["scores"] for row in rows)]
-    labels = ["Parameters", *(LABELS[task] for task in tasks), *(["Loss", "Speed-up"] if shaded else [])]
+    labels = [
+        "Parameters",
+        *(["FLOPs"] if shaded else []),
+        *(LABELS[task] for task in tasks),
+        *(["Loss", "Speed-up"] if shaded else []),
+    ]
     cells = []
     for row in rows:
-        of_row = [_cell(row["parameters"], text.count), *(_score_cell(row["scores"].get(task), task) for task in tasks)]
+        of_row = [_cell(row["parameters"], text.count), *([_cell(row.get("flops"), text.flops)] if shaded else [])]
+        of_row += [_score_cell(row["scores"].get(task), task) for task in tasks]
         of_row += [_cell(row.get("loss"), text.loss), _cell(row.get("speedup"), text.percent)] if shaded else []
         cells.append({"name": row["name"], "kind": row["kind"], "cells": of_row})
     if shaded:
-        for place, label in list(enumerate(labels))[1:]:
+        for place, label in list(enumerate(labels))[2:]:
             for kind in ("run", "paper"):
-                of_kind = [row["cells"][place] for row in cells if row["kind"] == kind]
+                of_kind = [
+                    drawn["cells"][place]
+                    for row, drawn in zip(rows, cells, strict=True)
+                    if row["kind"] == kind and row.get("ranked", True)
+                ]
                 _shade(of_kind, down=label in LESS_IS_BETTER)
     if any(cell["limit"] is not None for row in cells for cell in row["cells"]):
         caption += " * Limited to the first documents of the set: not comparable with whole sets."
@@ -158,8 +191,8 @@ def _speedup_tables(gathered: Gathered, comparisons: Comparisons) -> list[dict[s
         return []
     sizes = {pair.grown.parameters for pair in comparisons.pairs if pair.grown.parameters}
     for printed in speedups_like(sizes):
-        name = f"paper, {printed['where']}: {text.count(printed['tokens'])} tokens"
-        rows.append(_speedup_row(name, "paper", {"speedup": printed["speedup"]}))
+        name = f"paper, {printed.where}: {text.count(printed.tokens)} tokens"
+        rows.append(_speedup_row(name, "paper", {"speedup": printed.speedup}))
     caption = "At equal training loss: two losses on the baseline's way and the last one. Nothing is extrapolated."
     columns = ["Loss", "FLOPs from scratch", "FLOPs grown", "Speed-up"]
     title = "Speed-up at equal loss"

@@ -7,12 +7,15 @@ import math
 NARROW = "\u202f"  # a narrow space that does not break, between a number and its unit
 MINUS = "\u2212"
 NOTHING = "\u2013"
+LARGE = 1e6  # losses and percentages beyond are written as powers
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 SUFFIXES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
 def loss(value: float | None) -> str:
     """Nats per token or bits per byte."""
+    if value is not None and value >= LARGE:
+        return flops(value)
     return NOTHING if value is None else f"{value:.3f}".replace("-", MINUS)
 
 
@@ -25,12 +28,13 @@ def score(value: float, stderr: float | None) -> str:
 
 
 def percent(share: float | None, *, signed: bool = True) -> str:
-    """0.79 -> "+79 %"; one decimal below ten per cent."""
+    """0.79 -> "+79 %"; one decimal below ten per cent; ends of intervals that say nothing as powers."""
     if share is None:
         return NOTHING
     value = 100 * share
     digits = 0 if abs(value) >= 9.95 else 1
-    text = f"{abs(value):,.{digits}f}{NARROW}%"
+    number = f"{abs(value):,.{digits}f}" if abs(value) < LARGE else flops(abs(value))
+    text = f"{number}{NARROW}%"
     if not signed or float(f"{value:.{digits}f}") == 0:
         return text
     return (MINUS if value < 0 else "+") + text
@@ -55,10 +59,16 @@ def count(value: float | None) -> str:
     """Tokens, parameters: 692224 -> "692 k"."""
     if value is None:
         return NOTHING
+    number, suffix = scaled(value)
+    return f"{_three_digits(number)}{NARROW}{suffix}" if suffix else f"{value:g}"
+
+
+def scaled(value: float) -> tuple[float, str]:
+    """7e9 -> 7, "B"; no suffix below a thousand."""
     for size, suffix in SUFFIXES:
         if value >= 0.9995 * size:
-            return f"{_three_digits(value / size)}{NARROW}{suffix}"
-    return f"{value:g}"
+            return value / size, suffix
+    return value, ""
 
 
 def _three_digits(value: float) -> str:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+import grow.scores
+from grow.scores import AVERAGE, AVERAGED
 from pretrain.evaluate import ratio_stderr
 from pretrain.zero_shot.examples import Example, Examples
 from pretrain.zero_shot.scoring import LOG_PROB, MISSES
-from pretrain.zero_shot.task import PAPER_TASKS
 
-AVERAGE = "average"
 ACCURACIES = ("acc", "acc_norm")
 LARGEST = 700.0  # exponent of a perplexity that is still a number
 
@@ -94,17 +94,12 @@ def chance(examples: Examples) -> float:
 def average(scores: Sequence[Score]) -> Score | None:
     """The paper's average: of the first metrics of its seven tasks; None unless all are there."""
     first = {score.task: score for score in reversed(scores)}
-    seven = [first[name] for name in PAPER_TASKS if name in first]
-    if len(seven) < len(PAPER_TASKS):
-        return None
-    errors = [score.stderr for score in seven if score.stderr is not None]
-    limits = [score.limit for score in seven if score.limit is not None]
-    return Score(
-        AVERAGE,
-        "acc or acc_norm",
-        float(np.mean([score.value for score in seven])),
-        math.sqrt(sum(error**2 for error in errors)) / len(seven) if len(errors) == len(seven) else None,
-        float(np.mean([score.chance or 0.0 for score in seven])),
-        sum(score.n for score in seven),
-        max(limits, default=None),
+    mean = grow.scores.average(
+        {task: grow.scores.Score(score.value, score.stderr, score.limit) for task, score in first.items()}
     )
+    if mean is None:
+        return None
+    seven = [first[name] for name in AVERAGED]
+    guessed = float(np.mean([score.chance or 0.0 for score in seven]))
+    n = sum(score.n for score in seven)
+    return Score(AVERAGE, "acc or acc_norm", mean.value, mean.stderr, guessed, n, mean.limit)

@@ -19,8 +19,6 @@ from pretrain.zero_shot.documents import FORMATS
 from pretrain.zero_shot.templates import Template, did_you_mean
 
 NAME = re.compile(r"[A-Za-z0-9_.-]+")
-PAPER_TASKS = ("lambada_openai", "arc_challenge", "arc_easy", "logiqa", "piqa", "sciq", "winogrande")
-"""Whose first metrics make the average of the paper (arXiv 2405.15319, Table 3)."""
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.zero_shot_chance import measure
+from grow.scores import AVERAGED
 from lit_gpt.tokenizer import Tokenizer
-from pretrain.zero_shot.task import PAPER_TASKS
 from tests.zero_shot import DOCUMENTS, write_data
 
 
@@ -16,8 +16,8 @@ def test_a_seed_gives_the_average_of_seven_and_another_seed_another_model(tmp_pa
     first, again, other = (measure(seed, tokenizer, data) for seed in (0, 0, 1))
 
     assert first["chance"] == pytest.approx(100 * (0 + 4 * 0.25 + 2 * 0.5) / 7)
-    assert first["documents"] == len(PAPER_TASKS) * DOCUMENTS
-    assert {name.split()[0] for name in first if " " in name} == set(PAPER_TASKS)
+    assert first["documents"] == len(AVERAGED) * DOCUMENTS
+    assert {name.split()[0] for name in first if " " in name} == set(AVERAGED)
     without_time = [
         {key: value for key, value in each.items() if key not in ("secs", "seed")} for each in (first, again)
     ]

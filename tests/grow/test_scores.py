@@ -124,6 +124,23 @@ def test_an_external_file_may_hold_results_of_the_harness_losses_and_several_mod
     assert len(notes) == 1 and "incomplete" in notes[0]
 
 
+def test_the_size_that_one_line_says_counts_for_every_line_of_the_model(tmp_path):
+    unknown = {"step": None, "stage": None, "flops_total": None}
+    path = written(
+        tmp_path / "theirs.jsonl",
+        record("boolq", "acc", 0.5, **unknown),
+        {"parameters": 1e8, "tokens": 200, "loss": 2.5},
+        {"tokens": 300, "loss": 2.4, "results": {"boolq": {"acc": 0.6}}},
+        record("boolq", "acc", 0.7, tokens=400, flops_total=7.0),
+    )
+
+    ((model,), _) = read_external(path)
+
+    assert model.parameters == 1e8
+    assert [(point.tokens, point.flops) for point in model.points] == [(100, 6e10), (300, 1.8e11), (400, 7.0)]
+    assert [flops for _, flops, _ in model.losses] == [1.2e11, 1.8e11]
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [

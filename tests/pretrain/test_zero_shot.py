@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from functools import partial
 
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from grow.scores import AVERAGED
 from lit_gpt.errors import DataError
 from lit_gpt.kernels.loss import IGNORE_INDEX
 from lit_gpt.model import GPT
@@ -21,7 +23,7 @@ from pretrain.zero_shot.evaluator import check_vocabulary, evaluate_tasks
 from pretrain.zero_shot.examples import Example, Examples
 from pretrain.zero_shot.metrics import Score, average, scores_of
 from pretrain.zero_shot.scoring import score, token_scores
-from pretrain.zero_shot.task import PAPER_TASKS, built_in_tasks, find_tasks
+from pretrain.zero_shot.task import built_in_tasks, find_tasks
 from tests.toys import toy_config, toy_model
 from tests.zero_shot import DOCUMENTS, NAMES, write_data
 
@@ -267,8 +269,8 @@ def test_one_document_has_no_standard_error():
 
 
 def test_the_average_is_that_of_the_first_metrics_of_all_seven_and_of_nothing_less():
-    firsts = [Score(name, "acc", 0.1 * i, 0.01, 0.25, 100, None) for i, name in enumerate(PAPER_TASKS)]
-    seconds = [Score(name, "acc", 9.0, 9.0, 0.5, 100, None) for name in PAPER_TASKS]
+    firsts = [Score(name, "acc", 0.1 * i, 0.01, 0.25, 100, None) for i, name in enumerate(AVERAGED)]
+    seconds = [Score(name, "acc", 9.0, 9.0, 0.5, 100, None) for name in AVERAGED]
     more = [Score("hellaswag", "acc", 9.0, 9.0, 0.25, 100, None)]
 
     mean = average([score for pair in zip(firsts, seconds, strict=True) for score in pair] + more)
@@ -277,9 +279,11 @@ def test_the_average_is_that_of_the_first_metrics_of_all_seven_and_of_nothing_le
     assert mean.value == pytest.approx(0.3) and mean.n == 700 and not mean.is_limited
     assert mean.stderr == pytest.approx(0.01 * math.sqrt(7) / 7) and mean.chance == pytest.approx(0.25)
     assert average(firsts[1:] + more) is None
-    limited = [*firsts[1:], Score(PAPER_TASKS[0], "acc", 0.0, None, 0.0, 10, 10)]
+    limited = [*firsts[1:], Score(list(AVERAGED)[0], "acc", 0.0, None, 0.0, 10, 10)]
     mean = average(limited)
     assert mean is not None and mean.is_limited and mean.stderr is None
+    two = [dataclasses.replace(score, limit=limit) for score, limit in zip(firsts, (20, 10, *[None] * 5), strict=True)]
+    assert average(two).limit == 10, "the fewest documents of any task"
 
 
 # All of it

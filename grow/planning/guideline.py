@@ -1,7 +1,8 @@
 """When to grow and by how much: the fitted rules of arXiv 2405.15319, and the budget that follows from them.
 
 Legend: N parameters and D tokens of the model that is wanted, C FLOPs that may be spent, d tokens of the base, g growth
-factor. C = 6 N D, the base's FLOPs included, as in that paper, whose table 4 follows from eq. 2 in this way.
+factor. C = 6 N D, the base's FLOPs included, as in that paper, whose table 4 follows from eq. 2 in this way. N may be a
+round number, so it is in the rules alone; what is spent is 6 x all parameters x tokens of each model, the paper's axis.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import log, log10
 
-from grow.model_sizes import named, nearest_model
+from grow.planning.model_sizes import named, nearest_model
+from grow.report.text import scaled
 from grow.sizes import with_depth
 from lit_gpt.config import Config
 from lit_gpt.flops import count_non_embedding, count_parameters
@@ -50,12 +52,15 @@ class Phase:
     """The training of one of the two models."""
 
     config: Config
-    parameters: float
-    """All of them, on the scale of the number that was given."""
     tokens: int
 
     @property
-    def flops(self) -> float:
+    def parameters(self) -> int:
+        """All of them."""
+        return count_parameters(self.config)
+
+    @property
+    def flops(self) -> int:
         """In the paper's convention."""
         return 6 * self.parameters * self.tokens
 
@@ -91,8 +96,8 @@ class Guideline:
         return 6 * self.rule_parameters * self.tokens
 
     @property
-    def budget_flops(self) -> float:
-        """C, all parameters counted."""
+    def budget_flops(self) -> int:
+        """What is spent, all parameters of the model counted, whatever N is."""
         return 6 * self.target.parameters * self.tokens
 
     @property
@@ -132,38 +137,32 @@ def make_guideline(
         base_tokens: d. Default: by eq. 2.
 
     Raises:
-        ValueError: settings that contradict each other, or a base that costs as much as the whole budget.
+        ValueError: settings that contradict each other, or a base that takes as many tokens as training from scratch.
     """
     if (parameters is None) == (model is None):
         raise ValueError("give the size of the model once: its number of parameters, its name, or its depth and width")
     factor = FACTOR if factor is None else factor
     if model is None:
         model = nearest_model(parameters, vocab_size)
-    total = count_parameters(model)
     known = {} if parameters is None else {"given": float(parameters)}
-    known |= {"total": float(total), "non-embedding": float(count_non_embedding(model))}
+    known |= {"total": float(count_parameters(model)), "non-embedding": float(count_non_embedding(model))}
     count = count or next(iter(known))
     if count not in known:
         raise ValueError(f"count={count!r} must be one of {', '.join(known)}")
     timing = {name: growth_timing(n, 6 * n * tokens) for name, n in known.items()}
-    base_config = _base(model, factor)
-    target_parameters = total if parameters is None else float(parameters)
-    base = Phase(
-        base_config,
-        target_parameters * count_parameters(base_config) / total,
-        round(timing[count]) if base_tokens is None else base_tokens,
-    )
-    left_flops = 6 * target_parameters * tokens - base.flops
-    _check_base(base, tokens, 6 * target_parameters * tokens, by_rule=base_tokens is None)
+    base = Phase(_base(model, factor), round(timing[count]) if base_tokens is None else base_tokens)
+    _check_base(base, tokens, by_rule=base_tokens is None)
+    from_scratch = Phase(model, tokens)
+    left_flops = from_scratch.flops - base.flops
     return Guideline(
         tokens=tokens,
         count=count,
         parameters=known,
         timing=timing,
-        factor=model.n_layer / base_config.n_layer,
+        factor=model.n_layer / base.config.n_layer,
         wanted_factor=factor,
         base=base,
-        target=Phase(model, target_parameters, round(left_flops / (6 * target_parameters))),
+        target=Phase(model, round(left_flops / (6 * from_scratch.parameters))),
         base_tokens_given=base_tokens is not None,
     )
 
@@ -180,13 +179,13 @@ def _base(model: Config, factor: float) -> Config:
     return named(with_depth(model, n_layer))
 
 
-def _check_base(base: Phase, tokens: int, budget_flops: float, *, by_rule: bool) -> None:
-    if base.tokens < tokens and base.flops < budget_flops:
+def _check_base(base: Phase, tokens: int, *, by_rule: bool) -> None:
+    """The base is smaller than the target, so with fewer tokens it costs less than the budget, too."""
+    if base.tokens < tokens:
         return
     whose = "eq. 2 gives the base" if by_rule else "the base is to have"
     raise ValueError(
-        f"{whose} {short(base.tokens)} tokens, {power(base.flops)} FLOPs; the whole budget is {short(tokens)} tokens, "
-        f"{power(budget_flops)} FLOPs, and a base must take less of both. "
+        f"{whose} {short(base.tokens)} tokens; it must have fewer than training from scratch, {short(tokens)}. "
         + ("This far from where it was fitted eq. 2 does not hold: train" if by_rule else "Train")
         + " on more tokens, choose a shorter base by --base-tokens, or train from scratch"
     )
@@ -226,18 +225,17 @@ def _plan_warnings(plan: Guideline) -> Iterator[str]:
     if given is not None and abs(log(given / total)) > log(1.1):
         yield (
             f"the proposed model has {short(total)} parameters, {total / given - 1:+.0%} from the {short(given)} "
-            f"given; FLOPs and hours are those of the number given. --depth and --width choose another"
+            f"given; the rules take the number given, FLOPs, hours and memory are the model's. --depth and --width "
+            f"choose another"
         )
 
 
 def short(value: float) -> str:
-    """7e9 -> "7 B"."""
-    for size, suffix in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
-        if value >= 0.9995 * size:
-            return f"{value / size:.4g}{suffix}"
-    return f"{value:.4g}"
+    """7e9 -> "7 B": to one digit more than in reports, and with a plain space, for terminals."""
+    number, suffix = scaled(value)
+    return f"{number:.4g} {suffix}".rstrip()
 
 
 def power(value: float) -> str:
-    """1.26e22 -> "1.26e22"."""
+    """1.26e22 -> "1.26e22": as options take it."""
     return f"{value:.3g}".replace("e+", "e")

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from math import log
 from typing import Any
 
-from grow.guideline import FITTED_FLOPS, FITTED_PARAMETERS, Guideline, short
+from grow.paper import PrintedSpeedup, printed_speedups
+from grow.planning.guideline import FITTED_FLOPS, FITTED_PARAMETERS, Guideline, short
+from grow.planning.model_sizes import nearest_model
 from grow.sizes import with_depth
 from lit_gpt.flops import count_parameters
 
@@ -199,21 +201,37 @@ def _other(plan: Guideline) -> Iterator[Rule]:
 class Speedups:
     """What one size of the stacking paper gained: FLOPs of training from scratch over those of growing, minus one."""
 
-    size: str
-    parameters: float
-    """All of them."""
     nominal: float
+    """The name of the size, in numbers."""
     measured: dict[float, float]
     """Tokens of training from scratch -> speed-up at equal training loss."""
     source: str
 
+    @property
+    def size(self) -> str:
+        return short(self.nominal).replace(" ", "")
 
-MEASURED = (
-    Speedups("410M", 0.374e9, 0.41e9, {400e9: 0.531, 510e9: 0.337, 700e9: 0.31}, "figure 6"),
-    Speedups("1.1B", 1.364e9, 1.1e9, {98e9: 0.491}, "figure 3, 8e20 FLOPs"),
-    Speedups("3B", 2.397e9, 3e9, {180e9: 0.486, 240e9: 0.545}, "figure 4"),
-    Speedups("7B", 5.933e9, 7e9, {160e9: 0.408, 220e9: 0.553, 280e9: 0.538, 300e9: 0.546}, "figures 1 and 5"),
-)
+    @property
+    def parameters(self) -> int:
+        """All of them."""
+        return count_parameters(nearest_model(self.nominal))
+
+
+def measured_speedups() -> list[Speedups]:
+    """What the paper prints, by size."""
+    by_size: dict[float, list[PrintedSpeedup]] = {}
+    for each in printed_speedups():
+        by_size.setdefault(each.parameters, []).append(each)
+    return [
+        Speedups(
+            nominal,
+            {each.tokens: each.speedup for each in of_size},
+            " and ".join(dict.fromkeys(each.where.lower() for each in of_size)),
+        )
+        for nominal, of_size in by_size.items()
+    ]
+
+
 NEAR = 1.5  # a size, or a number of tokens, that differs by more was not measured
 
 
@@ -236,7 +254,7 @@ class Expectation:
 def expected_speedup(plan: Guideline) -> Expectation:
     """What the stacking paper measured at the size that is nearest to the plan's."""
     given = plan.count == "given"
-    sizes = [(each.nominal if given else each.parameters, each) for each in MEASURED]
+    sizes = [(each.nominal if given else each.parameters, each) for each in measured_speedups()]
     parameters = plan.parameters["given" if given else "total"]
     size, nearest = min(sizes, key=lambda pair: abs(log(pair[0] / parameters)))
     tokens = sorted(nearest.measured)

@@ -9,14 +9,16 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from grow.guideline import COUNTS, Guideline, Phase, make_guideline, power, short
-from grow.guideline_rules import Expectation, Rule, expected_speedup, rules
-from grow.memory import DEVICES, RECOMPUTE, Memory, memory_per_device
-from grow.model_sizes import named
+from grow.planning.guideline import COUNTS, Guideline, Phase, make_guideline, power, short
+from grow.planning.memory import DEVICES, RECOMPUTE, Memory, memory_per_device
+from grow.planning.model_sizes import named
+from grow.planning.rules import Expectation, Rule, expected_speedup, rules
 from lit_gpt.config import Config
 from lit_gpt.counts import parse_count, parse_token_count
 from lit_gpt.flops import count_non_embedding, count_parameters, flops_per_token
 
+MICRO_BATCH_SIZE = 8
+RECOMPUTED = "none"
 USABLE = 0.9  # of a device's memory: the rest is the framework, workspaces and fragmentation
 
 
@@ -44,10 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mfu", type=float, metavar="U", help="or the share of --device's peak that is reached, e.g. 0.4"
     )
     speed.add_argument("--device", choices=list(DEVICES), help="its peak rate (bf16) and memory")
-    speed.add_argument("--micro-batch-size", type=int, default=8, metavar="B", help="sequences at a time; default 8")
     speed.add_argument(
-        "--activation-checkpointing", choices=RECOMPUTE, default="none", help="as pretrain's; default none"
+        "--micro-batch-size", type=int, metavar="B", help=f"sequences at a time; default {MICRO_BATCH_SIZE}"
     )
+    speed.add_argument("--activation-checkpointing", choices=RECOMPUTE, help=f"as pretrain's; default {RECOMPUTED}")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the rules and this plan, as .png or .svg")
     parser.add_argument("--json", action="store_true", help="print one JSON value and nothing else")
 
@@ -60,7 +62,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | list[str]:
         OSError: the plot cannot be written.
     """
     if args.plot is not None:
-        from grow.guideline_plot import check_plot_path, write_plot
+        from grow.planning.plot import check_plot_path, write_plot
 
         check_plot_path(args.plot)
     plan = make_guideline(
@@ -112,7 +114,6 @@ def _hours(plan: Guideline, args: argparse.Namespace) -> dict[str, float] | None
     if args.tokens_per_sec is not None and args.mfu is not None:
         raise ValueError("--tokens-per-sec and --mfu both give the speed; give one of the two")
     devices = args.gpus or 1
-    scale = plan.target.parameters / count_parameters(plan.target.config)
     if args.mfu is not None:
         if args.device is None or not 0 < args.mfu <= 1:
             raise ValueError(f"--mfu {args.mfu:g} must be above 0 and at most 1, with a --device whose peak it is of")
@@ -120,10 +121,10 @@ def _hours(plan: Guideline, args: argparse.Namespace) -> dict[str, float] | None
     else:
         if not args.tokens_per_sec > 0:
             raise ValueError(f"--tokens-per-sec {args.tokens_per_sec:g} must be above 0")
-        flops_per_sec = args.tokens_per_sec * scale * flops_per_token(plan.target.config).palm / devices
+        flops_per_sec = args.tokens_per_sec * flops_per_token(plan.target.config).palm / devices
 
     def device_hours(phase: Phase, tokens: float) -> float:
-        return scale * flops_per_token(phase.config).palm * tokens / flops_per_sec / 3600
+        return flops_per_token(phase.config).palm * tokens / flops_per_sec / 3600
 
     base, target = device_hours(plan.base, plan.base.tokens), device_hours(plan.target, plan.target.tokens)
     return {
@@ -136,15 +137,29 @@ def _hours(plan: Guideline, args: argparse.Namespace) -> dict[str, float] | None
 
 
 def _memory(plan: Guideline, args: argparse.Namespace) -> Memory | None:
+    """Bytes on one device; None if nobody names a device or says how many there are."""
+    micro_batch_size, recompute = _memory_settings(args)
+    if micro_batch_size < 1:
+        raise ValueError(f"--micro-batch-size {micro_batch_size} must be at least 1")
     if args.gpus is None and args.device is None:
         return None
-    if args.micro_batch_size < 1:
-        raise ValueError(f"--micro-batch-size {args.micro_batch_size} must be at least 1")
-    return memory_per_device(plan.target.config, args.gpus or 1, args.micro_batch_size, args.activation_checkpointing)
+    return memory_per_device(plan.target.config, args.gpus or 1, micro_batch_size, recompute)
+
+
+def _memory_settings(args: argparse.Namespace) -> tuple[int, str]:
+    """Micro-batch size and activation checkpointing."""
+    size = MICRO_BATCH_SIZE if args.micro_batch_size is None else args.micro_batch_size
+    return size, args.activation_checkpointing or RECOMPUTED
 
 
 def _memory_warnings(memory: Memory | None, args: argparse.Namespace) -> Iterator[str]:
-    if memory is None or args.device is None:
+    if memory is None:
+        for option in ("micro_batch_size", "activation_checkpointing"):
+            if getattr(args, option) is not None:
+                name = f"--{option.replace('_', '-')}"
+                yield f"{name} changes nothing here: memory is computed with --gpus or --device only"
+        return
+    if args.device is None:
         return
     there = DEVICES[args.device].memory_bytes
     if memory.total > USABLE * there:
@@ -181,6 +196,8 @@ def to_dict(
         "growth_timing_by_count": {name: round(d) for name, d in plan.timing.items()},
         "tokens": plan.tokens,
         "budget_flops": plan.budget_flops,
+        "rule_parameters": plan.rule_parameters,
+        "rule_flops": plan.rule_flops,
         "base": phase_dict(plan.base),
         "target": phase_dict(plan.target),
         "stages": stages(plan),
@@ -212,7 +229,8 @@ def plan_lines(
     yield f"target     {_model_text(target.config)}"
     yield f"budget     6 x {short(target.parameters)} x {short(plan.tokens)} tokens = {power(plan.budget_flops)} FLOPs"
     yield f"base       {_model_text(base.config)}"
-    how = "as asked" if plan.base_tokens_given else f"eq. 2 with N = {short(plan.rule_parameters)} ({plan.count})"
+    rule = f"eq. 2 with N = {short(plan.rule_parameters)} ({plan.count}), C = 6 N D = {power(plan.rule_flops)}"
+    how = "as asked" if plan.base_tokens_given else rule
     share = f"{base.flops / plan.budget_flops:.1%} of the budget"
     yield f"           {short(base.tokens)} tokens ({how}), {power(base.flops)} FLOPs, {share}"
     if not plan.base_tokens_given:
@@ -266,9 +284,10 @@ def _expectation_lines(plan: Guideline, expected: Expectation) -> Iterator[str]:
 
 def _memory_lines(memory: Memory, args: argparse.Namespace) -> Iterator[str]:
     parts = ", ".join(f"{name} {value / 1e9:.3g}" for name, value in dataclasses.asdict(memory).items())
+    micro_batch_size, recompute = _memory_settings(args)
     yield (
         f"memory     about {memory.total / 1e9:.3g} GB a device after growth, sharded over {args.gpus or 1}, "
-        f"micro-batch {args.micro_batch_size}, activation checkpointing {args.activation_checkpointing}"
+        f"micro-batch {micro_batch_size}, activation checkpointing {recompute}"
     )
     yield f"           in GB: {parts}"
 

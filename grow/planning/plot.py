@@ -6,7 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grow.guideline import FITTED_FLOPS, FITTED_PARAMETERS, Guideline, fitted_growth_factor, growth_timing, short
+from grow.planning.guideline import (
+    FITTED_FLOPS,
+    FITTED_PARAMETERS,
+    Guideline,
+    fitted_growth_factor,
+    growth_timing,
+    short,
+)
 from grow.report.extra import require
 
 if TYPE_CHECKING:
@@ -32,11 +39,11 @@ def check_plot_path(path: Path) -> None:
 
 def write_plot(plan: Guideline, path: Path) -> None:
     """Both rules, dashed outside the budgets and sizes that eq. 2 was fitted to, and where the plan lies on them."""
-    import matplotlib
     from matplotlib.figure import Figure
 
-    # the salt replaces random ids, so that equal plans give equal files
-    with matplotlib.rc_context({"svg.hashsalt": "lit-grow", "svg.fonttype": "none", "font.size": 10}):
+    from grow.report.figures import drawing, save
+
+    with drawing():
         figure = Figure(figsize=(10.4, 4.2), dpi=160, layout="constrained")
         timing, factor = figure.subplots(1, 2)
         _draw(timing, plan, growth_timing, plan.timing[plan.count], TOKENS_TOP)
@@ -46,7 +53,7 @@ def write_plot(plan: Guideline, path: Path) -> None:
         factor.set_ylabel("growth factor g (eq. 50; the paper recommends 4)")
         factor.axhline(4, color="#555555", linewidth=0.8, linestyle=":")
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, metadata={"Software": None} if path.suffix == ".png" else {"Date": None})
+        save(figure, path)
 
 
 def _draw(axes: Axes, plan: Guideline, rule: Callable[[float, float], float], value: float, top: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from grow.report.gather import Gathered, TrainedModel
+from grow.runs.gather import Gathered, TrainedModel
 
 BITS_PER_BYTE = "bits per byte"
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from grow.curves import Curve, default_window, smooth, validation_curve
-from grow.report.gather import Gathered, TrainedModel
+from grow.runs.gather import Gathered, TrainedModel
 
 SCRATCH = "scratch"
 POINTS = ("final", "every")
@@ -35,26 +35,35 @@ def family_of(model: TrainedModel) -> str | None:
     return SCRATCH if model.role == "baseline" else None
 
 
-def families(gathered: Gathered, *, points: str = "final", loss: str = "train") -> list[Family]:
+def over_last_tenth(model: TrainedModel) -> Curve:
+    """Training losses, averaged over the last tenth of the run (at least two log intervals) before every point."""
+    return smooth(model.curve, default_window([model.curve]))
+
+
+def families(
+    gathered: Gathered,
+    *,
+    points: str = "final",
+    loss: str = "train",
+    smoothed: Callable[[TrainedModel], Curve] = over_last_tenth,
+) -> list[Family]:
     """All families, scratch first.
 
     Args:
         gathered: the runs.
         points: "final" takes the last loss of every run, "every" all of them.
-        loss: "train" takes the training loss, averaged over the last tenth of the run (at least two log intervals)
-            before every point; "validation" the losses on the first set of each run, its start left out.
+        loss: "train" takes the training loss, "validation" those on the first set of each run, its start left out.
+        smoothed: makes the curve of training losses of a model.
     """
     by_name: dict[str, list[tuple[str, Curve]]] = {}
     for model in sorted(gathered.models, key=lambda model: family_of(model) != SCRATCH):
-        name, curve = family_of(model), _curve(model, loss)
+        name, curve = family_of(model), smoothed(model) if loss == "train" else _validation(model)
         if name is not None and curve is not None:
             by_name.setdefault(name, []).append((model.name, curve))
     return [_family(name, members, points) for name, members in by_name.items()]
 
 
-def _curve(model: TrainedModel, loss: str) -> Curve | None:
-    if loss == "train":
-        return smooth(model.curve, default_window([model.curve]))
+def _validation(model: TrainedModel) -> Curve | None:
     sets = [evaluation.set for evaluation in model.evaluations if evaluation.metric == "loss"]
     after_start = [e for e in model.evaluations if e.when not in ("start", "after_growth")]
     return validation_curve(after_start, sets[0]) if sets else None

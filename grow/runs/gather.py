@@ -23,6 +23,7 @@ from lit_gpt.flops import count_non_embedding, count_parameters
 from lit_gpt.packed_dataset import load_manifest
 
 CONFIG_FILE = "config.yaml"
+NATS_PER_TOKEN = "nats per token"
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,7 @@ class Gathered:
     models: tuple[TrainedModel, ...]
     notes: tuple[str, ...]
     external: tuple[ExternalModel, ...] = ()
-    unit: str = "nats per token"
+    unit: str = NATS_PER_TOKEN
     """Of every loss of the models."""
 
     def of_role(self, role: str) -> list[TrainedModel]:
