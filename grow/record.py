@@ -11,7 +11,7 @@ from grow.operators import function_of
 from grow.plan import GrowthPlan
 from grow.registry import PRESERVING
 from lit_gpt.flops import Flops, count_parameters
-from lit_gpt.stored_state import flops_behind, tokens_behind
+from lit_gpt.stored_state import flops_behind, tokens_behind, trained_on
 from lit_gpt.versions import versions
 
 FREE = Flops()
@@ -67,6 +67,7 @@ def grown_state(state: Mapping[str, Any], plan: GrowthPlan, record: dict[str, An
     return {
         **state,
         "run_config": None,
+        "trained_on": trained_on(state),
         "model_config": plan.dst.to_dict(),
         "stage": 1,
         "stage_name": plan.operator,

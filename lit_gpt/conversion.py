@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_gpt.atomic import sync_directory
 from lit_gpt.axes import EMBEDDING, HEAD, parameter_shapes
 from lit_gpt.checkpoint import TRAINING, detect_form, read_config, read_exchange, read_training, write_exchange
 from lit_gpt.config import Config
@@ -25,18 +27,18 @@ from lit_gpt.flops import count_parameters
 from lit_gpt.hf import hf_names, hf_shapes
 from lit_gpt.lazy_tensors import CastWeights, spec_of
 from lit_gpt.legacy import is_legacy, legacy_file, plain_name, read_legacy
-from lit_gpt.legacy_sizes import Sizes
+from lit_gpt.legacy_sizes import HF_CONFIG, LIT_CONFIG, Sizes
 from lit_gpt.legacy_writer import write_legacy
 from lit_gpt.llama2c import checkpoint_file, is_llama2c, read_llama2c, rewrite_tokenizer
 from lit_gpt.parity import agreement, batches, fits_in_memory, has_transformers, our_model, their_model
-from lit_gpt.stored_state import check_open, flops_behind, flops_entries, tokens_behind
-from lit_gpt.tokenizer import FILE_NAMES, Tokenizer, file_sha256
+from lit_gpt.stored_state import check_open, flops_behind, flops_entries, tokens_behind, trained_on
+from lit_gpt.tokenizer import FILE_NAMES, Tokenizer, file_sha256, tokenizer_files
 from lit_gpt.versions import versions
 
 TO = ("exchange", "legacy")
 PARITY = ("auto", "always", "never")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-RECEIPT, WRONG = ".receipt.json", ".wrong"
+RECEIPT, WRONG, UNCHECKED = ".receipt.json", ".wrong", ".unchecked"
 GAP = 1e-3  # of the largest logit; rounding in fp32 stays a hundred times below, a wrong layout far above
 BYTES = "bytes"  # as `Tokenizer.load` has it
 
@@ -119,7 +121,9 @@ def _legacy_source(path: Path, sizes: Sizes, tokenizer_dir: Path | None) -> Sour
     known = {key: state[key] for key in ("step_count", "tokens") if state[key]}
     known |= flops_entries(flops_behind(state)) if state["tokens"] else {}
     known |= {"converted_from": state["converted_from"]}
-    files = (file,) if file.suffix != ".json" else (file, *sorted(file.parent.glob("*.bin")))
+    parts = sorted(file.parent.glob("*.bin")) if file.suffix == ".json" else []
+    sizes_in = [each for name in (HF_CONFIG, LIT_CONFIG) if (each := file.parent / name).is_file()]
+    files = (file, *parts, *sizes_in)
     return Source("torch.save", legacy.config, legacy.model, legacy.stored, files, tokenizer_dir, known, counters)
 
 
@@ -148,11 +152,11 @@ def tokenizer_place(path: Path, state: Mapping[str, Any]) -> Path | None:
         path: the checkpoint.
         state: what it says of itself: the settings of its run, and which tokenizer that was.
     """
-    data = (state.get("run_config") or {}).get("data") or {}
+    data = trained_on(state)
     train = data.get("train") or {}
-    trained_on = list(train.values()) if isinstance(train, dict) else [train]
+    folders = list(train.values()) if isinstance(train, dict) else [train]
     named = [data["tokenizer"]] if data.get("tokenizer") else []
-    for place in (path if path.is_dir() else path.parent, *map(Path, [*trained_on, *named])):
+    for place in (path if path.is_dir() else path.parent, *map(Path, [*(each for each in folders if each), *named])):
         if place.is_file() or str(place) == BYTES or any((place / name).is_file() for name in FILE_NAMES):
             found = Tokenizer.load(place)
             if found.fingerprint == (state.get("tokenizer") or {}).get("sha256", found.fingerprint):
@@ -212,17 +216,22 @@ def convert(
     if destination.is_file() or (destination.is_dir() and any(destination.iterdir())):
         raise FileExistsError(errno.EEXIST, "exists already; choose another name or remove it first", str(destination))
     source = open_source(source_path, sizes or Sizes())
+    unchecked = destination.with_name(f".{destination.name}{UNCHECKED}")  # has its name once it was compared
+    _remove(unchecked)
     tokenizer_dir = tokenizer_dir or source.tokenizer_dir
     weights = source.weights if dtype is None else CastWeights(source.weights, dtype)
     with ThreadPoolExecutor(1) as background, TemporaryDirectory() as folder:
-        hashes = background.submit(lambda: [_described(file, hash_inputs) for file in source.files])
+        files = list(
+            dict.fromkeys([*source.files, *([] if tokenizer_dir is None else _tokenizer_files(tokenizer_dir))])
+        )
+        hashes = background.submit(lambda: [_described(file, hash_inputs) for file in files])
         if to == "legacy":
-            write_legacy(destination, source.config, weights, source.counters)
+            write_legacy(unchecked, source.config, weights, source.counters)
         else:
             if source.kind == "llama2.c" and tokenizer_dir is None:
                 tokenizer_dir = rewrite_tokenizer(source.files[0], source.config.vocab_size, Path(folder))
             write_exchange(
-                destination,
+                unchecked,
                 source.config,
                 weights,
                 tokenizer_dir=tokenizer_dir,
@@ -230,18 +239,19 @@ def convert(
                 special_ids=source.special_ids,
                 copies=_copies(source, weights),
             )
-            tokenizer_dir = tokenizer_dir and destination
+            tokenizer_dir = tokenizer_dir and unchecked
         inputs = hashes.result()
     skipped = left_out(source)
-    parity_found = _parity(source, destination, to, tokenizer_dir, parity)
+    parity_found = _parity(source, unchecked, to, tokenizer_dir, parity)
     wrong = [name for name, batch in parity_found.items() if not _agrees(batch, was_cast=dtype is not None)]
-    if wrong:
-        destination = _set_aside(destination)
+    destination = unchecked.replace(_free_name(destination) if wrong else destination)
+    sync_directory(destination.parent)
     receipt = {
         "source": str(source_path),
         "source_kind": source.kind,
         "destination": str(destination),
         "destination_kind": to,
+        "tokenizer": tokenizer_dir is not None,
         "family": source.config.family,
         "parameters": count_parameters(source.config),
         "dtype": str(spec_of(weights, EMBEDDING).dtype).removeprefix("torch."),
@@ -250,7 +260,7 @@ def convert(
         "parity": parity_found,
         "wrong": wrong,
         "secs": round(time.perf_counter() - began, 3),
-        "versions": versions(),
+        "versions": versions(*(["transformers"] if parity_found.get("against") == "transformers" else [])),
     }
     receipt_path(destination).write_text(json.dumps(receipt, indent=1) + "\n")
     return receipt
@@ -266,11 +276,21 @@ def _agrees(batch: Any, *, was_cast: bool) -> bool:
     return was_cast or not isinstance(batch, dict) or batch["max_abs_logit_gap"] <= GAP * batch["max_abs_logit"]
 
 
-def _set_aside(destination: Path) -> Path:
-    """Move what came out wrong out of the way, so that nobody takes it for the model; returns where it is."""
+def _free_name(destination: Path) -> Path:
+    """Where what came out wrong goes, so that nobody takes it for the model."""
     names = (f"{destination.name}{WRONG}{'' if number == 1 else f'-{number}'}" for number in count(1))
-    free = next(each for name in names if not (each := destination.with_name(name)).exists())
-    return destination.replace(free)
+    return next(each for name in names if not (each := destination.with_name(name)).exists())
+
+
+def _remove(unchecked: Path) -> None:
+    """What a conversion left that was killed before its end."""
+    if unchecked.is_dir():
+        shutil.rmtree(unchecked)
+    unchecked.unlink(missing_ok=True)
+
+
+def _tokenizer_files(place: Path | None) -> list[Path]:
+    return [] if place is None or str(place) == BYTES else [file for file in tokenizer_files(place) if file.is_file()]
 
 
 def _copies(source: Source, weights: Mapping[str, Tensor]) -> Copies | None:

@@ -78,17 +78,23 @@ def stream(
     if not prompt_ids:
         raise ValueError("the prompt is empty; give at least one token, e.g. the tokenizer's bos_id")
     if total > model.config.block_size:
-        raise ValueError(f"{len(prompt_ids)} + {max_new_tokens} tokens do not fit block_size={model.config.block_size}")
+        raise ValueError(
+            f"{len(prompt_ids)} + {max_new_tokens} tokens do not fit block_size={model.config.block_size}; shorten the "
+            f"prompt"
+        )
     if not 0 <= min(prompt_ids) <= max(prompt_ids) < model.config.padded_vocab_size:
-        raise ValueError(f"prompt ids must be in [0, {model.config.padded_vocab_size})")
+        raise ValueError(
+            f"prompt ids must be in [0, {model.config.padded_vocab_size}), and one is {max(prompt_ids)}; use the "
+            f"model's own tokenizer"
+        )
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens} must not be negative")
     if abs(seed) >= MAX_SEED:
         raise ValueError(f"seed={seed} must be between -2^63 and 2^63")
     possible = temperature == 0 or MIN_TEMPERATURE <= temperature < math.inf
-    if not possible or (top_k is not None and top_k < 1) or not (top_p is None or top_p > 0):
+    if not possible or (top_k is not None and top_k < 1) or not (top_p is None or 0 < top_p <= 1):
         raise ValueError(
-            f"need temperature 0 or from {MIN_TEMPERATURE} on, top_k >= 1, top_p > 0; "
+            f"need temperature 0 or from {MIN_TEMPERATURE} on, top_k >= 1, top_p in (0, 1]; "
             f"got {temperature}, {top_k}, {top_p}"
         )
     generator = torch.Generator().manual_seed(seed)

@@ -21,7 +21,7 @@ from lit_gpt.errors import DataError
 from lit_gpt.flops import Flops, flops_per_token
 from lit_gpt.hf import IGNORED, family_of, from_hf, hf_names, hf_shapes
 from lit_gpt.lazy_tensors import LazyTensors, TensorSpec, promoted
-from lit_gpt.legacy_sizes import WAY_OUT, Sizes, config_of
+from lit_gpt.legacy_sizes import OWN_SIZES, WAY_OUT, Sizes, config_of
 from lit_gpt.packed_dataset import MANIFEST as PREPARED
 from lit_gpt.packed_dataset import PLAN
 from lit_gpt.pickles import PickledTensor, read_pickle
@@ -150,7 +150,8 @@ def read_legacy(path: str | Path, sizes: Sizes | None = None) -> LegacyCheckpoin
     stored, given = _weights(file, content)
     hparams = _plain_values(content.get("hparams"))
     foreign = EMBEDDING not in stored
-    config = config_of(file, stored, hparams, sizes)
+    own = content.get(OWN_SIZES)
+    config = config_of(file, stored, hparams, sizes, own if isinstance(own, dict) else None)
     if foreign:
         model: Mapping[str, Tensor] = _FromHuggingFace(stored, config)
         wanted: dict[str, tuple[int, ...]] = {}

@@ -20,6 +20,8 @@ from lit_gpt.pickles import PickledTensor
 from lit_gpt.problems import read_json
 
 HF_CONFIG, LIT_CONFIG = "config.json", "lit_config.json"
+OWN_SIZES = "lit_grow_config"
+"""Key of a file that was written here: all of its Config."""
 BLOCK = "transformer.h.0."
 WAY_OUT = "use the configuration that belongs to these weights"
 
@@ -37,11 +39,19 @@ class Sizes:
     """Tokens of the tokenizer, where the embedding has more rows."""
 
 
-def config_of(file: Path, stored: Mapping[str, PickledTensor], hparams: Mapping[str, Any], sizes: Sizes) -> Config:
-    """By what lies beside the file, by a name, or by the weights; what is given goes first."""
+def config_of(
+    file: Path,
+    stored: Mapping[str, PickledTensor],
+    hparams: Mapping[str, Any],
+    sizes: Sizes,
+    own: Mapping[str, Any] | None = None,
+) -> Config:
+    """By what the file says, what lies beside it, by a name, or by the weights; a name that is given goes first."""
     config = None
     if sizes.model_name is not None:
         config = Config.from_name(sizes.model_name)
+    elif own is not None:
+        config = _own_config(file, own)
     elif (file.parent / HF_CONFIG).is_file():
         config = config_from_hf(read_json(file.parent / HF_CONFIG), str(file.parent / HF_CONFIG))
     elif (file.parent / LIT_CONFIG).is_file():
@@ -74,6 +84,13 @@ def _lit_config(path: Path) -> Config:
         return Config(**{key: value for key, value in values.items() if key in known})
     except (ValueError, TypeError, ArithmeticError) as error:
         raise DataError(f"{path}: {error}; remove the file to go by the weights") from error
+
+
+def _own_config(file: Path, values: Mapping[str, Any]) -> Config:
+    try:
+        return Config.from_dict(dict(values))
+    except (ValueError, TypeError, ArithmeticError, KeyError) as error:
+        raise DataError(f"{file} says sizes that are none: {error}; get it again") from error
 
 
 def _config_by_shapes(

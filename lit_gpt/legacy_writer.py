@@ -22,6 +22,7 @@ from lit_gpt.config import Config
 from lit_gpt.copying import start_writeback
 from lit_gpt.errors import DataError
 from lit_gpt.lazy_tensors import spec_of
+from lit_gpt.legacy_sizes import OWN_SIZES
 from lit_gpt.pickles import STORAGES
 from lit_gpt.problems import check_names
 
@@ -105,6 +106,8 @@ def write_legacy(
 ) -> Path:
     """Write `{"model": weights, ...}` under TinyLlama's names and in its order; all or nothing.
 
+    The sizes go along under a key that those tools do not read, so that `read_legacy` knows them.
+
     Args:
         path: the file to make.
         config: sizes of the model. A tied head is written out: those tools know no other.
@@ -141,7 +144,7 @@ def write_legacy(
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write_pickle(temporary, {"model": model, **(counters or {})})
+        write_pickle(temporary, {"model": model, **(counters or {}), OWN_SIZES: config.to_dict()})
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

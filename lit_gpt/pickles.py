@@ -91,7 +91,8 @@ def read_pickle(path: str | Path) -> Any:
     except zipfile.BadZipFile as error:
         raise DataError(
             f"{path} is not a whole file of torch.save in its zip format ({error}); get it again if it was cut short, "
-            f"or save it again with torch 1.6 or later"
+            f"save it again with torch 1.6 or later, or, if it is of llama2.c, convert it first: "
+            f"scripts/convert_hf_checkpoint.py"
         ) from error
     except UNREADABLE as error:
         raise DataError(f"{path} is damaged ({type(error).__name__}: {error}); {WAY_OUT}") from error

@@ -38,6 +38,11 @@ def check_open(state: dict[str, Any], path: str | Path) -> None:
         )
 
 
+def trained_on(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The data settings of the run behind a state.json: its own, or that of what it grew from."""
+    return (state.get("run_config") or {}).get("data") or state.get("trained_on") or {}
+
+
 def tokens_behind(state: Mapping[str, Any]) -> int:
     """Training tokens that a state.json counts, those of its parents included."""
     return state["tokens"] + state.get("parent_tokens", 0)

@@ -8,10 +8,10 @@ from importlib.metadata import PackageNotFoundError, version
 PACKAGES = ("lit-grow", "torch", "lightning-fabric", "numpy", "sentencepiece")
 
 
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that take part."""
+def versions(*more: str) -> dict[str, str]:
+    """Of Python and of the packages that take part; `more` are others that did."""
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in (*PACKAGES, *more):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

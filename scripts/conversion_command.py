@@ -93,6 +93,8 @@ def lines(receipt: dict[str, Any]) -> list[str]:
         f"tensors    {receipt['tensors']['mapped']} mapped, {receipt['tensors']['unmapped']} unmapped, "
         f"{len(skipped)} left out" + "".join(f"\n             {each}" for each in skipped[:5]),
     ]
+    if receipt["destination_kind"] == "exchange" and not receipt["tokenizer"]:
+        found.append("tokenizer  none was found, the folder has none; --tokenizer PATH brings one")
     found += [
         f"parity     {name}: max |logit gap| {batch['max_abs_logit_gap']:.3g} of {batch['max_abs_logit']:.3g}, top-1 "
         f"agreement {batch['top1_agreement']:.2%} of {batch['tokens']} tokens, against {receipt['parity']['against']}"

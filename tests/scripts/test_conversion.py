@@ -15,8 +15,18 @@ from grow.apply import grow_checkpoint
 from grow.operators import plan_growth
 from lit_gpt import conversion
 from lit_gpt.axes import HEAD, parameter_shapes
-from lit_gpt.checkpoint import TRAINING, detect_form, read_config, read_exchange, read_weights, verify, write_training
+from lit_gpt.checkpoint import (
+    TRAINING,
+    detect_form,
+    read_config,
+    read_exchange,
+    read_training,
+    read_weights,
+    verify,
+    write_training,
+)
 from lit_gpt.config import Config
+from lit_gpt.conversion import tokenizer_place
 from lit_gpt.errors import run_command
 from lit_gpt.exchange import write_exchange
 from lit_gpt.flops import flops_per_token
@@ -131,7 +141,7 @@ def test_a_text_is_compared_too_where_there_is_a_tokenizer(script, tmp_path):
 def test_logits_that_differ_are_an_error_that_says_so(script, tmp_path, monkeypatch):
     monkeypatch.setattr(conversion, "has_transformers", lambda: False)
     monkeypatch.setattr(
-        conversion, "read_exchange", lambda path: read_exchange(other if path == tmp_path / "out" else path)
+        conversion, "read_exchange", lambda path: read_exchange(other if path.name == ".out.unchecked" else path)
     )
     source, other = foreign_folder(tmp_path / "source"), tmp_path / "other"
     write_exchange(other, CONFIG, toy_weights(CONFIG, seed=1))
@@ -141,6 +151,43 @@ def test_logits_that_differ_are_an_error_that_says_so(script, tmp_path, monkeypa
     assert code == 3
     assert "against this model, read back" in out and "WRONG      the logits of the random batch differ" in out
     assert sorted(each.name for each in tmp_path.glob("out*")) == ["out.wrong", "out.wrong.receipt.json"]
+
+
+def test_a_conversion_that_ends_before_it_was_compared_leaves_nothing_under_its_name(script, tmp_path, monkeypatch):
+    source, out = foreign_folder(tmp_path / "source"), tmp_path / "out"
+    with monkeypatch.context() as broken:
+        broken.setattr(conversion, "_parity", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            script("convert_hf_checkpoint", source, out)
+    assert [each.name for each in tmp_path.glob("*out*")] == [".out.unchecked"]
+
+    code, printed, _ = script("convert_hf_checkpoint", source, out)
+
+    assert code == 0 and "tokenizer  none was found" in printed
+    assert sorted(each.name for each in tmp_path.glob("*out*")) == ["out", "out.receipt.json"]
+
+
+def test_a_file_that_was_written_here_knows_its_sizes(script, tmp_path):
+    config = toy_config(n_layer=1, block_size=48)
+    source = training_form(tmp_path / "source", config)
+
+    assert script("convert_lit_checkpoint", source, tmp_path / "lit.pth")[0] == 0
+
+    assert read_config(tmp_path / "lit.pth") == config
+
+
+def test_a_grown_checkpoint_still_finds_the_tokenizer_of_its_data(tmp_path):
+    data = {"train": str(tmp_path / "data"), "tokenizer": None}
+    (tmp_path / "data").mkdir()
+    Tokenizer.load("bytes").save(tmp_path / "data")
+    config = toy_config(n_layer=1)
+    state = {"model_config": config.to_dict(), "run_config": {"data": data}, "history": [], "flops": {}}
+    state |= {"tokens": 0, "step_count": 0}
+    source = write_training(tmp_path / "source", toy_weights(config), {}, state)
+
+    grow_checkpoint(source, tmp_path / "grown", plan_growth("stack", config, n_layer=2))
+
+    assert tokenizer_place(tmp_path / "grown", read_training(tmp_path / "grown").state) == tmp_path / "data"
 
 
 def test_two_models_that_do_not_fit_in_memory_are_not_compared(script, tmp_path, monkeypatch):
