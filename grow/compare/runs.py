@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -13,8 +13,9 @@ from typing import Any
 
 import yaml
 
-from grow.compare.settings import CompareConfig, is_from_scratch, stages_of
+from grow.compare.settings import BASE, OWN_BASE, CompareConfig, is_from_scratch, stages_of
 from grow.operators import with_depth
+from grow.plan import differing_sizes
 from grow.registry import SIZES
 from grow.sizes import resized
 from lit_gpt.atomic import write_atomically
@@ -27,8 +28,8 @@ from lit_gpt.settings_files import merge, read_settings_file
 from lit_gpt.stored_state import FLOPS, flops_behind
 
 DONE = "done.json"
-BASE = "base"
 GLOBAL_BATCH_SIZE = 512  # where the settings have none; written into every run's
+PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 LENGTHS = frozenset({"max_tokens", "max_steps"})
 
 
@@ -62,12 +63,16 @@ def run_all(config: CompareConfig) -> None:
     for seed in config.seeds:
         origin = _origin(config, seed, BASE, {})
         bases = {
-            name: _origin(config, seed, f"{name}, its base", arm["base"]) if "base" in arm else origin
+            name: _origin(config, seed, f"{name}{OWN_BASE}", arm["base"]) if "base" in arm else origin
             for name, arm in config.arms.items()
         }
         steps = {name: arm_steps(config, name, origin, own) for name, own in bases.items()}
-        for name, own in bases.items():
-            run_once(config, f"seed-{seed}/{name}", {"seed": seed, **_arm_settings(config, name, own, steps[name])})
+        settings = {name: {"seed": seed, **_arm_settings(config, name, bases[name], steps[name])} for name in bases}
+        if seed == config.seeds[0]:
+            for name in bases:
+                try_out(config, f"seed-{seed}/{name}", settings[name])
+        for name in bases:
+            run_once(config, f"seed-{seed}/{name}", settings[name])
 
 
 def run_dirs(config: CompareConfig, name: str) -> Iterator[tuple[int, Path]]:
@@ -113,6 +118,11 @@ def arm_steps(config: CompareConfig, name: str, base: Origin, own: Origin) -> li
         )
     left += (base.flops or 0.0) - (0.0 if is_from_scratch(arm) else own.flops or 0.0)
     stages, found = stages_of(arm), []
+    grown = _sized(target, stages[-1])
+    if not is_from_scratch(arm) and not differing_sizes(own.config, grown):
+        raise ValueError(
+            f"arm {name!r} does not grow: its base has the sizes of the grown model; give base fewer layers"
+        )
     for stage in stages:
         per_step = flops_per_token(_sized(target, stage)).paper * tokens_per_step
         taken = sum(other["share"] for other in stages[:-1])
@@ -131,12 +141,17 @@ def merged_settings(config: CompareConfig) -> dict[str, Any]:
     Raises:
         ValueError: a file that is no YAML mapping, or no model in any.
     """
-    merged: dict[str, Any] = {"batch": {"global_batch_size": GLOBAL_BATCH_SIZE}}
-    for path in config.config:
-        merged = merge(merged, read_settings_file(path))
+    merged = merge({"batch": {"global_batch_size": GLOBAL_BATCH_SIZE}}, _files_merged(config))
     merged = merge(merged, config.settings)
     if not isinstance(merged.get("model"), dict) or "name" not in merged["model"]:
         raise ValueError(f"none of {', '.join(config.config)} names a model; give model: {{name: ...}}")
+    return merged
+
+
+def _files_merged(config: CompareConfig) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for path in config.config:
+        merged = merge(merged, read_settings_file(path))
     return merged
 
 
@@ -181,38 +196,79 @@ def run_once(config: CompareConfig, name: str, settings: Mapping[str, Any]) -> N
         RunFailed: it did not come to its end.
         DataError: the folder holds a finished run of other settings.
     """
-    folder = Path(config.out_dir) / name
+    folder, own = Path(config.out_dir) / name, _own_settings(config, name, settings)
+    if _is_done(config, folder, own):
+        return
+    sys.stderr.write(f"== {name}\n")
+    _check_code(name, _pretrain(config, folder, own, []))
+    write_atomically(folder / DONE, json.dumps({"settings": _as_trained(config, own)}).encode())
+
+
+def try_out(config: CompareConfig, name: str, settings: Mapping[str, Any]) -> None:
+    """Have `pretrain` check what it would do in the folder `name`, before any arm is trained.
+
+    Raises:
+        RunFailed: it would refuse.
+        DataError: the folder holds a finished run of other settings.
+    """
+    folder, own = Path(config.out_dir) / name, _own_settings(config, name, settings)
+    if not _is_done(config, folder, own):
+        _check_code(name, _pretrain(config, folder, own, ["--dry-run"], stdout=subprocess.DEVNULL))
+
+
+def _own_settings(config: CompareConfig, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     batch = {"global_batch_size": merged_settings(config)["batch"]["global_batch_size"]}
-    own = merge(merge(dict(config.settings), {"batch": batch}), {**settings, "out_dir": str(folder)})
-    digest = hashlib.sha256(json.dumps([_contents(config.config), own], sort_keys=True).encode()).hexdigest()
-    if (folder / DONE).is_file():
-        if json.loads((folder / DONE).read_text())["settings"] == digest:
-            return
-        raise DataError(f"{folder} was trained with other settings; choose another out_dir, or remove it")
+    folder = str(Path(config.out_dir) / name)
+    return merge(merge(dict(config.settings), {"batch": batch}), {**settings, "out_dir": folder})
+
+
+def _as_trained(config: CompareConfig, own: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a run is made with, files and all."""
+    return json.loads(json.dumps(merge(_files_merged(config), own)))
+
+
+def _is_done(config: CompareConfig, folder: Path, own: Mapping[str, Any]) -> bool:
+    if not (folder / DONE).is_file():
+        return False
+    before, now = json.loads((folder / DONE).read_text())["settings"], _as_trained(config, own)
+    different = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+    if different:
+        raise DataError(
+            f"{folder} was trained with other settings ({', '.join(different)}); choose another out_dir, or remove it"
+        )
+    return True
+
+
+def _pretrain(config: CompareConfig, folder: Path, own: Mapping[str, Any], flags: list[str], **streams: Any) -> int:
     path = folder.parent / f"{folder.name}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, yaml.safe_dump(own, sort_keys=False).encode())
+    write_atomically(path, yaml.safe_dump(dict(own), sort_keys=False).encode())
     files = [part for each in (*config.config, str(path)) for part in ("--config", each)]
-    sys.stderr.write(f"== {name}\n")
-    code = _ended(subprocess.Popen([sys.executable, "-m", "pretrain", *files], stdout=sys.stderr))
+    command = [sys.executable, "-m", "pretrain", *files, *flags]
+    return _ended(subprocess.Popen(command, **{"stdout": sys.stderr, **streams}))
+
+
+def _check_code(name: str, code: int) -> None:
     if code:
         raise RunFailed(name, code if code in (EXIT_USAGE, EXIT_DATA, EXIT_NON_FINITE, EXIT_STOPPED) else 1)
-    write_atomically(folder / DONE, json.dumps({"settings": digest}).encode())
 
 
 def _ended(process: subprocess.Popen[bytes]) -> int:
-    """Its exit code. A Ctrl-C reaches it as well, and it saves: that is waited for."""
-    interrupted = False
-    while True:
-        try:
-            code = process.wait()
-            break
-        except KeyboardInterrupt:
-            interrupted = True
-    if interrupted and code == EXIT_OK:  # it had just come to its end
-        raise KeyboardInterrupt
-    return code
+    """Its exit code. What asks this process to stop asks it too, and it saves: that is waited for.
 
+    Where it was asked when it had just come to its end, that counts as stopped, so that the next run is not begun.
+    """
+    asked: list[int] = []
 
-def _contents(paths: list[str]) -> list[str]:
-    return [Path(path).read_text(encoding="utf-8") for path in paths]
+    def pass_on(number: int, _: Any) -> None:
+        asked.append(number)
+        if number != signal.SIGINT:  # Ctrl-C reaches all processes of a terminal
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return EXIT_STOPPED if asked and code == EXIT_OK else code

@@ -51,6 +51,7 @@ def settings_file(folder: Path, **changes: object) -> Path:
         ({"arms": {"scratch": {}, "a/b": {"operator": "stack"}}}, "needs a name that a folder can have"),
         ({"arms": {"scratch": {}, "stack": {"operator": "stack", "max_steps": 3}}}, "max_steps is not for arms"),
         ({"arms": ["stack"]}, "is not a dict"),
+        ({"arms": {"scratch": {}, "base": {"operator": "stack"}}}, "arm 'base' has the name of a base's folder"),
         ({"probe": {"max_steps": "abc"}}, "probe: 'abc' is not a number of steps"),
         ({"arms": {"scratch": {}, "a": {"operator": "stak"}}}, "unknown growth operator 'stak'"),
         ({"arms": {"scratch": {"operator": "stack"}, "a": {}}}, "it is the baseline and has no operator"),
@@ -99,6 +100,13 @@ def test_a_longer_base_leaves_less_and_hops_share_what_is_left(tmp_path):
     assert arm_steps(config, "hops", base, base) == [round(0.25 * 20 * cost[4] / cost[2]), 15]
     with pytest.raises(ValueError, match="arm 'late': after its base 0 FLOPs are left"):
         arm_steps(config, "late", base, Origin(Path("base"), BASE, 30 * cost[4]))
+
+
+def test_an_arm_whose_base_is_the_model_already_is_refused(tmp_path):
+    model = Config.from_name(**MODEL, vocab_size=BASE.vocab_size)
+    base = Origin(Path("base"), model, 1e9)
+    with pytest.raises(ValueError, match="arm 'stack' does not grow: its base has the sizes of the grown model"):
+        arm_steps(comparison(tmp_path), "stack", base, base)
 
 
 def test_a_base_of_unknown_cost_has_no_baseline(tmp_path):

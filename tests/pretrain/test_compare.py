@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -50,7 +51,8 @@ def started(monkeypatch):
 def test_all_arms_of_a_seed_go_on_from_one_base_and_are_ranked(compare_file, started, tmp_path, capsys):
     assert grow(["compare", "--config", str(compare_file)]) == 0
 
-    assert len(started) == 2 * 4
+    assert sum("--dry-run" not in command for command in started) == 2 * 4
+    assert ["--dry-run" in command for command in started[1:4]] == [True] * 3  # before any arm is trained
     assert "ends lowest" in capsys.readouterr().out
     found = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert {arm["name"] for arm in found["arms"]} == {"scratch", "stack", "masks"} and found["seeds"] == [1, 2]
@@ -76,7 +78,7 @@ def test_what_is_done_is_not_done_again_and_a_new_arm_is_added(compare_file, sta
 
     assert grow(["compare", "--config", str(compare_file)]) == 0
 
-    assert len(started) == 2
+    assert sum("--dry-run" not in command for command in started) == 2
 
 
 def test_arms_may_grow_in_hops_and_from_a_base_of_their_own(compare_file, started, tmp_path, capsys):
@@ -104,7 +106,7 @@ def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(compare_file
 
     assert grow(["compare", "--config", str(compare_file)]) == 3
 
-    assert "was trained with other settings; choose another out_dir, or remove it" in capsys.readouterr().err
+    assert "was trained with other settings (stages); choose another out_dir, or remove it" in capsys.readouterr().err
 
 
 def test_a_run_that_fails_ends_the_comparison_with_its_exit_code(compare_file, started, capsys):
@@ -116,6 +118,25 @@ def test_a_run_that_fails_ends_the_comparison_with_its_exit_code(compare_file, s
 
     err = capsys.readouterr().err
     assert "seed-1/stack ended with exit code 2; the reason stands above; mend it and repeat the command" in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_command_alone_stops_and_saves_its_run(compare_file, tmp_path, number):
+    settings = yaml.safe_load(compare_file.read_text())
+    settings["base"]["max_steps"] = 100_000
+    compare_file.write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "grow", "compare", "--config", str(compare_file)]
+    going = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    for line in going.stderr:
+        if "loss" in line:
+            break
+
+    going.send_signal(number)
+
+    rest = going.stderr.read()
+    assert going.wait() == 75 and "stopped by" in rest
+    assert latest(tmp_path / "out" / "seed-1" / "base" / "checkpoints") is not None
 
 
 @pytest.mark.slow
