@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import yaml
 from grow.__main__ import main as grow
 from grow.compare import runs
 from lit_gpt.checkpoint import latest, read_training
+from pretrain.signals import StopSignal
 from tests.pretrain.conftest import two_stages
 
 
@@ -45,7 +47,10 @@ def started(monkeypatch):
         return SimpleNamespace(wait=main)
 
     monkeypatch.setattr(runs.subprocess, "Popen", run)
-    return commands
+    before = {number: signal.getsignal(number) for number in StopSignal.SIGNALS}
+    yield commands
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_all_arms_of_a_seed_go_on_from_one_base_and_are_ranked(compare_file, started, tmp_path, capsys):
@@ -124,30 +129,24 @@ def test_a_run_that_fails_ends_the_comparison_with_its_exit_code(compare_file, s
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_the_command_alone_stops_and_saves_its_run(compare_file, tmp_path, number):
     settings = yaml.safe_load(compare_file.read_text())
-    settings["base"]["max_steps"] = 100_000
+    settings |= {"base": {"n_layer": 1, "max_steps": 100_000}, "settings": {"data": {"max_epochs": 10_000}}}
     compare_file.write_text(yaml.safe_dump(settings))
     command = [sys.executable, "-m", "grow", "compare", "--config", str(compare_file)]
-    going = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    for line in going.stderr:
-        if "loss" in line:
-            break
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as going:
+        next(line for line in going.stderr if "loss" in line)
+        going.send_signal(number)
+        rest = going.stderr.read()
 
-    going.send_signal(number)
-
-    rest = going.stderr.read()
-    assert going.wait() == 75 and "stopped by" in rest
+    assert going.returncode == 75 and "stopped by" in rest
     assert latest(tmp_path / "out" / "seed-1" / "base" / "checkpoints") is not None
 
 
 @pytest.mark.slow
 def test_a_comparison_that_was_killed_goes_on(compare_file, tmp_path):
     command = [sys.executable, "-m", "grow", "compare", "--config", str(compare_file)]
-    going = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    for line in going.stderr:
-        if line.startswith("== seed-1/stack"):
-            break
-    subprocess.run(["kill", "-9", f"-{going.pid}"], check=True)
-    going.wait()
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as going:
+        next(line for line in going.stderr if line.startswith("== seed-1/stack"))
+        os.killpg(going.pid, signal.SIGKILL)
 
     done = subprocess.run(command, capture_output=True, text=True)
 
