@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,41 @@ def own_state(out_dir: Path) -> dict[str, Any] | None:
             if deep:
                 raise
     return None
+
+
+def checkpoints_meant(config: RunConfig) -> dict[str, str]:
+    """Which checkpoint each path to a run means now, for a run that still trains to be read as at one moment.
+
+    A run without one is left out: whoever needs it says so.
+    """
+    given = [config.init_from]
+    for stage in config.stages:
+        given += [stage.teacher, stage.options.get("reference")]
+    meant = {}
+    for path in given:
+        if path is not None:
+            with suppress(DataError):
+                meant[str(path)] = str(find_checkpoint(str(path)))
+    return meant
+
+
+def naming_checkpoints(config: RunConfig, meant: Mapping[str, str]) -> RunConfig:
+    """The settings with the checkpoints themselves in the place of the runs that they are of."""
+
+    def named(path: Any) -> str | None:
+        return None if path is None else meant.get(str(path), str(path))
+
+    stages = [
+        dataclasses.replace(
+            stage,
+            teacher=named(stage.teacher),
+            options=stage.options
+            if stage.options.get("reference") is None
+            else {**stage.options, "reference": named(stage.options["reference"])},
+        )
+        for stage in config.stages
+    ]
+    return dataclasses.replace(config, init_from=named(config.init_from), stages=stages)
 
 
 def parent_state(config: RunConfig) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,13 @@ from pretrain.loggers import say
 from pretrain.loop import describe_stages
 from pretrain.origin import (
     check_tokenizer,
+    checkpoints_meant,
     continued_settings,
     first_position,
     fits_rows,
     growth_behind,
     mask_notes,
+    naming_checkpoints,
     origin_model,
     own_state,
     parent_state,
@@ -48,6 +50,8 @@ class Plan:
     """A run whose settings, data and starting point are known to be good; nothing is computed or deleted yet."""
 
     config: RunConfig
+    origin: Path | None
+    """The checkpoint that init_from means."""
     stages: list[Stage]
     corpus: Corpus
     train: TrainData
@@ -64,12 +68,22 @@ class Plan:
     """Samples that the run leaves out because it diverged on them; they are among data.skips."""
 
 
-def preflight(invocation: Invocation, world: World = ALONE, auto_skips: tuple[tuple[int, int], ...] = ()) -> Plan:
+def preflight(
+    invocation: Invocation,
+    world: World = ALONE,
+    auto_skips: tuple[tuple[int, int], ...] = (),
+    meant: Mapping[str, str] | None = None,
+) -> Plan:
     """Resolve and check all that can be checked before anything is computed; what raises, raises here.
 
-    auto_skips: samples to leave out beside those of the settings and of the run's own checkpoint.
+    Args:
+        invocation: settings and switches.
+        world: the processes.
+        auto_skips: samples to leave out beside those of the settings and of the run's own checkpoint.
+        meant: what `checkpoints_meant` gave the first process, as other runs may save meanwhile; None: now.
     """
-    config = invocation.config
+    given = invocation.config
+    config = naming_checkpoints(given, checkpoints_meant(given) if meant is None else meant)
     check_world(config, world)
     corpus = read_corpus(config.data, look_beside=config.model.vocab_size is None)
     own = None if invocation.fresh else own_state(Path(config.out_dir))
@@ -88,6 +102,7 @@ def preflight(invocation: Invocation, world: World = ALONE, auto_skips: tuple[tu
             )
         config = scratch_config(config, stages)
         stages = plan_stages(config, model_config)
+        given = config
     if config.init_from is not None and own is None:  # a run that has checkpoints of its own needs its parent no more
         check_init_from(config, stages[0], invocation.fresh)
     config = with_saved_name(config, own)
@@ -99,7 +114,9 @@ def preflight(invocation: Invocation, world: World = ALONE, auto_skips: tuple[tu
     samples = config.batch.global_batch_size * sum(stage.steps for stage in stages)
     epoch_lines = check_epochs(train, position, position + samples)
     lines = [*trainable_notes(config, own), *train.notes, *epoch_lines, *validation_lines, *corpus.notes]
-    return Plan(config, stages, corpus, train, position, samples, validation, lines, own, auto_skips)
+    origin = None if config.init_from is None else Path(config.init_from)
+    config = dataclasses.replace(config, init_from=given.init_from, stages=given.stages)  # as they stand in the record
+    return Plan(config, origin, stages, corpus, train, position, samples, validation, lines, own, auto_skips)
 
 
 def with_skips(config: RunConfig, skips: Sequence[tuple[int, int]]) -> RunConfig:

@@ -7,7 +7,7 @@ import errno
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from lit_gpt.checkpoint import (
     TrainingCheckpoint,
     check_open,
     detect_form,
-    find_checkpoint,
     manifest_sha256,
     read_exchange,
     read_training,
@@ -42,6 +41,7 @@ from pretrain.loggers import EVALS_FILE, METRICS_FILE, TENSORBOARD_FOLDER, Log, 
 from pretrain.loop import describe_divergence, skip_on_return, train_in_stages
 from pretrain.origin import (
     check_separator,
+    checkpoints_meant,
     continued_position,
     inherit_history,
 )
@@ -79,15 +79,16 @@ def run(invocation: Invocation, command: list[str], stop: StopSignal | None = No
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the first process speaks for all, to the end)
     sharded = is_sharded(invocation.config.parallel, world)
     with connected(world, device_type(invocation.config), alone_too=sharded), ExitStack() as held:
+        meant = first(world, lambda: checkpoints_meant(invocation.config))
         if invocation.dry_run:
-            plan = in_turn(world, lambda: preflight(invocation, world))
+            plan = in_turn(world, lambda: preflight(invocation, world, meant=meant))
             if plan.own is not None:
                 resumed_state(plan.own, plan.config, plan.train)
             if world.is_first:
                 describe(plan)
             return None
         is_early = world.any(stop.requested())  # the checks may take longer than there is time left
-        plan = None if is_early else in_turn(world, lambda: preflight(invocation, world))
+        plan = None if is_early else in_turn(world, lambda: preflight(invocation, world, meant=meant))
         out_dir, fresh = Path(invocation.config.out_dir), invocation.fresh and not is_early
         if world.is_first:
             in_turn(world, lambda: held.enter_context(run_folder(out_dir, fresh, invocation.take_over)))
@@ -96,7 +97,7 @@ def run(invocation: Invocation, command: list[str], stop: StopSignal | None = No
         with told_once(world), marked(out_dir, world):
             stop.obey(world)
             assert plan is not None
-            train_until_done(plan, invocation, world, command, stop)
+            train_until_done(plan, invocation, meant, world, command, stop)
 
 
 @contextmanager
@@ -110,7 +111,9 @@ def told_once(world: World) -> Iterator[None]:
         raise SystemExit(EXIT_STOPPED if isinstance(end, StopRequested) else exit_code(end)) from end
 
 
-def train_until_done(plan: Plan, invocation: Invocation, world: World, command: list[str], stop: StopSignal) -> None:
+def train_until_done(
+    plan: Plan, invocation: Invocation, meant: Mapping[str, str], world: World, command: list[str], stop: StopSignal
+) -> None:
     """Train, and where the run diverges and may do so, go back and round the samples.
 
     Raises:
@@ -124,7 +127,7 @@ def train_until_done(plan: Plan, invocation: Invocation, world: World, command: 
                 raise
             say(f"warning: {end}\nback to the last checkpoint, without these samples")
             again, skips = dataclasses.replace(invocation, fresh=False), (*plan.auto_skips, end.skip)
-            plan = in_turn(world, lambda again=again, skips=skips: preflight(again, world, skips))
+            plan = in_turn(world, lambda again=again, skips=skips: preflight(again, world, skips, meant))
 
 
 def train(plan: Plan, world: World, command: list[str], stop: StopSignal) -> None:
@@ -169,7 +172,10 @@ def train(plan: Plan, world: World, command: list[str], stop: StopSignal) -> Non
     stop.consequence = SAVING
     this_run = Run(config, stages, fabric, world, compute, plan.train, plan.validation, checkpoints, log, stop)
     try:
-        trained = start(this_run, stage, state) if checkpoint is None else resume(this_run, stage, checkpoint, state)
+        if checkpoint is None:
+            trained = start(this_run, stage, state, plan.origin)
+        else:
+            trained = resume(this_run, stage, checkpoint, state)
         with checkpoints:
             train_in_stages(this_run, trained, state)
     except Diverged as found:
@@ -227,13 +233,10 @@ def remove_run(out_dir: Path) -> None:
         (out_dir / name).unlink(missing_ok=True)
 
 
-def start(this_run: Run, stage: Stage, state: TrainState) -> Trained:
-    """Step 0: initial weights, or those of `init_from`; `state` takes over what the latter brings along."""
-    config = this_run.config
-    if config.init_from is None:
-        return set_up(this_run, stage, InitialWeights(stage.config, config.seed), state)
-    # a run that still trains may save meanwhile: all take the same
-    source = first(this_run.world, lambda: find_checkpoint(config.init_from))
+def start(this_run: Run, stage: Stage, state: TrainState, source: Path | None) -> Trained:
+    """Step 0: initial weights, or those of the checkpoint `source`; `state` takes over what the latter brings along."""
+    if source is None:
+        return set_up(this_run, stage, InitialWeights(stage.config, this_run.config.seed), state)
     if detect_form(source) == TRAINING and not is_legacy(source):  # those of other tools start with a new optimizer
         parent = read_training(source, processes=this_run.world)
         check_open(parent.state, source)
