@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
-import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -14,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from lit_gpt.atomic import write_atomically
+from lit_gpt.atomic import remove_directory, write_atomically
 from lit_gpt.checkpoint import (
     TRAINING,
     TrainingCheckpoint,
@@ -53,7 +52,7 @@ from pretrain.stages import Stage
 from pretrain.state import TrainState
 from pretrain.time_limit import find_limits
 from pretrain.training import Run, Trained
-from pretrain.world import World, connected, find_world, in_turn
+from pretrain.world import World, connected, find_world, in_turn, is_started_again
 
 CONFIG_FILE = "config.yaml"
 
@@ -77,6 +76,7 @@ def run(invocation: Invocation, command: list[str], stop: StopSignal | None = No
     world = find_world()
     if not world.is_first:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the first process speaks for all, to the end)
+    invocation = as_started(invocation, world)
     sharded = is_sharded(invocation.config.parallel, world)
     with connected(world, device_type(invocation.config), alone_too=sharded), ExitStack() as held:
         meant = first(world, lambda: checkpoints_meant(invocation.config))
@@ -98,6 +98,20 @@ def run(invocation: Invocation, command: list[str], stop: StopSignal | None = No
             stop.obey(world)
             assert plan is not None
             train_until_done(plan, invocation, meant, world, command, stop)
+
+
+def as_started(invocation: Invocation, world: World) -> Invocation:
+    """What is asked for, without what was meant for the first start alone where a launcher repeats the command."""
+    once = [name for name in ("fresh", "take_over") if getattr(invocation, name)]
+    if not once or not is_started_again(world):
+        return invocation
+    if world.is_first:
+        flags = " and ".join(f"--{name}".replace("_", "-") for name in once)
+        sys.stderr.write(
+            f"warning: {flags} ignored, as it counts for the first start only: torchrun started the processes again, "
+            f"or SLURM the job\n"
+        )
+    return dataclasses.replace(invocation, **dict.fromkeys(once, False))
 
 
 @contextmanager
@@ -226,9 +240,14 @@ def run_folder(out_dir: Path, fresh: bool, take_over: bool = False) -> Iterator[
 
 
 def remove_run(out_dir: Path) -> None:
-    """Delete what an earlier run left; other files in the folder stay."""
+    """Delete what an earlier run left; other files in the folder stay.
+
+    Raises:
+        OSError: a part of it cannot be removed.
+    """
     for name in ("checkpoints", TENSORBOARD_FOLDER):
-        shutil.rmtree(out_dir / name, ignore_errors=True)
+        if (out_dir / name).exists():
+            remove_directory(out_dir / name)  # at once: no part of it stays that could be resumed
     for name in (METRICS_FILE, EVALS_FILE, CONFIG_FILE, HEARTBEAT_FILE):
         (out_dir / name).unlink(missing_ok=True)
 
