@@ -36,7 +36,7 @@ from pretrain.origin import (
     trainable_notes,
     with_saved_name,
 )
-from pretrain.parallel import check_world
+from pretrain.parallel import check_device, check_world
 from pretrain.stage_text import stage_lines
 from pretrain.stages import Stage, plan_stages
 from pretrain.training import stage_flops, tokens_per_step
@@ -85,6 +85,7 @@ def preflight(
     given = invocation.config
     config = naming_checkpoints(given, checkpoints_meant(given) if meant is None else meant)
     check_world(config, world)
+    check_device(config)
     corpus = read_corpus(config.data, look_beside=config.model.vocab_size is None)
     own = None if invocation.fresh else own_state(Path(config.out_dir))
     model_config = model_config_for(corpus, config.model, origin_model(config, own))

@@ -8,8 +8,9 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -44,7 +45,7 @@ from pretrain.origin import (
     continued_position,
     inherit_history,
 )
-from pretrain.parallel import choose_compute, describe_world, device_type, is_sharded, launch
+from pretrain.parallel import Compute, check_alike, choose_compute, describe_world, device_type, is_sharded, launch
 from pretrain.preflight import Plan, describe, preflight
 from pretrain.run_lock import run_lock
 from pretrain.signals import SAVING, StopRequested, StopSignal, marked
@@ -53,6 +54,9 @@ from pretrain.state import TrainState
 from pretrain.time_limit import find_limits
 from pretrain.training import Run, Trained
 from pretrain.world import World, connected, find_world, in_turn, is_started_again
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 CONFIG_FILE = "config.yaml"
 
@@ -88,7 +92,10 @@ def run(invocation: Invocation, command: list[str], stop: StopSignal | None = No
                 describe(plan)
             return None
         is_early = world.any(stop.requested())  # the checks may take longer than there is time left
-        plan = None if is_early else in_turn(world, lambda: preflight(invocation, world, meant=meant))
+        ready = None if is_early else in_turn(world, lambda: Ready.of(preflight(invocation, world, meant=meant), world))
+        if ready is not None:
+            alike = world.gather(f"{ready.compute.precision} on {ready.fabric.device.type}")
+            in_turn(world, lambda: check_alike(alike))
         out_dir, fresh = Path(invocation.config.out_dir), invocation.fresh and not is_early
         if world.is_first:
             in_turn(world, lambda: held.enter_context(run_folder(out_dir, fresh, invocation.take_over)))
@@ -96,8 +103,28 @@ def run(invocation: Invocation, command: list[str], stop: StopSignal | None = No
             in_turn(world, lambda: None)
         with told_once(world), marked(out_dir, world):
             stop.obey(world)
-            assert plan is not None
-            train_until_done(plan, invocation, meant, world, command, stop)
+            assert ready is not None
+            train_until_done(ready, invocation, meant, world, command, stop)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What was checked, and what it will run on; nothing is computed or deleted yet."""
+
+    plan: Plan
+    fabric: Fabric
+    compute: Compute
+
+    @classmethod
+    def of(cls, plan: Plan, world: World) -> Ready:
+        """A plan on the device of this process.
+
+        Raises:
+            ValueError: the device is not there, or cannot compute as asked.
+        """
+        fabric = launch(plan.config, world)
+        tokens = plan.samples * plan.stages[-1].config.block_size
+        return cls(plan, fabric, choose_compute(plan.config, fabric.device, tokens))
 
 
 def as_started(invocation: Invocation, world: World) -> Invocation:
@@ -126,7 +153,7 @@ def told_once(world: World) -> Iterator[None]:
 
 
 def train_until_done(
-    plan: Plan, invocation: Invocation, meant: Mapping[str, str], world: World, command: list[str], stop: StopSignal
+    ready: Ready, invocation: Invocation, meant: Mapping[str, str], world: World, command: list[str], stop: StopSignal
 ) -> None:
     """Train, and where the run diverges and may do so, go back and round the samples.
 
@@ -135,24 +162,25 @@ def train_until_done(
     """
     while True:
         try:
-            return train(plan, world, command, stop)
+            return train(ready, world, command, stop)
         except GivenUp as end:
+            plan = ready.plan
             if end.skip is None or len(plan.auto_skips) >= plan.config.guards.rollbacks:
                 raise
             say(f"warning: {end}\nback to the last checkpoint, without these samples")
             again, skips = dataclasses.replace(invocation, fresh=False), (*plan.auto_skips, end.skip)
             plan = in_turn(world, lambda again=again, skips=skips: preflight(again, world, skips, meant))
+            ready = dataclasses.replace(ready, plan=plan)
 
 
-def train(plan: Plan, world: World, command: list[str], stop: StopSignal) -> None:
+def train(ready: Ready, world: World, command: list[str], stop: StopSignal) -> None:
     """Start or resume in a folder that nobody else trains in.
 
     Raises:
         StopRequested, GivenUp: with all steps saved that count.
     """
+    plan, fabric, compute = ready.plan, ready.fabric, ready.compute
     config, stages = plan.config, plan.stages
-    fabric = launch(config, world)
-    compute = choose_compute(config, fabric.device, plan.samples * stages[-1].config.block_size)
     out_dir = Path(config.out_dir)
     metadata = {
         "run_config": to_plain(config),
