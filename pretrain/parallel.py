@@ -278,9 +278,16 @@ def gradients_shared(trained: Trained, world: World, *, last: bool) -> Iterator[
     if last:
         # what is not sharded: norms, a growth that is learned, and all of a student, whose teacher's module calls it
         # past DDP, which then does nothing
-        for parameter in trained.parameters:
-            if parameter.grad is not None and not is_shared(parameter):
-                world.mean_(parameter.grad)
+        average([p.grad for p in trained.parameters if p.grad is not None and not is_shared(p)], world)
+
+
+def average(gradients: Sequence[Tensor], world: World) -> None:
+    """Replace gradients that every process holds whole by their means over the processes, summed in fp32, at once."""
+    if world.size == 1 or not gradients:
+        return
+    means = world.mean_(torch.cat([gradient.float().flatten() for gradient in gradients]))
+    for gradient, mean in zip(gradients, means.split([each.numel() for each in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
