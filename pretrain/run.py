@@ -6,8 +6,8 @@ import dataclasses
 import errno
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,6 +88,8 @@ def run(invocation: Invocation, command: list[str], stop: StopSignal | None = No
             plan = in_turn(world, lambda: preflight(invocation, world, meant=meant))
             if plan.own is not None:
                 resumed_state(plan.own, plan.config, plan.train)
+            with told_once(world):
+                stop.obey(world)
             if world.is_first:
                 describe(plan)
             return None
@@ -97,10 +99,12 @@ def run(invocation: Invocation, command: list[str], stop: StopSignal | None = No
             alike = world.gather(f"{ready.compute.precision} on {ready.fabric.device.type}")
             in_turn(world, lambda: check_alike(alike))
         out_dir, fresh = Path(invocation.config.out_dir), invocation.fresh and not is_early
-        if world.is_first:
-            in_turn(world, lambda: held.enter_context(run_folder(out_dir, fresh, invocation.take_over)))
-        else:
-            in_turn(world, lambda: None)
+
+        def hold() -> None:
+            with suppress(StopRequested):  # which all processes obey together, below
+                held.enter_context(run_folder(out_dir, fresh, invocation.take_over, stop.requested))
+
+        in_turn(world, hold if world.is_first else lambda: None)
         with told_once(world), marked(out_dir, world):
             stop.obey(world)
             assert ready is not None
@@ -252,16 +256,18 @@ def is_finished(state: TrainState, stages: list[Stage]) -> bool:
 
 
 @contextmanager
-def run_folder(out_dir: Path, fresh: bool, take_over: bool = False) -> Iterator[None]:
+def run_folder(
+    out_dir: Path, fresh: bool, take_over: bool = False, stopped: Callable[[], bool] = lambda: False
+) -> Iterator[None]:
     """Make the folder, hold its lock, and refuse early what would only fail at the first save.
 
     Raises:
-        OSError: it cannot be written. DataError: another process trains in it.
+        OSError: it cannot be written. DataError: another process trains in it. StopRequested: see `run_lock`.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     if not os.access(out_dir, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, "the run folder cannot be written", str(out_dir))
-    with run_lock(out_dir, take_over=take_over):
+    with run_lock(out_dir, take_over=take_over, stopped=stopped):
         if fresh:
             remove_run(out_dir)
         yield
