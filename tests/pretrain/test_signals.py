@@ -86,6 +86,14 @@ def test_a_stop_leaves_as_the_launcher_needs_it(tmp_path, world, env, looks_like
     assert (tmp_path / REQUEUE).exists() == leaves_a_file
 
 
+@pytest.mark.parametrize("launcher", ["srun", "torchrun", "environment"])
+def test_a_stop_of_which_no_file_can_tell_is_a_stop_all_the_same(tmp_path, capsys, launcher):
+    gone = tmp_path / "gone"
+    with pytest.raises(StopRequested), marked(gone, World(0, 2, 0, 2, launcher), {}):
+        raise StopRequested("stopped")
+    assert f"warning: {gone / REQUEUE} cannot be written (No such file" in capsys.readouterr().err
+
+
 def test_a_run_that_reaches_its_end_leaves_no_file_of_an_earlier_stop(tmp_path):
     (tmp_path / REQUEUE).touch()
     with marked(tmp_path, World(0, 2, 0, 2, "srun"), {}):
