@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -295,15 +294,15 @@ def _shown(value: Any) -> str:
     return str(value)
 
 
-def first_position(config: RunConfig, train: TrainData, saved: Mapping[str, Any] | None) -> int:
-    """Where the data of a run begins that has no checkpoint of its own yet.
+def first_position(config: RunConfig, train: TrainData, saved: Mapping[str, Any] | None) -> tuple[int, list[str]]:
+    """Where the data of a run begins that has no checkpoint of its own yet, and lines for the log.
 
     Raises:
         ValueError: the data is not what `saved` was trained on, and nobody allowed that.
     """
     if config.data.start_position is not None:
-        return config.data.start_position
-    return 0 if saved is None else continued_position(train, saved)
+        return config.data.start_position, []
+    return (0, []) if saved is None else continued_position(train, saved)
 
 
 def check_stream(train: TrainData, saved: Mapping[str, Any]) -> None:
@@ -337,8 +336,8 @@ def _renamed(train: TrainData, saved: Mapping[str, Any]) -> dict[str, str] | Non
     return {name: found[fingerprint] for name, fingerprint in before.items()}
 
 
-def continued_position(train: TrainData, saved: Mapping[str, Any]) -> int:
-    """Where a data object goes on in this data.
+def continued_position(train: TrainData, saved: Mapping[str, Any]) -> tuple[int, list[str]]:
+    """Where a data object goes on in this data, and lines for the log if it goes on otherwise than it began.
 
     Raises:
         ValueError: naming the field that differs, unless data.allow_order_change.
@@ -348,8 +347,8 @@ def continued_position(train: TrainData, saved: Mapping[str, Any]) -> int:
     except ValueError as error:
         if not train.settings.allow_order_change:
             raise
-        sys.stderr.write(f"warning: data.allow_order_change: {str(error).splitlines()[0]}\n")
+        notes = [f"warning: data.allow_order_change: {str(error).splitlines()[0]}"]
         if (saved["block"], saved["stride"]) != (train.packed.block_size, train.packed.stride):
-            sys.stderr.write(f"warning: the data starts over at sample 0. {describe_overlap(saved)}\n")
-            return 0
-    return saved["position"]
+            return 0, [*notes, f"warning: the data starts over at sample 0. {describe_overlap(saved)}"]
+        return saved["position"], notes
+    return saved["position"], []

@@ -21,6 +21,7 @@ from pretrain.data import TrainData, check_epochs, open_train_data, open_validat
 from pretrain.held_out import ValidationSet
 from pretrain.loggers import say
 from pretrain.loop import describe_stages
+from pretrain.loss_slope import MIN_BINS
 from pretrain.origin import (
     check_tokenizer,
     checkpoints_meant,
@@ -114,10 +115,33 @@ def preflight(
     )
     samples = config.batch.global_batch_size * sum(stage.steps for stage in stages)
     epoch_lines = check_epochs(train, position, position + samples)
-    lines = [*trainable_notes(config, own), *train.notes, *epoch_lines, *validation_lines, *corpus.notes]
+    lines = [
+        *trainable_notes(config, own),
+        *slope_notes(config, stages),
+        *train.notes,
+        *epoch_lines,
+        *validation_lines,
+        *corpus.notes,
+    ]
     origin = None if config.init_from is None else Path(config.init_from)
     config = dataclasses.replace(config, init_from=given.init_from, stages=given.stages)  # as they stand in the record
     return Plan(config, origin, stages, corpus, train, position, samples, validation, lines, own, auto_skips)
+
+
+def slope_notes(config: RunConfig, stages: Sequence[Stage]) -> list[str]:
+    """A line for the log for each stage that grow_when cannot end, as it is logged too seldom for a slope."""
+    notes, every = [], config.logging.every_steps
+    for stage in stages:
+        judged_steps = stage.steps - stage.first_step - stage.schedule.warmup_steps
+        if stage.index == 1 and config.init_from is None:
+            judged_steps = min(judged_steps, stage.steps // 2)  # the last doubling of its FLOPs
+        if stage.slope is not None and judged_steps // every <= MIN_BINS:
+            notes.append(
+                f"warning: stage {stage.name!r} has grow_when, which has no effect: a slope takes more than {MIN_BINS} "
+                f"losses in a doubling of FLOPs, and there are at most {max(0, judged_steps // every)} with "
+                f"logging.every_steps={every}; log more often, or give more steps"
+            )
+    return notes
 
 
 def with_skips(config: RunConfig, skips: Sequence[tuple[int, int]]) -> RunConfig:
@@ -160,12 +184,13 @@ def open_stream(
     train = dataclasses.replace(train, notes=(*train.notes, *taken_over, *mask_notes(state, train)))
     if own is not None:
         return train, own["position"] - own["step_count"] * config.batch.global_batch_size
-    return train, first_position(config, train, saved)
+    position, notes = first_position(config, train, saved)
+    return dataclasses.replace(train, notes=(*train.notes, *notes)), position
 
 
-def describe(plan: Plan) -> None:
-    """Data, sizes, FLOPs and the plan, before anything is computed."""
-    for line in plan.data_lines:
+def describe(plan: Plan, resumed: Sequence[str] = ()) -> None:
+    """Data, sizes, FLOPs and the plan, before anything is computed. resumed: lines of `resumed_state`."""
+    for line in (*plan.data_lines, *resumed):
         if line.startswith("warning:"):
             sys.stderr.write(f"{line}\n")
         else:

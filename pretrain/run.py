@@ -86,12 +86,11 @@ def run(invocation: Invocation, command: list[str], stop: StopSignal | None = No
         meant = first(world, lambda: checkpoints_meant(invocation.config))
         if invocation.dry_run:
             plan = in_turn(world, lambda: preflight(invocation, world, meant=meant))
-            if plan.own is not None:
-                resumed_state(plan.own, plan.config, plan.train)
+            _, notes = (None, []) if plan.own is None else resumed_state(plan.own, plan.config, plan.train)
             with told_once(world):
                 stop.obey(world)
             if world.is_first:
-                describe(plan)
+                describe(plan, notes)
             return None
         is_early = world.any(stop.requested())  # the checks may take longer than there is time left
         ready = None if is_early else in_turn(world, lambda: Ready.of(preflight(invocation, world, meant=meant), world))
@@ -197,9 +196,10 @@ def train(ready: Ready, world: World, command: list[str], stop: StopSignal) -> N
     }
     checkpoints = RunCheckpoints(out_dir, config.checkpoints, metadata, world, fabric.device.type)
     checkpoint = checkpoints.resume()
-    state = (
-        in_turn(world, lambda: resumed_state(checkpoint.state, config, plan.train)) if checkpoint else new_state(plan)
-    )
+    if checkpoint is None:
+        state, notes = new_state(plan), []
+    else:
+        state, notes = in_turn(world, lambda: resumed_state(checkpoint.state, config, plan.train))
     if is_finished(state, stages):
         say(f"{out_dir} is finished: {state.step_count:,} steps. --fresh starts over")
         return
@@ -208,7 +208,7 @@ def train(ready: Ready, world: World, command: list[str], stop: StopSignal) -> N
     settings = yaml.safe_dump(to_plain(config), sort_keys=False).encode()
     first(world, lambda: write_atomically(out_dir / CONFIG_FILE, settings))  # those of this sitting; some may change
     if world.is_first:
-        describe(plan)
+        describe(plan, notes)
     say(f"compute: {compute.precision}, compile {compute.compile} ({compute.reason})")
     if world.size > 1:
         say(f"processes: {describe_world(config.parallel, world)}")
@@ -298,7 +298,8 @@ def start(this_run: Run, stage: Stage, state: TrainState, source: Path | None) -
     else:
         trained = set_up(this_run, stage, read_weights(source), state)
         for line in inherit_history(state, read_exchange(source).provenance or {}):
-            sys.stderr.write(f"{line}\n")
+            if this_run.world.is_first:
+                sys.stderr.write(f"{line}\n")
     say(f"weights from {source}, data from sample {state.position:,}")
     return trained
 
@@ -312,8 +313,8 @@ def inherit(trained: Trained, state: TrainState, parent: TrainingCheckpoint) -> 
     load_trainable_state(trained, parent.optimizer)
 
 
-def resumed_state(state: dict[str, Any], config: RunConfig, train: TrainData) -> TrainState:
-    """Where a checkpoint of the run stands, after checking that it is of these settings and this data.
+def resumed_state(state: dict[str, Any], config: RunConfig, train: TrainData) -> tuple[TrainState, list[str]]:
+    """Where a checkpoint of the run stands, after checking that it is of these settings and this data; and log lines.
 
     state: its state.json.
 
@@ -322,8 +323,8 @@ def resumed_state(state: dict[str, Any], config: RunConfig, train: TrainData) ->
     """
     check_settings(state["run_config"], config)
     check_separator(state, train)
-    continued_position(train, state["data"])
-    return TrainState.from_dict(state)
+    _, notes = continued_position(train, state["data"])
+    return TrainState.from_dict(state), notes
 
 
 def resume(this_run: Run, stage: Stage, checkpoint: TrainingCheckpoint, state: TrainState) -> Trained:

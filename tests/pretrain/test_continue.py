@@ -457,9 +457,11 @@ def saving_after_the_first_looked(save: Callable[[], None]) -> None:
 def test_all_processes_take_the_same_checkpoint_of_a_run_that_still_trains(base, pretrain, tmp_path):
     assert pretrain(base).returncode == 0
     run = next_run(base, tmp_path, Path(base["out_dir"]), n_layer=1)
+    run["data"] = {**run["data"], "weights": {"slim": 1, "star": 1}, "allow_order_change": True}
     started = run_on(run, 2, tmp_path / "two", prepare=partial(saving_after_the_first_looked, late_save(base)))
     expected = f"from step-0000000003, sample {3 * BATCH}\n"
     assert [expected in started.errors(rank) for rank in (0, 1)] == [True, True], started.errors(1)
+    assert [started.errors(rank).count("warning: data.allow_order_change") for rank in (0, 1)] == [1, 0]
 
 
 def test_a_teacher_may_be_a_runs_folder(base, pretrain, tmp_path):

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from lit_gpt.flops import Flops
-from pretrain.command_line import config_of, parse
+from pretrain.command_line import Invocation, config_of, parse
 from pretrain.loop import is_too_slow
 from pretrain.loss_slope import BINS, add_loss, loss_slope
+from pretrain.preflight import preflight
 from pretrain.run import run
 from pretrain.stages import Learning, plan_stages
 from pretrain.state import TrainState
@@ -128,6 +129,14 @@ def test_a_stage_is_not_judged_while_its_growth_is_learned_or_its_rate_rises(pre
         assert not is_too_slow(stage, state, 5.0)
         judged += [state.stage_step] if state.slope_bins else []
     assert judged == [8, 9], "after 5 steps that learn and 2 of warm-up"
+
+
+@pytest.mark.parametrize(("every", "warned"), [(1, False), (6, False), (7, True), (40, True)])
+def test_a_stage_that_is_logged_too_seldom_for_a_slope_is_warned_of(prepared, tmp_path, every, warned):
+    """The last doubling of the FLOPs of 120 steps are 60."""
+    config = config_of({**slow_settings(tmp_path, prepared), "logging": {"every_steps": every}})
+    lines = preflight(Invocation(config)).data_lines
+    assert any("grow_when, which has no effect" in line for line in lines) == warned
 
 
 def test_status_knows_when_the_stage_ended(ended):
