@@ -145,7 +145,7 @@ def step_rows(run: Run, batches: Iterator[np.ndarray]) -> list[np.ndarray] | Non
 
 
 def is_asked_to_stop(run: Run, state: TrainState) -> bool:
-    """Asked while data does not come."""
+    """Asked while data does not come, of this process alone: the others may be where they cannot answer."""
     run.log.alive("waiting for data", state)
     return run.stop.requested()
 
