@@ -72,6 +72,11 @@ class StopSignal:
         """From now on a signal is remembered."""
         self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
 
+    def end_listening(self) -> None:
+        """Before the process ends: the interpreter takes handlers back, and a late warning would kill it then."""
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)
+
     def requested(self) -> bool:
         """Whether this process was asked to stop."""
         for limit in self.limits:

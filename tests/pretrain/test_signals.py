@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -24,6 +26,18 @@ def test_the_first_signal_is_remembered(first, capsys):
         assert stop.requested()
     assert stop.received == signal.Signals(first).name
     assert "saving at the next step" in capsys.readouterr().err
+
+
+def test_a_warning_to_a_process_that_ends_does_not_kill_it():
+    """The interpreter gives signals that it handles their defaults back before it ends, but not those it ignores."""
+    code = (
+        "from pretrain.signals import StopSignal\nimport os, signal\n"
+        "class Late:\n"
+        "    def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGUSR1):\n"
+        "        kill(pid, number)\n"
+        "stop = StopSignal()\nstop.listen()\nstop.end_listening()\nimport sys\nsys.late = Late()\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_a_second_urgent_signal_exits_at_once():
