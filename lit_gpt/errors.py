@@ -12,7 +12,7 @@ EXIT_USAGE = 2
 EXIT_DATA = 3
 EXIT_NON_FINITE = 4
 EXIT_INTERRUPTED = 130  # what shells report after Ctrl-C
-EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped with a checkpoint saved, run the same command again
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped with nothing lost, run the same command again
 
 
 class DataError(RuntimeError):

@@ -51,6 +51,8 @@ def _main() -> int:
     except StopRequested as end:
         sys.stderr.write(f"{end}\n")
         return EXIT_STOPPED
+    finally:
+        stop.end_listening()
     return EXIT_OK
 
 

@@ -31,7 +31,7 @@ def train_in_stages(run: Run, trained: Trained, state: TrainState) -> Trained:
     """Train what is left of the run. Growth happens between two calls of `fit`.
 
     Raises:
-        StopRequested: a signal came; a checkpoint was saved. Diverged: too many steps in a row were skipped.
+        StopRequested: a signal came; no step is lost. Diverged: too many steps in a row were skipped.
     """
     if run.world.any(run.stop.requested()):  # before a growth, maybe
         stop(run, run.stages[state.grown_into_stage - 1], trained, state)
@@ -107,8 +107,9 @@ def train_until(run: Run, stage: Stage, trained: Trained, state: TrainState, unt
 
 def is_too_slow(stage: Stage, state: TrainState, loss: float | None) -> bool:
     """Whether the logged losses, this one with them, end the stage, which `state` then says. All processes agree."""
-    if stage.slope is None or loss is None or state.stage_step <= stage.schedule.warmup_steps:
-        return False  # what a rate that still rises makes of the loss says nothing of the model
+    begin = stage.first_step + stage.schedule.warmup_steps
+    if stage.slope is None or loss is None or state.stage_step <= begin:
+        return False  # what a growth being learned or a rising rate makes of the loss tells nothing of the model
     state.slope_bins = add_loss(state.slope_bins, state.total_flops.paper, loss)
     slope = loss_slope(state.slope_bins)
     if slope is None or slope < stage.slope:
@@ -144,7 +145,7 @@ def step_rows(run: Run, batches: Iterator[np.ndarray]) -> list[np.ndarray] | Non
 
 
 def is_asked_to_stop(run: Run, state: TrainState) -> bool:
-    """Asked while data does not come."""
+    """Asked while data does not come, of this process alone: the others may be where they cannot answer."""
     run.log.alive("waiting for data", state)
     return run.stop.requested()
 

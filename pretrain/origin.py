@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,41 @@ def own_state(out_dir: Path) -> dict[str, Any] | None:
             if deep:
                 raise
     return None
+
+
+def checkpoints_meant(config: RunConfig) -> dict[str, str]:
+    """Which checkpoint each path to a run means now, for a run that still trains to be read as at one moment.
+
+    A run without one is left out: whoever needs it says so.
+    """
+    given = [config.init_from]
+    for stage in config.stages:
+        given += [stage.teacher, stage.options.get("reference")]
+    meant = {}
+    for path in given:
+        if path is not None:
+            with suppress(DataError):
+                meant[str(path)] = str(find_checkpoint(str(path)))
+    return meant
+
+
+def naming_checkpoints(config: RunConfig, meant: Mapping[str, str]) -> RunConfig:
+    """The settings with the checkpoints themselves in the place of the runs that they are of."""
+
+    def named(path: Any) -> str | None:
+        return None if path is None else meant.get(str(path), str(path))
+
+    stages = [
+        dataclasses.replace(
+            stage,
+            teacher=named(stage.teacher),
+            options=stage.options
+            if stage.options.get("reference") is None
+            else {**stage.options, "reference": named(stage.options["reference"])},
+        )
+        for stage in config.stages
+    ]
+    return dataclasses.replace(config, init_from=named(config.init_from), stages=stages)
 
 
 def parent_state(config: RunConfig) -> dict[str, Any]:
@@ -262,15 +297,15 @@ def _shown(value: Any) -> str:
     return str(value)
 
 
-def first_position(config: RunConfig, train: TrainData, saved: Mapping[str, Any] | None) -> int:
-    """Where the data of a run begins that has no checkpoint of its own yet.
+def first_position(config: RunConfig, train: TrainData, saved: Mapping[str, Any] | None) -> tuple[int, list[str]]:
+    """Where the data of a run begins that has no checkpoint of its own yet, and lines for the log.
 
     Raises:
         ValueError: the data is not what `saved` was trained on, and nobody allowed that.
     """
     if config.data.start_position is not None:
-        return config.data.start_position
-    return 0 if saved is None else continued_position(train, saved)
+        return config.data.start_position, []
+    return (0, []) if saved is None else continued_position(train, saved)
 
 
 def check_stream(train: TrainData, saved: Mapping[str, Any]) -> None:
@@ -304,8 +339,8 @@ def _renamed(train: TrainData, saved: Mapping[str, Any]) -> dict[str, str] | Non
     return {name: found[fingerprint] for name, fingerprint in before.items()}
 
 
-def continued_position(train: TrainData, saved: Mapping[str, Any]) -> int:
-    """Where a data object goes on in this data.
+def continued_position(train: TrainData, saved: Mapping[str, Any]) -> tuple[int, list[str]]:
+    """Where a data object goes on in this data, and lines for the log if it goes on otherwise than it began.
 
     Raises:
         ValueError: naming the field that differs, unless data.allow_order_change.
@@ -315,8 +350,8 @@ def continued_position(train: TrainData, saved: Mapping[str, Any]) -> int:
     except ValueError as error:
         if not train.settings.allow_order_change:
             raise
-        sys.stderr.write(f"warning: data.allow_order_change: {str(error).splitlines()[0]}\n")
+        notes = [f"warning: data.allow_order_change: {str(error).splitlines()[0]}"]
         if (saved["block"], saved["stride"]) != (train.packed.block_size, train.packed.stride):
-            sys.stderr.write(f"warning: the data starts over at sample 0. {describe_overlap(saved)}\n")
-            return 0
-    return saved["position"]
+            return 0, [*notes, f"warning: the data starts over at sample 0. {describe_overlap(saved)}"]
+        return saved["position"], notes
+    return saved["position"], []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -56,6 +56,7 @@ def launch(config: RunConfig, world: World) -> Fabric:
     from lightning_fabric import Fabric
     from lightning_fabric.plugins.environments import LightningEnvironment
 
+    check_device(config)
     accelerator = device_type(config)
     device = [device_index(world, torch.cuda.device_count())] if accelerator == "cuda" else 1
     # each process is one to Fabric, also under SLURM: it would look for srun and start a process group of its own
@@ -65,16 +66,40 @@ def launch(config: RunConfig, world: World) -> Fabric:
 
 
 def device_type(config: RunConfig) -> str:
-    """cuda or cpu.
+    """cuda or cpu: what this process would train on, see `check_device`."""
+    return "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def check_device(config: RunConfig) -> None:
+    """Refuse a device that this process does not have.
 
     Raises:
-        ValueError: another one is asked for, or CUDA where there is none.
+        ValueError: neither cuda nor cpu is asked for, or CUDA where there is none.
     """
     if config.device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device={config.device!r} must be auto, cpu or cuda")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda, but torch sees no CUDA device; use device=auto or cpu")
-    return "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def check_alike(found_by_rank: Sequence[str]) -> None:
+    """Refuse processes that would wait for one another in collectives of other kinds.
+
+    found_by_rank: precision and device that each process comes to.
+
+    Raises:
+        ValueError: naming them.
+    """
+    ranks: dict[str, list[int]] = {}
+    for rank, found in enumerate(found_by_rank):
+        ranks.setdefault(found, []).append(rank)
+    if len(ranks) > 1:
+        lines = [f"  {found}: process {', '.join(map(str, each))}" for found, each in ranks.items()]
+        raise ValueError(
+            "\n".join(["the processes of a run must compute alike, and they found", *lines])
+            + "\nLeave out the nodes that differ (a CUDA driver that does not answer, say), or give --device and "
+            + "--precision that all of them have"
+        )
 
 
 def check_world(config: RunConfig, world: World) -> None:
@@ -253,9 +278,16 @@ def gradients_shared(trained: Trained, world: World, *, last: bool) -> Iterator[
     if last:
         # what is not sharded: norms, a growth that is learned, and all of a student, whose teacher's module calls it
         # past DDP, which then does nothing
-        for parameter in trained.parameters:
-            if parameter.grad is not None and not is_shared(parameter):
-                world.mean_(parameter.grad)
+        average([p.grad for p in trained.parameters if p.grad is not None and not is_shared(p)], world)
+
+
+def average(gradients: Sequence[Tensor], world: World) -> None:
+    """Replace gradients that every process holds whole by their means over the processes, summed in fp32, at once."""
+    if world.size == 1 or not gradients:
+        return
+    means = world.mean_(torch.cat([gradient.float().flatten() for gradient in gradients]))
+    for gradient, mean in zip(gradients, means.split([each.numel() for each in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,20 +21,23 @@ from pretrain.data import TrainData, check_epochs, open_train_data, open_validat
 from pretrain.held_out import ValidationSet
 from pretrain.loggers import say
 from pretrain.loop import describe_stages
+from pretrain.loss_slope import MIN_BINS
 from pretrain.origin import (
     check_tokenizer,
+    checkpoints_meant,
     continued_settings,
     first_position,
     fits_rows,
     growth_behind,
     mask_notes,
+    naming_checkpoints,
     origin_model,
     own_state,
     parent_state,
     trainable_notes,
     with_saved_name,
 )
-from pretrain.parallel import check_world
+from pretrain.parallel import check_device, check_world
 from pretrain.stage_text import stage_lines
 from pretrain.stages import Stage, plan_stages
 from pretrain.training import stage_flops, tokens_per_step
@@ -48,6 +51,8 @@ class Plan:
     """A run whose settings, data and starting point are known to be good; nothing is computed or deleted yet."""
 
     config: RunConfig
+    origin: Path | None
+    """The checkpoint that init_from means."""
     stages: list[Stage]
     corpus: Corpus
     train: TrainData
@@ -64,13 +69,24 @@ class Plan:
     """Samples that the run leaves out because it diverged on them; they are among data.skips."""
 
 
-def preflight(invocation: Invocation, world: World = ALONE, auto_skips: tuple[tuple[int, int], ...] = ()) -> Plan:
+def preflight(
+    invocation: Invocation,
+    world: World = ALONE,
+    auto_skips: tuple[tuple[int, int], ...] = (),
+    meant: Mapping[str, str] | None = None,
+) -> Plan:
     """Resolve and check all that can be checked before anything is computed; what raises, raises here.
 
-    auto_skips: samples to leave out beside those of the settings and of the run's own checkpoint.
+    Args:
+        invocation: settings and switches.
+        world: the processes.
+        auto_skips: samples to leave out beside those of the settings and of the run's own checkpoint.
+        meant: what `checkpoints_meant` gave the first process, as other runs may save meanwhile; None: now.
     """
-    config = invocation.config
+    given = invocation.config
+    config = naming_checkpoints(given, checkpoints_meant(given) if meant is None else meant)
     check_world(config, world)
+    check_device(config)
     corpus = read_corpus(config.data, look_beside=config.model.vocab_size is None)
     own = None if invocation.fresh else own_state(Path(config.out_dir))
     model_config = model_config_for(corpus, config.model, origin_model(config, own))
@@ -88,6 +104,7 @@ def preflight(invocation: Invocation, world: World = ALONE, auto_skips: tuple[tu
             )
         config = scratch_config(config, stages)
         stages = plan_stages(config, model_config)
+        given = config
     if config.init_from is not None and own is None:  # a run that has checkpoints of its own needs its parent no more
         check_init_from(config, stages[0], invocation.fresh)
     config = with_saved_name(config, own)
@@ -98,8 +115,33 @@ def preflight(invocation: Invocation, world: World = ALONE, auto_skips: tuple[tu
     )
     samples = config.batch.global_batch_size * sum(stage.steps for stage in stages)
     epoch_lines = check_epochs(train, position, position + samples)
-    lines = [*trainable_notes(config, own), *train.notes, *epoch_lines, *validation_lines, *corpus.notes]
-    return Plan(config, stages, corpus, train, position, samples, validation, lines, own, auto_skips)
+    lines = [
+        *trainable_notes(config, own),
+        *slope_notes(config, stages),
+        *train.notes,
+        *epoch_lines,
+        *validation_lines,
+        *corpus.notes,
+    ]
+    origin = None if config.init_from is None else Path(config.init_from)
+    config = dataclasses.replace(config, init_from=given.init_from, stages=given.stages)  # as they stand in the record
+    return Plan(config, origin, stages, corpus, train, position, samples, validation, lines, own, auto_skips)
+
+
+def slope_notes(config: RunConfig, stages: Sequence[Stage]) -> list[str]:
+    """A line for the log for each stage that grow_when cannot end, as it is logged too seldom for a slope."""
+    notes, every = [], config.logging.every_steps
+    for stage in stages:
+        judged_steps = stage.steps - stage.first_step - stage.schedule.warmup_steps
+        if stage.index == 1 and config.init_from is None:
+            judged_steps = min(judged_steps, stage.steps // 2)  # the last doubling of its FLOPs
+        if stage.slope is not None and judged_steps // every <= MIN_BINS:
+            notes.append(
+                f"warning: stage {stage.name!r} has grow_when, which has no effect: a slope takes more than {MIN_BINS} "
+                f"losses in a doubling of FLOPs, and there are at most {max(0, judged_steps // every)} with "
+                f"logging.every_steps={every}; log more often, or give more steps"
+            )
+    return notes
 
 
 def with_skips(config: RunConfig, skips: Sequence[tuple[int, int]]) -> RunConfig:
@@ -142,12 +184,13 @@ def open_stream(
     train = dataclasses.replace(train, notes=(*train.notes, *taken_over, *mask_notes(state, train)))
     if own is not None:
         return train, own["position"] - own["step_count"] * config.batch.global_batch_size
-    return train, first_position(config, train, saved)
+    position, notes = first_position(config, train, saved)
+    return dataclasses.replace(train, notes=(*train.notes, *notes)), position
 
 
-def describe(plan: Plan) -> None:
-    """Data, sizes, FLOPs and the plan, before anything is computed."""
-    for line in plan.data_lines:
+def describe(plan: Plan, resumed: Sequence[str] = ()) -> None:
+    """Data, sizes, FLOPs and the plan, before anything is computed. resumed: lines of `resumed_state`."""
+    for line in (*plan.data_lines, *resumed):
         if line.startswith("warning:"):
             sys.stderr.write(f"{line}\n")
         else:

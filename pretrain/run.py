@@ -5,22 +5,21 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
-import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from lit_gpt.atomic import write_atomically
+from lit_gpt.atomic import remove_directory, write_atomically
 from lit_gpt.checkpoint import (
     TRAINING,
     TrainingCheckpoint,
     check_open,
     detect_form,
-    find_checkpoint,
     manifest_sha256,
     read_exchange,
     read_training,
@@ -42,10 +41,11 @@ from pretrain.loggers import EVALS_FILE, METRICS_FILE, TENSORBOARD_FOLDER, Log, 
 from pretrain.loop import describe_divergence, skip_on_return, train_in_stages
 from pretrain.origin import (
     check_separator,
+    checkpoints_meant,
     continued_position,
     inherit_history,
 )
-from pretrain.parallel import choose_compute, describe_world, device_type, is_sharded, launch
+from pretrain.parallel import Compute, check_alike, choose_compute, describe_world, device_type, is_sharded, launch
 from pretrain.preflight import Plan, describe, preflight
 from pretrain.run_lock import run_lock
 from pretrain.signals import SAVING, StopRequested, StopSignal, marked
@@ -53,7 +53,10 @@ from pretrain.stages import Stage
 from pretrain.state import TrainState
 from pretrain.time_limit import find_limits
 from pretrain.training import Run, Trained
-from pretrain.world import World, connected, find_world, in_turn
+from pretrain.world import World, connected, find_world, in_turn, is_started_again
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 CONFIG_FILE = "config.yaml"
 
@@ -77,26 +80,68 @@ def run(invocation: Invocation, command: list[str], stop: StopSignal | None = No
     world = find_world()
     if not world.is_first:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the first process speaks for all, to the end)
+    invocation = as_started(invocation, world)
     sharded = is_sharded(invocation.config.parallel, world)
     with connected(world, device_type(invocation.config), alone_too=sharded), ExitStack() as held:
+        meant = first(world, lambda: checkpoints_meant(invocation.config))
         if invocation.dry_run:
-            plan = in_turn(world, lambda: preflight(invocation, world))
-            if plan.own is not None:
-                resumed_state(plan.own, plan.config, plan.train)
+            plan = in_turn(world, lambda: preflight(invocation, world, meant=meant))
+            _, notes = (None, []) if plan.own is None else resumed_state(plan.own, plan.config, plan.train)
+            with told_once(world):
+                stop.obey(world)
             if world.is_first:
-                describe(plan)
+                describe(plan, notes)
             return None
         is_early = world.any(stop.requested())  # the checks may take longer than there is time left
-        plan = None if is_early else in_turn(world, lambda: preflight(invocation, world))
+        ready = None if is_early else in_turn(world, lambda: Ready.of(preflight(invocation, world, meant=meant), world))
+        if ready is not None:
+            alike = world.gather(f"{ready.compute.precision} on {ready.fabric.device.type}")
+            in_turn(world, lambda: check_alike(alike))
         out_dir, fresh = Path(invocation.config.out_dir), invocation.fresh and not is_early
-        if world.is_first:
-            in_turn(world, lambda: held.enter_context(run_folder(out_dir, fresh, invocation.take_over)))
-        else:
-            in_turn(world, lambda: None)
+
+        def hold() -> None:
+            with suppress(StopRequested):  # which all processes obey together, below
+                held.enter_context(run_folder(out_dir, fresh, invocation.take_over, stop.requested))
+
+        in_turn(world, hold if world.is_first else lambda: None)
         with told_once(world), marked(out_dir, world):
             stop.obey(world)
-            assert plan is not None
-            train_until_done(plan, invocation, world, command, stop)
+            assert ready is not None
+            train_until_done(ready, invocation, meant, world, command, stop)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What was checked, and what it will run on; nothing is computed or deleted yet."""
+
+    plan: Plan
+    fabric: Fabric
+    compute: Compute
+
+    @classmethod
+    def of(cls, plan: Plan, world: World) -> Ready:
+        """A plan on the device of this process.
+
+        Raises:
+            ValueError: the device is not there, or cannot compute as asked.
+        """
+        fabric = launch(plan.config, world)
+        tokens = plan.samples * plan.stages[-1].config.block_size
+        return cls(plan, fabric, choose_compute(plan.config, fabric.device, tokens))
+
+
+def as_started(invocation: Invocation, world: World) -> Invocation:
+    """What is asked for, without what was meant for the first start alone where a launcher repeats the command."""
+    once = [name for name in ("fresh", "take_over") if getattr(invocation, name)]
+    if not once or not is_started_again(world):
+        return invocation
+    if world.is_first:
+        flags = " and ".join(f"--{name}".replace("_", "-") for name in once)
+        sys.stderr.write(
+            f"warning: {flags} ignored, as it counts for the first start only: torchrun started the processes again, "
+            f"or SLURM the job\n"
+        )
+    return dataclasses.replace(invocation, **dict.fromkeys(once, False))
 
 
 @contextmanager
@@ -110,7 +155,9 @@ def told_once(world: World) -> Iterator[None]:
         raise SystemExit(EXIT_STOPPED if isinstance(end, StopRequested) else exit_code(end)) from end
 
 
-def train_until_done(plan: Plan, invocation: Invocation, world: World, command: list[str], stop: StopSignal) -> None:
+def train_until_done(
+    ready: Ready, invocation: Invocation, meant: Mapping[str, str], world: World, command: list[str], stop: StopSignal
+) -> None:
     """Train, and where the run diverges and may do so, go back and round the samples.
 
     Raises:
@@ -118,24 +165,25 @@ def train_until_done(plan: Plan, invocation: Invocation, world: World, command: 
     """
     while True:
         try:
-            return train(plan, world, command, stop)
+            return train(ready, world, command, stop)
         except GivenUp as end:
+            plan = ready.plan
             if end.skip is None or len(plan.auto_skips) >= plan.config.guards.rollbacks:
                 raise
             say(f"warning: {end}\nback to the last checkpoint, without these samples")
             again, skips = dataclasses.replace(invocation, fresh=False), (*plan.auto_skips, end.skip)
-            plan = in_turn(world, lambda again=again, skips=skips: preflight(again, world, skips))
+            plan = in_turn(world, lambda again=again, skips=skips: preflight(again, world, skips, meant))
+            ready = dataclasses.replace(ready, plan=plan)
 
 
-def train(plan: Plan, world: World, command: list[str], stop: StopSignal) -> None:
+def train(ready: Ready, world: World, command: list[str], stop: StopSignal) -> None:
     """Start or resume in a folder that nobody else trains in.
 
     Raises:
         StopRequested, GivenUp: with all steps saved that count.
     """
+    plan, fabric, compute = ready.plan, ready.fabric, ready.compute
     config, stages = plan.config, plan.stages
-    fabric = launch(config, world)
-    compute = choose_compute(config, fabric.device, plan.samples * stages[-1].config.block_size)
     out_dir = Path(config.out_dir)
     metadata = {
         "run_config": to_plain(config),
@@ -148,9 +196,10 @@ def train(plan: Plan, world: World, command: list[str], stop: StopSignal) -> Non
     }
     checkpoints = RunCheckpoints(out_dir, config.checkpoints, metadata, world, fabric.device.type)
     checkpoint = checkpoints.resume()
-    state = (
-        in_turn(world, lambda: resumed_state(checkpoint.state, config, plan.train)) if checkpoint else new_state(plan)
-    )
+    if checkpoint is None:
+        state, notes = new_state(plan), []
+    else:
+        state, notes = in_turn(world, lambda: resumed_state(checkpoint.state, config, plan.train))
     if is_finished(state, stages):
         say(f"{out_dir} is finished: {state.step_count:,} steps. --fresh starts over")
         return
@@ -159,7 +208,7 @@ def train(plan: Plan, world: World, command: list[str], stop: StopSignal) -> Non
     settings = yaml.safe_dump(to_plain(config), sort_keys=False).encode()
     first(world, lambda: write_atomically(out_dir / CONFIG_FILE, settings))  # those of this sitting; some may change
     if world.is_first:
-        describe(plan)
+        describe(plan, notes)
     say(f"compute: {compute.precision}, compile {compute.compile} ({compute.reason})")
     if world.size > 1:
         say(f"processes: {describe_world(config.parallel, world)}")
@@ -169,7 +218,10 @@ def train(plan: Plan, world: World, command: list[str], stop: StopSignal) -> Non
     stop.consequence = SAVING
     this_run = Run(config, stages, fabric, world, compute, plan.train, plan.validation, checkpoints, log, stop)
     try:
-        trained = start(this_run, stage, state) if checkpoint is None else resume(this_run, stage, checkpoint, state)
+        if checkpoint is None:
+            trained = start(this_run, stage, state, plan.origin)
+        else:
+            trained = resume(this_run, stage, checkpoint, state)
         with checkpoints:
             train_in_stages(this_run, trained, state)
     except Diverged as found:
@@ -204,36 +256,40 @@ def is_finished(state: TrainState, stages: list[Stage]) -> bool:
 
 
 @contextmanager
-def run_folder(out_dir: Path, fresh: bool, take_over: bool = False) -> Iterator[None]:
+def run_folder(
+    out_dir: Path, fresh: bool, take_over: bool = False, stopped: Callable[[], bool] = lambda: False
+) -> Iterator[None]:
     """Make the folder, hold its lock, and refuse early what would only fail at the first save.
 
     Raises:
-        OSError: it cannot be written. DataError: another process trains in it.
+        OSError: it cannot be written. DataError: another process trains in it. StopRequested: see `run_lock`.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     if not os.access(out_dir, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, "the run folder cannot be written", str(out_dir))
-    with run_lock(out_dir, take_over=take_over):
+    with run_lock(out_dir, take_over=take_over, stopped=stopped):
         if fresh:
             remove_run(out_dir)
         yield
 
 
 def remove_run(out_dir: Path) -> None:
-    """Delete what an earlier run left; other files in the folder stay."""
+    """Delete what an earlier run left; other files in the folder stay.
+
+    Raises:
+        OSError: a part of it cannot be removed.
+    """
     for name in ("checkpoints", TENSORBOARD_FOLDER):
-        shutil.rmtree(out_dir / name, ignore_errors=True)
+        if (out_dir / name).exists():
+            remove_directory(out_dir / name)  # at once: no part of it stays that could be resumed
     for name in (METRICS_FILE, EVALS_FILE, CONFIG_FILE, HEARTBEAT_FILE):
         (out_dir / name).unlink(missing_ok=True)
 
 
-def start(this_run: Run, stage: Stage, state: TrainState) -> Trained:
-    """Step 0: initial weights, or those of `init_from`; `state` takes over what the latter brings along."""
-    config = this_run.config
-    if config.init_from is None:
-        return set_up(this_run, stage, InitialWeights(stage.config, config.seed), state)
-    # a run that still trains may save meanwhile: all take the same
-    source = first(this_run.world, lambda: find_checkpoint(config.init_from))
+def start(this_run: Run, stage: Stage, state: TrainState, source: Path | None) -> Trained:
+    """Step 0: initial weights, or those of the checkpoint `source`; `state` takes over what the latter brings along."""
+    if source is None:
+        return set_up(this_run, stage, InitialWeights(stage.config, this_run.config.seed), state)
     if detect_form(source) == TRAINING and not is_legacy(source):  # those of other tools start with a new optimizer
         parent = read_training(source, processes=this_run.world)
         check_open(parent.state, source)
@@ -242,7 +298,8 @@ def start(this_run: Run, stage: Stage, state: TrainState) -> Trained:
     else:
         trained = set_up(this_run, stage, read_weights(source), state)
         for line in inherit_history(state, read_exchange(source).provenance or {}):
-            sys.stderr.write(f"{line}\n")
+            if this_run.world.is_first:
+                sys.stderr.write(f"{line}\n")
     say(f"weights from {source}, data from sample {state.position:,}")
     return trained
 
@@ -256,8 +313,8 @@ def inherit(trained: Trained, state: TrainState, parent: TrainingCheckpoint) -> 
     load_trainable_state(trained, parent.optimizer)
 
 
-def resumed_state(state: dict[str, Any], config: RunConfig, train: TrainData) -> TrainState:
-    """Where a checkpoint of the run stands, after checking that it is of these settings and this data.
+def resumed_state(state: dict[str, Any], config: RunConfig, train: TrainData) -> tuple[TrainState, list[str]]:
+    """Where a checkpoint of the run stands, after checking that it is of these settings and this data; and log lines.
 
     state: its state.json.
 
@@ -266,8 +323,8 @@ def resumed_state(state: dict[str, Any], config: RunConfig, train: TrainData) ->
     """
     check_settings(state["run_config"], config)
     check_separator(state, train)
-    continued_position(train, state["data"])
-    return TrainState.from_dict(state)
+    _, notes = continued_position(train, state["data"])
+    return TrainState.from_dict(state), notes
 
 
 def resume(this_run: Run, stage: Stage, checkpoint: TrainingCheckpoint, state: TrainState) -> Trained:

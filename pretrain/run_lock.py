@@ -10,13 +10,14 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
 from lit_gpt.errors import DataError
+from pretrain.signals import StopRequested
 
 LOCK_FILE = "run.lock"
 BEAT_SECS = 10  # between two heartbeats: the lock file's time of change
@@ -48,16 +49,17 @@ class Owner:
 
 
 @contextmanager
-def run_lock(folder: Path, *, take_over: bool = False) -> Iterator[None]:
+def run_lock(folder: Path, *, take_over: bool = False, stopped: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Hold a run's folder.
 
     The system's own lock decides wherever it is seen; the process that holds it dies with it. Where it is not (several
     network file systems keep it to one node, or have none), the heartbeat does: an owner on another node counts as
     gone when its lock file has not changed for DEAD_SECS, which is waited for, or when it was this same job, which the
-    batch system started again. `take_over` is for a server that still keeps the lock of a node that is gone.
+    batch system started again. `take_over` is for a server that still keeps the lock of a node that is gone. `stopped`
+    is asked while waiting.
 
     Raises:
-        DataError: somebody else holds it. OSError: the folder cannot be written.
+        DataError: somebody else holds it. OSError: the folder cannot be written. StopRequested: `stopped` said so.
     """
     path = folder / LOCK_FILE
     if take_over and path.exists():
@@ -65,7 +67,7 @@ def run_lock(folder: Path, *, take_over: bool = False) -> Iterator[None]:
         path.unlink()  # whoever holds the old file holds a file without a name
     with path.open("a+") as file:
         locked = _lock(file, path)
-        _refuse_living_owner(path, locked)
+        _refuse_living_owner(path, locked, stopped)
         _write(file, json.dumps(asdict(Owner.here())))
         try:
             with _heartbeat(path):
@@ -97,7 +99,7 @@ def _lock(file: IO[str], path: Path) -> bool:
     return True
 
 
-def _refuse_living_owner(path: Path, locked: bool) -> None:
+def _refuse_living_owner(path: Path, locked: bool, stopped: Callable[[], bool]) -> None:
     """With the lock in hand, an owner on this node is gone; one on another node may not have seen it taken."""
     owner = read_owner(path)
     if (
@@ -106,7 +108,7 @@ def _refuse_living_owner(path: Path, locked: bool) -> None:
         or (owner.job and owner.job == Owner.here().job)
     ):
         return
-    silent_secs = _await_sign_of_life(path, owner)
+    silent_secs = _await_sign_of_life(path, owner, stopped)
     if silent_secs <= DEAD_SECS:
         raise _refusal(path, f"gave a sign of life {silent_secs:.0f} s ago")
     sys.stderr.write(
@@ -115,7 +117,7 @@ def _refuse_living_owner(path: Path, locked: bool) -> None:
     )
 
 
-def _await_sign_of_life(path: Path, owner: Owner) -> float:
+def _await_sign_of_life(path: Path, owner: Owner, stopped: Callable[[], bool]) -> float:
     """Seconds since the last heartbeat, once there was another one, or they are too many.
 
     A job that was killed leaves a young file, and the next one of a chain may start at once.
@@ -124,6 +126,8 @@ def _await_sign_of_life(path: Path, owner: Owner) -> float:
     if silent_secs <= DEAD_SECS:
         sys.stderr.write(f"{path.parent} was held by {owner.describe()}; waiting for a sign of life\n")
     while silent_secs <= DEAD_SECS and _touched(path) == before:
+        if stopped():
+            raise StopRequested(f"stopped while {path.parent} was held by {owner.describe()}; repeat the command")
         time.sleep(1)
         silent_secs = silence(path)
     return silent_secs

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pretrain.world import World
 
 REQUEUE = "REQUEUE"
-"""File in a run's folder: it stopped with a checkpoint before it was done. Batch scripts queue their job again."""
+"""File in a run's folder: it stopped before it was done. Batch scripts queue their job again."""
 STOPPED_FILE = "PRETRAIN_STOPPED"
 """Environment variable: a file to write in that case, by which a launcher that loses exit codes is told."""
 
@@ -72,6 +72,11 @@ class StopSignal:
         """From now on a signal is remembered."""
         self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
 
+    def end_listening(self) -> None:
+        """Before the process ends: the interpreter takes handlers back, and a late warning would kill it then."""
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)
+
     def requested(self) -> bool:
         """Whether this process was asked to stop."""
         for limit in self.limits:
@@ -108,7 +113,8 @@ def marked(out_dir: Path, world: World, env: Mapping[str, str] = os.environ) -> 
     """Around a run of several processes: leave REQUEUE where it stopped early, and exit as its launcher needs it.
 
     srun kills the others, and torchrun starts all again, when the first process ends with another code than 0; so
-    there a stop looks like an end, and the file tells them apart.
+    there a stop looks like an end, and the file tells them apart. Where it cannot be written, srun's first process ends
+    with the code after all: the others have saved too.
 
     Raises:
         StopRequested: nobody would misunderstand the exit code.
@@ -119,13 +125,23 @@ def marked(out_dir: Path, world: World, env: Mapping[str, str] = os.environ) -> 
     try:
         yield
     except StopRequested as stop:
+        told = True
         if world.is_first:
-            for path in [marker] * (world.size > 1) + [Path(env[name]) for name in (STOPPED_FILE,) if env.get(name)]:
-                path.write_text(f"{stop}\n", encoding="utf-8")
-        if not _looks_like_an_end(world, env):
+            paths = [marker] * (world.size > 1) + [Path(env[name]) for name in (STOPPED_FILE,) if env.get(name)]
+            told = all([_is_written(path, f"{stop}\n") for path in paths])
+        if not _looks_like_an_end(world, env) or (world.launcher == "srun" and not told):
             raise
         if world.is_first:
             sys.stderr.write(f"{stop}\n")
+
+
+def _is_written(path: Path, text: str) -> bool:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:  # a quota, say: the run has saved, and nothing may hide that
+        sys.stderr.write(f"warning: {path} cannot be written ({error.strerror}); it would say that the run stopped\n")
+        return False
+    return True
 
 
 def _looks_like_an_end(world: World, env: Mapping[str, str]) -> bool:

@@ -162,7 +162,12 @@ def _steps(stage: Mapping[str, Any], saved: Mapping[str, Any]) -> int:
 
 
 def _planned_steps(saved: Mapping[str, Any]) -> int:
-    return sum(_steps(stage, saved) for stage in saved["run_config"]["stages"])
+    """Stages that are done had as many as they made: one may have ended before its time."""
+    done, current = saved["step_count"] - saved["stage_step"], saved["stage"]
+    steps = [_steps(stage, saved) for stage in saved["run_config"]["stages"][current - 1 :]]
+    if saved.get("ended_stage") == current:
+        steps[0] = saved["stage_step"]
+    return done + sum(steps)
 
 
 def _is_finished(saved: Mapping[str, Any]) -> bool:
@@ -194,6 +199,7 @@ def _own_beat(owner: Owner | None, beat: Mapping[str, Any] | None) -> Mapping[st
     if owner is None or owner.since is None:
         return beat
     is_own = beat is not None and (beat.get("pid"), beat.get("host")) == (owner.pid, owner.host)
+    is_own = is_own and beat["time"] >= owner.since  # every start in a container may be process 1 of the same host
     return beat if is_own else {"time": owner.since, "doing": STARTING}
 
 

@@ -175,6 +175,11 @@ def find_world(env: Mapping[str, str] = os.environ) -> World:
     return World()
 
 
+def is_started_again(world: World, env: Mapping[str, str] = os.environ) -> bool:
+    """Whether a launcher repeated the command: torchrun after a death, SLURM in a job that it queued again."""
+    return world.attempt > 0 or int(env.get("SLURM_RESTART_COUNT") or 0) > 0
+
+
 def _slurm_step(env: Mapping[str, str]) -> World:
     """A task of a step; SLURM's names for the job, and not those for the step, would be wrong in a part of a job."""
     size = _number(env, "SLURM_STEP_NUM_TASKS")

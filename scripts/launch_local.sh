@@ -17,7 +17,8 @@ die() {
 }
 
 # torchrun would pass a signal on and kill what has not ended 30 s later; and from a terminal all would hear it twice.
-# So it has a process group of its own, and the processes are asked to stop without it.
+# So it has a process group of its own, and the processes are asked to stop without it. A process that does not listen
+# yet ignores that, as it inherits: it is asked again until it does.
 asked='' early=''
 # shellcheck disable=SC2317 # the traps call it
 ask() {
@@ -48,15 +49,22 @@ rm -f "$PRETRAIN_STOPPED"
 trap 'rm -f "$PRETRAIN_STOPPED"' EXIT
 
 set -m
-"$python" -m torch.distributed.run --nnodes=1 --nproc-per-node="$processes" --max-restarts="${MAX_RESTARTS:-0}" \
-  --rdzv-backend=c10d --rdzv-endpoint=localhost:0 -m pretrain "$@" &
+(
+  trap '' USR1
+  exec "$python" -m torch.distributed.run --nnodes=1 --nproc-per-node="$processes" \
+    --max-restarts="${MAX_RESTARTS:-0}" --rdzv-backend=c10d --rdzv-endpoint=localhost:0 -m pretrain "$@"
+) &
 agent=$!
 set +m
 status=0
-wait "$agent" || status=$?
-while kill -0 "$agent" 2>/dev/null; do # a signal ends `wait`, not what is waited for
+[ -n "$asked" ] || wait "$agent" || status=$?
+if [ -n "$asked" ]; then # which ended `wait`, not what was waited for
+  while kill -0 "$agent" 2>/dev/null; do
+    sleep 1 || true
+    pkill -USR1 -P "$agent" 2>/dev/null || true
+  done
   status=0
   wait "$agent" || status=$?
-done
+fi
 if [ -e "$PRETRAIN_STOPPED" ] || { [ -n "$early" ] && [ "$status" -ne 0 ]; }; then exit 75; fi
 exit "$status"

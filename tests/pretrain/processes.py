@@ -13,7 +13,12 @@ from tests.pretrain.conftest import command_for
 
 
 def run_on(
-    settings: dict[str, object], size: int, folder: Path, *, prepare: Callable[[], None] | None = None, code: int = 0
+    settings: dict[str, object],
+    size: int,
+    folder: Path,
+    *flags: str,
+    prepare: Callable[[], None] | None = None,
+    code: int = 0,
 ) -> Started:
     """`pretrain` on these settings as so many processes, until all of them have ended with the code.
 
@@ -21,11 +26,12 @@ def run_on(
         settings: of the run.
         size: number of processes.
         folder: a new one, for what they say.
+        flags: further ones of the command.
         prepare: a function of a module, or a partial of one; each process calls it first, to change what a test needs.
         code: how all of them are to end.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    started = start_function(_prepared, (prepare, command_for(settings, folder)), size, folder / "logs")
+    started = start_function(_prepared, (prepare, command_for(settings, folder, *flags)), size, folder / "logs")
     codes = started.wait()
     assert codes == [code] * size, (codes, *map(started.errors, range(size)))
     return started

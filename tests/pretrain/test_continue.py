@@ -7,6 +7,9 @@ import json
 import math
 import re
 import shutil
+import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +24,12 @@ from lit_gpt.checkpoint import latest, read_config, read_exchange, read_training
 from lit_gpt.flops import Flops, flops_per_token
 from lit_gpt.packed_dataset import write_token_file
 from lit_gpt.settings_files import merge
-from pretrain import loop
+from pretrain import loop, preflight
+from pretrain import run as run_module
 from pretrain.origin import inherit_history
 from pretrain.state import TrainState
 from tests.pretrain.conftest import write_prepared
+from tests.pretrain.processes import run_on
 from tests.toys import toy_config, toy_weights
 
 BATCH = 4
@@ -403,6 +408,60 @@ def test_a_runs_folder_means_its_latest_checkpoint_and_its_sizes_can_be_taken_ov
     result = pretrain(run)
 
     assert result.returncode == 0 and f"weights from {checkpoint(base)}, " in result.stdout
+
+
+def late_save(base: dict) -> Callable[[], None]:
+    """Hides the base's last checkpoint; what brings it back, as if the base had saved at that moment."""
+    last = checkpoint(base)
+    hidden = Path(last.rename(Path(base["out_dir"]) / "hidden"))
+    return partial(bring_back, hidden, last)
+
+
+def bring_back(hidden: Path, path: Path) -> None:
+    if hidden.exists():
+        hidden.rename(path)
+
+
+def test_a_run_that_still_trains_is_taken_as_it_was_at_one_moment(base, pretrain, tmp_path, monkeypatch):
+    assert pretrain(base).returncode == 0
+    before, save = checkpoint(base).with_name("step-0000000003"), late_save(base)
+    stage = {"distill_weight": 0.5, "teacher": base["out_dir"]}
+    run = next_run(base, tmp_path, Path(base["out_dir"]), n_layer=1)
+    run["stages"] = [{**run["stages"][0], **stage}]
+    original = preflight.plan_stages
+    monkeypatch.setattr(preflight, "plan_stages", lambda *arguments: save() or original(*arguments))
+
+    result = pretrain(run)
+
+    assert checkpoint(base).name == "step-0000000004"
+    assert f"weights from {before}, data from sample {3 * BATCH}" in result.stdout
+    assert f"teacher: {before}, " in result.stdout
+    settings = yaml.safe_load((Path(run["out_dir"]) / "config.yaml").read_text())
+    assert settings["init_from"] == settings["stages"][0]["teacher"] == base["out_dir"]
+    assert "is finished" in pretrain(run).stdout, "the same command still names the same run"
+
+
+def saving_after_the_first_looked(save: Callable[[], None]) -> None:
+    original = run_module.preflight
+
+    def preflight(*arguments, **keywords):
+        plan = original(*arguments, **keywords)
+        save()
+        sys.stderr.write(f"from {plan.origin.name}, sample {plan.position}\n")
+        return plan
+
+    run_module.preflight = preflight
+
+
+@pytest.mark.slow
+def test_all_processes_take_the_same_checkpoint_of_a_run_that_still_trains(base, pretrain, tmp_path):
+    assert pretrain(base).returncode == 0
+    run = next_run(base, tmp_path, Path(base["out_dir"]), n_layer=1)
+    run["data"] = {**run["data"], "weights": {"slim": 1, "star": 1}, "allow_order_change": True}
+    started = run_on(run, 2, tmp_path / "two", prepare=partial(saving_after_the_first_looked, late_save(base)))
+    expected = f"from step-0000000003, sample {3 * BATCH}\n"
+    assert [expected in started.errors(rank) for rank in (0, 1)] == [True, True], started.errors(1)
+    assert [started.errors(rank).count("warning: data.allow_order_change") for rank in (0, 1)] == [1, 0]
 
 
 def test_a_teacher_may_be_a_runs_folder(base, pretrain, tmp_path):

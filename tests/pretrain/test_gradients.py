@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from lit_gpt.config import Config
 from lit_gpt.model import GPT, InitialWeights
 from pretrain.config import ParallelConfig, StageConfig
 from pretrain.guards import Guard
-from pretrain.parallel import Compute, build_model, gradients_shared, launch, replicate, whole
+from pretrain.parallel import Compute, average, build_model, gradients_shared, launch, replicate, whole
 from pretrain.training import Trained
 from pretrain.world import World, connected, find_world
 from tests.pretrain.test_stages import run_config
@@ -82,6 +83,18 @@ def check_initial_weights(world: World, way: str) -> None:
     assert not torch.equal(one, other)
 
 
+def check_sums(folder: Path) -> None:
+    """256 + 1 is 256 in bf16, so that a sum in it depends on who comes first; the mean of 256, 1, 1 is 86."""
+    world = find_world()
+    values = torch.tensor([256.0, 1.0, 1.0]).roll(world.rank)
+    gradients = [values.bfloat16().reshape(3, 1), values.clone()]
+    with connected(world, "cpu"):
+        average(gradients, world)
+    for gradient in gradients:
+        assert torch.equal(gradient.flatten(), torch.full((3,), 86.0, dtype=gradient.dtype)), gradient
+    (folder / f"{world.rank}").touch()
+
+
 def check_all(folder: Path) -> None:
     world = find_world()
     with connected(world, "cpu", alone_too=True):
@@ -96,6 +109,15 @@ def check_all(folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_gradients_are_there_after_every_accumulation_and_weights_begin_the_same(size, tmp_path):
-    started = start_function(check_all, (tmp_path,), size, tmp_path / "logs")
+    run_checks(check_all, size, tmp_path)
+
+
+@pytest.mark.slow
+def test_gradients_in_bf16_are_summed_in_fp32(tmp_path):
+    run_checks(check_sums, 3, tmp_path)
+
+
+def run_checks(checks: Callable[[Path], None], size: int, folder: Path) -> None:
+    started = start_function(checks, (folder,), size, folder / "logs")
     assert started.wait() == [0] * size, started.errors()
-    assert all((tmp_path / f"{rank}").exists() for rank in range(size))
+    assert all((folder / f"{rank}").exists() for rank in range(size))

@@ -76,6 +76,18 @@ def test_a_signal_stops_all_with_75_and_the_same_command_goes_on(settings, launc
     assert_same_losses(folder, finished_run)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_to_processes_that_do_not_listen_yet_is_repeated_until_they_do(launch, tmp_path, number):
+    """The first asks its launcher, torchrun's parent, to stop before it becomes Python."""
+    python = tmp_path / "python"
+    ask = f'kill -{int(number)} "$(ps -o ppid= -p $PPID | tr -d " ")"; sleep 2'
+    python.write_text(python.read_text().replace("exec", f'if [ "$LOCAL_RANK" = 0 ]; then {ask}; fi\nexec'))
+    process = launch(MAX_RESTARTS="1")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output
+    assert output.count("repeat the command to go on") == 1 and "Traceback" not in output and "traceback" not in output
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_before_there_are_processes_ends_with_75_too(launch, tmp_path, number):
     """torchrun has not got that far: it is a program here that asks its caller to stop, and waits."""

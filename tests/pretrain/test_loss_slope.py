@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
 import pytest
 
-from pretrain.command_line import config_of, parse
+from lit_gpt.flops import Flops
+from pretrain.command_line import Invocation, config_of, parse
+from pretrain.loop import is_too_slow
 from pretrain.loss_slope import BINS, add_loss, loss_slope
+from pretrain.preflight import preflight
 from pretrain.run import run
-from pretrain.stages import plan_stages
+from pretrain.stages import Learning, plan_stages
+from pretrain.state import TrainState
+from pretrain.status import status_of
 from pretrain.step_samples import samples_of
 from tests.pretrain.conftest import command_for, two_stages
 from tests.pretrain.runs import assert_same_end, records
@@ -111,6 +117,32 @@ def test_a_loss_that_falls_fast_enough_trains_to_the_stages_last_step(prepared, 
     settings["stages"][0]["max_steps"] = 24
     lines = records(finish(settings, tmp_path))
     assert len([line for line in lines if line["stage"] == 1]) == 24
+
+
+def test_a_stage_is_not_judged_while_its_growth_is_learned_or_its_rate_rises(prepared, tmp_path):
+    config = config_of(slow_settings(tmp_path, prepared, slope=-0.3))
+    stage = plan_stages(config, config.model.resolve(259))[0]
+    stage = dataclasses.replace(stage, learning=Learning(steps=5, rate=0.1))
+    state = TrainState(flops=Flops(1e9, 1e9, 1e9))
+    judged = []
+    for state.stage_step in range(1, 10):
+        assert not is_too_slow(stage, state, 5.0)
+        judged += [state.stage_step] if state.slope_bins else []
+    assert judged == [8, 9], "after 5 steps that learn and 2 of warm-up"
+
+
+@pytest.mark.parametrize(("every", "warned"), [(1, False), (6, False), (7, True), (40, True)])
+def test_a_stage_that_is_logged_too_seldom_for_a_slope_is_warned_of(prepared, tmp_path, every, warned):
+    """The last doubling of the FLOPs of 120 steps are 60."""
+    config = config_of({**slow_settings(tmp_path, prepared), "logging": {"every_steps": every}})
+    lines = preflight(Invocation(config)).data_lines
+    assert any("grow_when, which has no effect" in line for line in lines) == warned
+
+
+def test_status_knows_when_the_stage_ended(ended):
+    last = len([line for line in records(ended) if line["stage"] == 1])
+    found = status_of(ended)
+    assert (found.state, found.step, found.planned_steps) == ("finished", last + 8, last + 8)
 
 
 def staged(*stages: dict[str, object]) -> dict[str, object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import os
 import shutil
 from contextlib import ExitStack
 from functools import partial
@@ -233,6 +234,31 @@ def test_a_batch_that_does_not_divide_is_refused_once_with_what_does(settings_of
     assert "must be a multiple" in refused.errors() and "micro_batch_size can be 1, 2, 4" in refused.errors()
     assert [refused.errors(rank) for rank in (1, 2)] == ["", ""]
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def without_bf16(on_rank: int) -> None:
+    parallel.cpu_multiplies_bf16 = lambda: int(os.environ["RANK"]) != on_rank
+
+
+def without_compiler(on_rank: int) -> None:
+    if int(os.environ["RANK"]) == on_rank:
+        parallel.find_cpp_compiler = lambda: None
+
+
+@pytest.mark.slow
+def test_processes_that_would_not_compute_alike_are_refused_once_and_nothing_is_deleted(settings_of, of_two, tmp_path):
+    run = Path(shutil.copytree(of_two, tmp_path / "run"))
+    settings = settings_of(run, precision="auto")
+    refused = run_on(settings, 2, tmp_path / "start", "--fresh", prepare=partial(without_bf16, 1), code=2)
+    assert "bf16 on cpu: process 0\n" in refused.errors() and "fp32 on cpu: process 1\n" in refused.errors()
+    assert refused.errors(1) == "" and latest(run / "checkpoints") is not None
+
+
+@pytest.mark.slow
+def test_what_one_process_alone_cannot_do_ends_all_with_its_message_and_code(settings_of, tmp_path):
+    settings = settings_of(tmp_path / "run", compile="block")
+    refused = run_on(settings, 2, tmp_path / "start", prepare=partial(without_compiler, 1), code=2)
+    assert "needs a C++ compiler" in refused.errors(1) and refused.errors(0) == ""
 
 
 def below_a_file(settings: dict, tmp_path: Path) -> tuple[dict, int, str]:

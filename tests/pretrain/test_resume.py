@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import shutil
 import signal
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from benchmarks.kill_sweep import cut_back
-from lit_gpt.checkpoint import latest, read_training
+from lit_gpt.checkpoint import latest, manifest_sha256, read_training
 from lit_gpt.settings_files import merge
 from lit_gpt.tokenizer import Tokenizer
 from tests.pretrain.conftest import write_prepared
@@ -182,6 +183,29 @@ def test_a_run_with_checkpoints_of_its_own_needs_its_parent_no_more(settings, pr
     again = pretrain(settings)
     assert again.returncode == 0, again.stderr
     assert "is finished" in again.stdout
+
+
+def test_a_start_that_a_launcher_repeats_does_not_delete_what_the_first_one_trained(
+    settings, pretrain, copied, monkeypatch
+):
+    """A job of one task that SLURM queued again: the command still says --fresh."""
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    before = manifest_sha256(latest(copied / "checkpoints"))
+    again = pretrain(settings, "--fresh", "--take-over")
+    assert again.returncode == 0 and "is finished" in again.stdout
+    assert "--fresh and --take-over ignored" in again.stderr
+    assert manifest_sha256(latest(copied / "checkpoints")) == before
+
+
+def test_fresh_is_an_error_where_the_earlier_checkpoints_cannot_be_removed(settings, pretrain, copied, monkeypatch):
+    def refuse(path, target):
+        raise PermissionError(errno.EACCES, "no", str(path))
+
+    before = {*copied.rglob("*")}
+    monkeypatch.setattr(Path, "rename", refuse)
+    refused = pretrain(settings, "--fresh")
+    assert refused.returncode == 3 and "checkpoints: no" in refused.stderr
+    assert before <= {*copied.rglob("*")}
 
 
 def test_fresh_starts_over(settings, pretrain, copied):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import signal
 import time
 from dataclasses import asdict, replace
 
@@ -73,6 +74,16 @@ def test_the_next_job_of_a_chain_waits_for_one_that_was_killed_a_moment_ago(tmp_
     told = capsys.readouterr().err
     assert "waiting for a sign of life" in told and "counts as gone after 60 s" in told
     assert len(waited) == DEAD_SECS - BEAT_SECS + 1
+
+
+def test_a_signal_ends_the_wait_for_a_sign_of_life_with_75(settings, pretrain, tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    path = leave(tmp_path / "run")
+    monkeypatch.setattr(module.time, "sleep", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    stopped = pretrain(settings)
+    assert stopped.returncode == 75, stopped.stderr
+    assert "waiting for a sign of life" in stopped.stderr and "stopped by SIGTERM; repeat the command" in stopped.stderr
+    assert read_owner(path) == ELSEWHERE and not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_a_glance_of_status_does_not_look_like_an_owner(tmp_path, monkeypatch):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -24,6 +26,18 @@ def test_the_first_signal_is_remembered(first, capsys):
         assert stop.requested()
     assert stop.received == signal.Signals(first).name
     assert "saving at the next step" in capsys.readouterr().err
+
+
+def test_a_warning_to_a_process_that_ends_does_not_kill_it():
+    """The interpreter gives signals that it handles their defaults back before it ends, but not those it ignores."""
+    code = (
+        "from pretrain.signals import StopSignal\nimport os, signal\n"
+        "class Late:\n"
+        "    def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGUSR1):\n"
+        "        kill(pid, number)\n"
+        "stop = StopSignal()\nstop.listen()\nstop.end_listening()\nimport sys\nsys.late = Late()\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_a_second_urgent_signal_exits_at_once():
@@ -84,6 +98,14 @@ def test_a_stop_leaves_as_the_launcher_needs_it(tmp_path, world, env, looks_like
         with pytest.raises(StopRequested):
             run()
     assert (tmp_path / REQUEUE).exists() == leaves_a_file
+
+
+@pytest.mark.parametrize("launcher", ["srun", "torchrun", "environment"])
+def test_a_stop_of_which_no_file_can_tell_is_a_stop_all_the_same(tmp_path, capsys, launcher):
+    gone = tmp_path / "gone"
+    with pytest.raises(StopRequested), marked(gone, World(0, 2, 0, 2, launcher), {}):
+        raise StopRequested("stopped")
+    assert f"warning: {gone / REQUEUE} cannot be written (No such file" in capsys.readouterr().err
 
 
 def test_a_run_that_reaches_its_end_leaves_no_file_of_an_earlier_stop(tmp_path):

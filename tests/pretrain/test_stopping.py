@@ -122,6 +122,12 @@ def test_before_the_first_step_nothing_is_saved_as_nothing_was_trained(sender, g
     goes_on(saves=False)
 
 
+def test_a_dry_run_that_is_asked_to_stop_stops(settings, pretrain, sender):
+    sender.before(run, "preflight", lambda *_: sender.send())
+    stopped = pretrain(settings, "--dry-run")
+    assert (stopped.returncode, stopped.stdout) == (75, "")
+
+
 def test_during_the_first_validation_nothing_is_saved_either(sender, goes_on):
     sender.before(evaluate, "_losses", lambda *_: sender.send())
     goes_on(saves=False)

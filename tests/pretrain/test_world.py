@@ -9,7 +9,7 @@ import pytest
 
 from lit_gpt.errors import EXIT_DATA, DataError
 from pretrain import world as world_module
-from pretrain.world import ALONE, World, connected, device_index, find_world, in_turn
+from pretrain.world import ALONE, World, connected, device_index, find_world, in_turn, is_started_again
 
 BATCH = {
     "SLURM_JOB_ID": "7",
@@ -63,6 +63,23 @@ TORCHRUN = {
 )
 def test_a_process_knows_its_place(env, expected):
     assert find_world(env) == expected
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({}, False),
+        (TORCHRUN, True),
+        (TORCHRUN | {"TORCHELASTIC_RESTART_COUNT": "0"}, False),
+        (BATCH | TORCHRUN | {"TORCHELASTIC_RESTART_COUNT": "0", "SLURM_RESTART_COUNT": "1"}, True),
+        (step(1, "2", 2), False),
+        (step(1, "2", 2, SLURM_RESTART_COUNT="3"), True),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "SLURM_RESTART_COUNT": "1"}, True),  # no step: python alone
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "SLURM_RESTART_COUNT": "0"}, False),
+    ],
+)
+def test_a_command_that_a_launcher_repeats_is_told_from_one_that_a_user_repeats(env, expected):
+    assert is_started_again(find_world(env), env) is expected
 
 
 @pytest.mark.parametrize(
