@@ -111,8 +111,8 @@ class RunLog:
             return
         try:
             self._tensorboard.finalize("success")
-        except OSError as error:
-            self._report("TensorBoard", error)
+        except Exception as error:
+            self._give_up_tensorboard(error)
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
         try:
@@ -126,8 +126,8 @@ class RunLog:
 
         try:
             return TensorBoardLogger(self.out_dir, name=TENSORBOARD_FOLDER, version="", purge_step=step + 1)
-        except (OSError, ModuleNotFoundError) as error:
-            self._report("TensorBoard", error)
+        except Exception as error:
+            self._give_up_tensorboard(error)
             return None
 
     def _scalars(self, values: dict[str, float | None], step: int) -> None:
@@ -135,10 +135,15 @@ class RunLog:
             return
         try:
             self._tensorboard.log_metrics({key: value for key, value in values.items() if value is not None}, step)
-        except OSError as error:
-            self._report("TensorBoard", error)
+        except Exception as error:
+            self._give_up_tensorboard(error)
 
-    def _report(self, name: str, error: Exception) -> None:
+    def _give_up_tensorboard(self, error: Exception) -> None:
+        """It writes in a thread, and Fabric wraps what that met (a full disk, say) in a ValueError about the value."""
+        self._tensorboard = None
+        self._report("TensorBoard", error.__cause__ or error)
+
+    def _report(self, name: str, error: BaseException) -> None:
         if name not in self._failed:
             self._failed.add(name)
             sys.stderr.write(f"warning: {name} cannot be written ({error}); training goes on without it\n")
