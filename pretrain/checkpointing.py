@@ -25,6 +25,7 @@ from pretrain.background import BackgroundWork
 from pretrain.config import CheckpointConfig
 from pretrain.loggers import say
 from pretrain.optim import named_state
+from pretrain.run_lock import TakenOver, check_held
 from pretrain.state import TrainState
 from pretrain.world import ALONE, World
 
@@ -64,6 +65,7 @@ class RunCheckpoints:
         device_type: str = "cpu",
     ) -> None:
         self.folder = out_dir / "checkpoints"
+        self._out_dir = out_dir
         self._last_saved = out_dir / LAST_SAVED_FILE
         self.world = world
         self.settings = settings
@@ -163,13 +165,14 @@ class RunCheckpoints:
 
     def _report(self, path: Path, error: Exception, *, stop: bool) -> None:
         """Every process gets the same error; the first one speaks for all."""
-        if stop:
+        if stop or isinstance(error, TakenOver):
             raise error if self.world.is_first else SystemExit(exit_code(error))
         if self.world.is_first:
             kept = f"the last one is {self.last}" if self.last else "there is none before it"
             sys.stderr.write(f"warning: checkpoint {path} could not be saved: {explain(error)}. Going on; {kept}\n")
 
     def _write(self, path: Path, content: Content, world: World) -> None:
+        first(world, lambda: check_held(self._out_dir))
         write_training(
             path,
             model=content.model,
@@ -182,6 +185,7 @@ class RunCheckpoints:
         first(world, lambda: self._published(path))
 
     def _published(self, path: Path) -> None:
+        check_held(self._out_dir)  # nothing of another's is removed
         with suppress(OSError):  # a full disk, say; the checkpoint is complete all the same
             write_atomically(self._last_saved, f"{_short(path)}\n".encode())
         self._remove_superseded(path)

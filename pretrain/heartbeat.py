@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pretrain.run_lock import check_held
+
 HEARTBEAT_FILE = "heartbeat.json"
 EVERY_SECS = 3.0
 ENDED = "ended"
@@ -37,11 +39,16 @@ class Heartbeat:
         self._facts: dict[str, Any] = {}
 
     def beat(self, doing: str, **facts: Any) -> None:
-        """The run is alive and does this. facts: what else the file says, from now on."""
+        """The run is alive and does this. facts: what else the file says, from now on.
+
+        Raises:
+            DataError: the folder was taken over, which a process notices that was stopped for long.
+        """
         now = self._clock()
         self._facts |= facts
         if doing == self._doing and now - self._written < EVERY_SECS:
             return
+        check_held(self._path.parent)
         self._doing, self._written = doing, now
         record = {"time": now, "doing": doing, **self._facts, **self._owner}
         temporary = self._path.with_name(f".{self._path.name}.tmp")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from grow.curves import EVALS_FILE, METRICS_FILE
 from lit_gpt.atomic import write_atomically
 from pretrain.heartbeat import ENDED, Heartbeat
+from pretrain.run_lock import check_held
 
 if TYPE_CHECKING:
     from lightning_fabric.loggers import TensorBoardLogger
@@ -76,7 +77,10 @@ class NoLog:
 
 
 class RunLog:
-    """Appends to metrics.jsonl, evals.jsonl and TensorBoard; one that fails is reported once and stops no run."""
+    """Appends to metrics.jsonl, evals.jsonl and TensorBoard; one that fails is reported once and stops no run.
+
+    Only a folder that was taken over does, as a DataError: see pretrain/run_lock.py.
+    """
 
     def __init__(self, out_dir: Path, *, stage: int, step: int, tensorboard: bool, owed: str | None = None) -> None:
         """Continue the logs after (stage, step); stage 0 starts them anew. owed: see `cut_back`."""
@@ -115,6 +119,7 @@ class RunLog:
             self._give_up_tensorboard(error)
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
+        check_held(self.out_dir)
         try:
             with (self.out_dir / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
