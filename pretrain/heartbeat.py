@@ -11,8 +11,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pretrain.run_lock import check_held
-
 HEARTBEAT_FILE = "heartbeat.json"
 EVERY_SECS = 3.0
 ENDED = "ended"
@@ -24,6 +22,7 @@ class Heartbeat:
     """Rewrites the file when the run does something else, and every few seconds while it goes on with the same.
 
     It is there as a whole or not at all, but not synced: losing it costs nothing. A disk that refuses it stops no run.
+    What `check` raises does; it is called before the file is written.
     """
 
     def __init__(
@@ -31,24 +30,22 @@ class Heartbeat:
         folder: Path,
         clock: Callable[[], float] = time.time,
         env: Mapping[str, str] = os.environ,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self._path = folder / HEARTBEAT_FILE
         self._clock = clock
+        self._check = check
         self._owner = {"pid": os.getpid(), "host": socket.gethostname(), "job": env.get(JOB_VARIABLE)}
         self._doing, self._written = "", -EVERY_SECS
         self._facts: dict[str, Any] = {}
 
     def beat(self, doing: str, **facts: Any) -> None:
-        """The run is alive and does this. facts: what else the file says, from now on.
-
-        Raises:
-            DataError: the folder was taken over, which a process notices that was stopped for long.
-        """
+        """The run is alive and does this. facts: what else the file says, from now on."""
         now = self._clock()
         self._facts |= facts
         if doing == self._doing and now - self._written < EVERY_SECS:
             return
-        check_held(self._path.parent)
+        self._check()
         self._doing, self._written = doing, now
         record = {"time": now, "doing": doing, **self._facts, **self._owner}
         temporary = self._path.with_name(f".{self._path.name}.tmp")

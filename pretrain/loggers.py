@@ -90,7 +90,7 @@ class RunLog:
             shutil.rmtree(out_dir / TENSORBOARD_FOLDER, ignore_errors=True)
         for name in (METRICS_FILE, EVALS_FILE):
             cut_back(out_dir / name, stage, step, owed)
-        self._heartbeat = Heartbeat(out_dir)
+        self._heartbeat = Heartbeat(out_dir, check=lambda: check_held(out_dir))
         self._tensorboard = self._open_tensorboard(step) if tensorboard else None
 
     def metrics(self, record: dict[str, Any]) -> None:

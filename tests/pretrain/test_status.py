@@ -57,7 +57,27 @@ def test_a_checkpoint_that_lacks_a_file_is_not_the_last_one(copied):
     assert status_of(copied).checkpoint.step == 12
 
 
+def logged_until(folder: Path, step: int) -> None:
+    """Cut the log back."""
+    log = folder / "metrics.jsonl"
+    log.write_text("".join(f"{line}\n" for line in log.read_text().splitlines() if json.loads(line)["step"] <= step))
+
+
+@pytest.mark.parametrize(("beaten", "stage"), [(5, 1), (9, 2), (14, 2)])
+def test_step_and_stage_are_of_one_moment_and_the_loss_says_of_which(held, beaten, stage):
+    """The log is written every so many steps, the heartbeat every few seconds: either may be the later one."""
+    logged_until(held, 6)
+    last = records(held)[-1]
+    Heartbeat(held, clock=lambda: 1000.0).beat("training", step=beaten, stage=stage)
+    found = status_of(held, now=1002.0)
+    name = ("base", "grown")[stage - 1]
+    assert (found.step, found.stage, found.stage_name) == (max(beaten, 6), stage, name)
+    assert (found.logged_step, found.loss, found.tokens) == (6, last["loss"], last["tokens"])
+    assert any("(at step 6)" in line for line in describe(found)) == (beaten > 6)
+
+
 def test_who_holds_the_lock_trains(held):
+    logged_until(held, 12)
     Heartbeat(held, clock=lambda: 1000.0, env={}).beat("training", step=13)
     found = status_of(held, now=1002.0)
     assert (found.state, found.step, found.doing, found.silent_secs) == ("running", 13, "training", 2.0)
