@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lit_gpt.errors import EXIT_OK
+from lit_gpt.errors import EXIT_OK, DataError
 
 if TYPE_CHECKING:
     from lit_gpt.checkpoint import TrainingCheckpoint
@@ -42,11 +42,32 @@ def validate(path: str | Path, flags: Sequence[str] = ()) -> list[SetLoss]:
     Raises:
         ValueError: bad settings, or no validation data. DataError, OSError: a damaged or missing file.
     """
-    from lit_gpt.checkpoint import find_checkpoint, read_training
+    from lit_gpt.checkpoint import read_training
 
-    found = find_checkpoint(path)
-    checkpoint = read_training(found)
+    found = _newest_valid(Path(path))
+    checkpoint = read_training(found, verify=found == Path(path))
     return _measure(str(found), checkpoint, _settings(checkpoint, flags))
+
+
+def _newest_valid(path: Path) -> Path:
+    """A checkpoint itself; of a run the one that training would take up at.
+
+    Raises:
+        DataError: there is none.
+    """
+    from lit_gpt.atomic import MANIFEST
+    from lit_gpt.checkpoint import latest
+
+    if not path.is_dir() or (path / MANIFEST).exists():
+        return path
+
+    def warn(skipped: Path, reason: str) -> None:
+        sys.stderr.write(f"warning: {skipped} is passed over: {reason}\n")
+
+    found = latest(path / "checkpoints", deep=True, on_skip=warn)
+    if found is None:
+        raise DataError(f"{path} holds no valid checkpoint; give a checkpoint, or a run that has saved one")
+    return found
 
 
 def _settings(checkpoint: TrainingCheckpoint, flags: Sequence[str]) -> RunConfig:

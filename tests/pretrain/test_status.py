@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lit_gpt.errors import DataError
 from pretrain.heartbeat import EVERY_SECS, HEARTBEAT_FILE, Heartbeat, read_heartbeat
 from pretrain.run_lock import LOCK_FILE, read_owner, run_lock
 from pretrain.status import QUIET_SECS, SAVING_SECS, describe, status_of
@@ -157,6 +158,24 @@ def test_what_is_measured_again_is_what_the_run_measured_at_its_end(finished_run
     (found,) = json.loads(capsys.readouterr().out)["sets"]
     end = {r["metric"]: r["value"] for r in records(finished_run, "evals.jsonl") if r["when"] == "end"}
     assert (found["loss"], found["bpb"], found["step"]) == (end["loss"], end["bpb"], 14)
+
+
+def test_validate_passes_over_a_damaged_checkpoint_as_training_does(copied, capsys):
+    last = copied / "checkpoints" / "stage-02" / "step-0000000014"
+    victim = max(last.iterdir(), key=lambda path: path.stat().st_size)
+    victim.write_bytes(victim.read_bytes()[:-1] + b"?")
+    assert validate_main([str(copied)]) == 0
+    said = capsys.readouterr()
+    assert f"warning: {last} is passed over: " in said.err
+    assert "step 12" in said.out
+    with pytest.raises(DataError, match="crc32"):
+        validate_main([str(last)])
+
+
+def test_validate_of_a_run_without_any_checkpoint_says_so(copied):
+    shutil.rmtree(copied / "checkpoints")
+    with pytest.raises(DataError, match=f"{copied} holds no valid checkpoint"):
+        validate_main([str(copied)])
 
 
 def test_a_run_that_asked_for_shards_is_measured_by_a_single_process(finished_run, capsys):
