@@ -6,6 +6,7 @@ import copy
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_gpt.atomic import remove_directory
+from lit_gpt.atomic import remove_directory, write_atomically
 from lit_gpt.checkpoint import TrainingCheckpoint, checkpoint_path, prune_temporaries, read_training, write_training
 from lit_gpt.checkpoint_folder import newest_first, reason_to_skip
-from lit_gpt.errors import DataError, exit_code, explain
+from lit_gpt.errors import EXIT_DATA, DataError, exit_code, explain
 from lit_gpt.model import GPT
 from lit_gpt.processes import first
 from lit_gpt.versions import versions
@@ -24,9 +25,12 @@ from pretrain.background import BackgroundWork
 from pretrain.config import CheckpointConfig
 from pretrain.loggers import say
 from pretrain.optim import named_state
+from pretrain.run_lock import TakenOver, check_held
 from pretrain.state import TrainState
 from pretrain.world import ALONE, World
 
+LAST_SAVED_FILE = "last_saved"
+"""In the run's folder: the newest checkpoint that was ever complete, also when none is left that is."""
 LEARNING = "learning"
 """Beside the random states: mixing matrices and their moments, by name."""
 
@@ -61,6 +65,8 @@ class RunCheckpoints:
         device_type: str = "cpu",
     ) -> None:
         self.folder = out_dir / "checkpoints"
+        self._out_dir = out_dir
+        self._last_saved = out_dir / LAST_SAVED_FILE
         self.world = world
         self.settings = settings
         self.metadata = metadata
@@ -159,13 +165,14 @@ class RunCheckpoints:
 
     def _report(self, path: Path, error: Exception, *, stop: bool) -> None:
         """Every process gets the same error; the first one speaks for all."""
-        if stop:
+        if stop or isinstance(error, TakenOver):
             raise error if self.world.is_first else SystemExit(exit_code(error))
         if self.world.is_first:
             kept = f"the last one is {self.last}" if self.last else "there is none before it"
             sys.stderr.write(f"warning: checkpoint {path} could not be saved: {explain(error)}. Going on; {kept}\n")
 
     def _write(self, path: Path, content: Content, world: World) -> None:
+        first(world, lambda: check_held(self._out_dir))
         write_training(
             path,
             model=content.model,
@@ -175,7 +182,13 @@ class RunCheckpoints:
             replace=True,  # what is there already was found damaged on resume
             processes=world,
         )
-        first(world, lambda: self._remove_superseded(path))
+        first(world, lambda: self._published(path))
+
+    def _published(self, path: Path) -> None:
+        check_held(self._out_dir)  # nothing of another's is removed
+        with suppress(OSError):  # a full disk, say; the checkpoint is complete all the same
+            write_atomically(self._last_saved, f"{_short(path)}\n".encode())
+        self._remove_superseded(path)
 
     @property
     def last_step(self) -> int | None:
@@ -188,14 +201,37 @@ class RunCheckpoints:
         return self.moment == state.moment
 
     def resume(self) -> TrainingCheckpoint | None:
-        """The newest valid checkpoint, None when there is none; those passed over go with the next save."""
+        """The newest valid checkpoint, None before the first save; those passed over go with the next save.
+
+        Raises:
+            DataError: there were checkpoints and none is valid; nothing was deleted.
+        """
         self.last = self._find()
         if self.last is None:
+            self._check_nothing_is_lost()
             return None
         checkpoint = read_training(self.last, verify=False, processes=self.world)
         if checkpoint.rng is not None:
             self.learning = checkpoint.rng.get(LEARNING)
         return checkpoint
+
+    def _check_nothing_is_lost(self) -> None:
+        """A run that was killed before its first save has neither the record of one nor a checkpoint, even damaged."""
+
+        def reached() -> str | None:
+            if self._last_saved.exists():
+                return self._last_saved.read_text(encoding="utf-8").strip()
+            return _short(self._passed_over[0]) if self._passed_over else None
+
+        name = first(self.world, reached)
+        if name is None:
+            return
+        if not self.world.is_first:
+            raise SystemExit(EXIT_DATA)
+        raise DataError(
+            f"this run had reached {name} and none of its checkpoints in {self.folder} is valid; restore one, or start "
+            f"over with --fresh, which deletes them and the logs"
+        )
 
     def _find(self) -> Path | None:
         """All processes read through it together, each some of its files."""

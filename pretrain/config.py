@@ -70,12 +70,26 @@ class BatchConfig:
         """
         per_iter = self.micro_batch_size * n_devices
         if self.global_batch_size % per_iter:
-            fits = [m for m in range(1, self.global_batch_size + 1) if self.global_batch_size % (m * n_devices) == 0]
+            fits = _divisors(self.global_batch_size // n_devices) if self.global_batch_size % n_devices == 0 else []
+            if not fits:
+                raise ValueError(
+                    f"{n_devices} processes do not divide batch.global_batch_size={self.global_batch_size}; use "
+                    f"{_any_of(_divisors(self.global_batch_size))} processes"
+                )
             raise ValueError(
                 f"batch.global_batch_size={self.global_batch_size} must be a multiple of micro_batch_size * devices = "
-                f"{self.micro_batch_size} * {n_devices}; micro_batch_size can be {', '.join(map(str, fits)) or 'none'}"
+                f"{self.micro_batch_size} * {n_devices}; micro_batch_size can be {', '.join(map(str, fits))}"
             )
         return self.global_batch_size // per_iter
+
+
+def _divisors(number: int) -> list[int]:
+    return [each for each in range(1, number + 1) if number % each == 0]
+
+
+def _any_of(numbers: list[int]) -> str:
+    """`[1, 2, 4]` -> `1, 2 or 4`."""
+    return " or ".join(", ".join(map(str, part)) for part in (numbers[:-1], numbers[-1:]) if part)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 from lit_gpt.config import Config
 from lit_gpt.packed_dataset import manifest_of
 from lit_gpt.token_files import Separator, TokenFiles, detect_separator, likely_separators
-from lit_gpt.token_listing import is_there
+from lit_gpt.token_listing import is_there, list_files
 from lit_gpt.tokenizer import Tokenizer
 from pretrain.config import DataConfig, ModelConfig
 
@@ -102,7 +102,8 @@ def read_corpus(data: DataConfig, look_beside: bool = False) -> Corpus:
     look_beside: where neither a manifest nor a setting names a tokenizer, take the one in the token files' folders.
 
     Raises:
-        FileNotFoundError: a path or the tokenizer does not exist. DataError: a folder was not prepared to its end.
+        FileNotFoundError: a path or the tokenizer does not exist, or there are no token files.
+        DataError: a folder was not prepared to its end.
         ValueError: two different tokenizers.
     """
     manifests = _read_manifests(data)
@@ -119,6 +120,9 @@ def read_corpus(data: DataConfig, look_beside: bool = False) -> Corpus:
     if named is None and beside is not None:
         return Corpus(manifests, _entry(Tokenizer.load(beside)), beside, beside_files=True)
     if named is None:
+        if look_beside:  # nobody will know how many ids there are; but is there any data at all?
+            for path in data.train_paths().values():
+                list_files(path, "train")
         return Corpus(manifests, None, None)
     return Corpus(manifests, _entry(named), data.tokenizer)
 

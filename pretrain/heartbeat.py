@@ -22,6 +22,7 @@ class Heartbeat:
     """Rewrites the file when the run does something else, and every few seconds while it goes on with the same.
 
     It is there as a whole or not at all, but not synced: losing it costs nothing. A disk that refuses it stops no run.
+    What `check` raises does; it is called before the file is written.
     """
 
     def __init__(
@@ -29,9 +30,11 @@ class Heartbeat:
         folder: Path,
         clock: Callable[[], float] = time.time,
         env: Mapping[str, str] = os.environ,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self._path = folder / HEARTBEAT_FILE
         self._clock = clock
+        self._check = check
         self._owner = {"pid": os.getpid(), "host": socket.gethostname(), "job": env.get(JOB_VARIABLE)}
         self._doing, self._written = "", -EVERY_SECS
         self._facts: dict[str, Any] = {}
@@ -42,6 +45,7 @@ class Heartbeat:
         self._facts |= facts
         if doing == self._doing and now - self._written < EVERY_SECS:
             return
+        self._check()
         self._doing, self._written = doing, now
         record = {"time": now, "doing": doing, **self._facts, **self._owner}
         temporary = self._path.with_name(f".{self._path.name}.tmp")

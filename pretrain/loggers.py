@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from grow.curves import EVALS_FILE, METRICS_FILE
 from lit_gpt.atomic import write_atomically
 from pretrain.heartbeat import ENDED, Heartbeat
+from pretrain.run_lock import check_held
 
 if TYPE_CHECKING:
     from lightning_fabric.loggers import TensorBoardLogger
@@ -76,7 +77,10 @@ class NoLog:
 
 
 class RunLog:
-    """Appends to metrics.jsonl, evals.jsonl and TensorBoard; one that fails is reported once and stops no run."""
+    """Appends to metrics.jsonl, evals.jsonl and TensorBoard; one that fails is reported once and stops no run.
+
+    Only a folder that was taken over does, as a DataError: see pretrain/run_lock.py.
+    """
 
     def __init__(self, out_dir: Path, *, stage: int, step: int, tensorboard: bool, owed: str | None = None) -> None:
         """Continue the logs after (stage, step); stage 0 starts them anew. owed: see `cut_back`."""
@@ -86,7 +90,7 @@ class RunLog:
             shutil.rmtree(out_dir / TENSORBOARD_FOLDER, ignore_errors=True)
         for name in (METRICS_FILE, EVALS_FILE):
             cut_back(out_dir / name, stage, step, owed)
-        self._heartbeat = Heartbeat(out_dir)
+        self._heartbeat = Heartbeat(out_dir, check=lambda: check_held(out_dir))
         self._tensorboard = self._open_tensorboard(step) if tensorboard else None
 
     def metrics(self, record: dict[str, Any]) -> None:
@@ -111,10 +115,11 @@ class RunLog:
             return
         try:
             self._tensorboard.finalize("success")
-        except OSError as error:
-            self._report("TensorBoard", error)
+        except Exception as error:
+            self._give_up_tensorboard(error)
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
+        check_held(self.out_dir)
         try:
             with (self.out_dir / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
@@ -126,8 +131,8 @@ class RunLog:
 
         try:
             return TensorBoardLogger(self.out_dir, name=TENSORBOARD_FOLDER, version="", purge_step=step + 1)
-        except (OSError, ModuleNotFoundError) as error:
-            self._report("TensorBoard", error)
+        except Exception as error:
+            self._give_up_tensorboard(error)
             return None
 
     def _scalars(self, values: dict[str, float | None], step: int) -> None:
@@ -135,10 +140,15 @@ class RunLog:
             return
         try:
             self._tensorboard.log_metrics({key: value for key, value in values.items() if value is not None}, step)
-        except OSError as error:
-            self._report("TensorBoard", error)
+        except Exception as error:
+            self._give_up_tensorboard(error)
 
-    def _report(self, name: str, error: Exception) -> None:
+    def _give_up_tensorboard(self, error: Exception) -> None:
+        """It writes in a thread, and Fabric wraps what that met (a full disk, say) in a ValueError about the value."""
+        self._tensorboard = None
+        self._report("TensorBoard", error.__cause__ or error)
+
+    def _report(self, name: str, error: BaseException) -> None:
         if name not in self._failed:
             self._failed.add(name)
             sys.stderr.write(f"warning: {name} cannot be written ({error}); training goes on without it\n")

@@ -202,8 +202,18 @@ def describe_divergence(run: Run, state: TrainState, found: Diverged) -> str:
     return (
         f"steps {found.first_step} to {found.last_step} were not made: their loss or gradient is no number, or a "
         f"spike. Samples {start} to {stop - 1} of the data order. Last checkpoint: {run.checkpoints.last or 'none'}. "
-        f"Lower optimizer.learning_rate, or look at these samples: "
-        f"pretrain data show {run.config.out_dir} --step {found.first_step}{skip_text}"
+        f"Look at these samples: pretrain data show {run.config.out_dir} --step {found.first_step}{skip_text}. "
+        f"{_with_a_lower_rate(run)}"
+    )
+
+
+def _with_a_lower_rate(run: Run) -> str:
+    """How: a run does not resume under another one."""
+    if run.checkpoints.last is None:
+        return "Or start over with a lower rate: --fresh --optimizer.learning_rate RATE"
+    return (
+        f"Or go on with a lower rate as another run, its stages what is left of these: "
+        f"--init-from {run.checkpoints.last} --out-dir NEW --optimizer.learning_rate RATE"
     )
 
 

@@ -30,7 +30,7 @@ from lit_gpt.legacy import is_legacy
 from lit_gpt.model import InitialWeights
 from lit_gpt.processes import first
 from pretrain.changed_settings import check_settings
-from pretrain.checkpointing import RunCheckpoints, restore_random_states
+from pretrain.checkpointing import LAST_SAVED_FILE, RunCheckpoints, restore_random_states
 from pretrain.command_line import Invocation
 from pretrain.config import RunConfig, to_plain
 from pretrain.data import TrainData
@@ -282,7 +282,7 @@ def remove_run(out_dir: Path) -> None:
     for name in ("checkpoints", TENSORBOARD_FOLDER):
         if (out_dir / name).exists():
             remove_directory(out_dir / name)  # at once: no part of it stays that could be resumed
-    for name in (METRICS_FILE, EVALS_FILE, CONFIG_FILE, HEARTBEAT_FILE):
+    for name in (METRICS_FILE, EVALS_FILE, CONFIG_FILE, HEARTBEAT_FILE, LAST_SAVED_FILE):
         (out_dir / name).unlink(missing_ok=True)
 
 

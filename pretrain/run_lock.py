@@ -24,7 +24,14 @@ BEAT_SECS = 10  # between two heartbeats: the lock file's time of change
 DEAD_SECS = 60  # without one, nobody is there any more
 LOCK_TRIES = 5  # `pretrain status` holds a lock for a moment to see whether somebody else does
 TAKE_OVER = "--take-over"
+LOST = frozenset({errno.ENOENT, errno.ESTALE})
+_held: dict[Path, tuple[IO[str], str]] = {}
+"""Of this process, as the system's locks are: lock file -> that file as it was opened, and what was written into it."""
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL})
+
+
+class TakenOver(DataError):
+    """A run's folder belongs to somebody else by now."""
 
 
 @dataclass(frozen=True)
@@ -63,18 +70,65 @@ def run_lock(folder: Path, *, take_over: bool = False, stopped: Callable[[], boo
     """
     path = folder / LOCK_FILE
     if take_over and path.exists():
+        _refuse_neighbour(path)
         sys.stderr.write(f"warning: {TAKE_OVER}: {path} is taken from {_told(read_owner(path))}\n")
         path.unlink()  # whoever holds the old file holds a file without a name
     with path.open("a+") as file:
         locked = _lock(file, path)
         _refuse_living_owner(path, locked, stopped)
-        _write(file, json.dumps(asdict(Owner.here())))
+        text = json.dumps(asdict(Owner.here()))
+        _write(file, text)
+        _held[path] = (file, text)
         try:
-            with _heartbeat(path):
+            with _heartbeat(file):
                 yield
         finally:
+            del _held[path]
             with suppress(OSError):  # a full disk, say; the heartbeat has stopped anyway
                 _write(file, "")
+
+
+def is_lost(folder: Path) -> bool:
+    """Whether somebody took over a folder that this process holds: it may have been stopped, or cut off, for long."""
+    path = folder / LOCK_FILE
+    if path not in _held:
+        return False
+    file, text = _held[path]
+    try:
+        is_same = os.path.samestat(os.fstat(file.fileno()), path.stat())
+        return not is_same or path.read_text(encoding="utf-8") != text
+    except OSError as error:
+        return error.errno in LOST  # a file system that is away for a while says nothing
+
+
+def check_held(folder: Path) -> None:
+    """Before anything is written into a run's folder.
+
+    Raises:
+        TakenOver: this process held it, and somebody took it over.
+    """
+    if is_lost(folder):
+        raise TakenOver(
+            f"{folder} was taken over while this process held it: {_told(read_owner(folder / LOCK_FILE))}; nothing "
+            f"more is written here. See how that one is doing: pretrain status {folder}"
+        )
+
+
+def _refuse_neighbour(path: Path) -> None:
+    """A process of this node that holds the lock is no dead node's, even if it is stopped and silent."""
+    owner = read_owner(path)
+    if owner is None or owner.host != socket.gethostname():
+        return
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(
+                f"{TAKE_OVER}: {path.parent} is held on this node by {owner.describe()}, which lives, though it may be "
+                f"stopped; end it first (kill -9 {owner.pid}), then repeat the command without {TAKE_OVER}"
+            ) from error
+        except OSError:  # a file system without locks
+            return
 
 
 def _lock(file: IO[str], path: Path) -> bool:
@@ -180,15 +234,18 @@ def _write(file: IO[str], text: str) -> None:
 
 
 @contextmanager
-def _heartbeat(path: Path) -> Iterator[None]:
-    """Touch the lock file every BEAT_SECS: what holds the folder is alive, whether or not it makes progress."""
+def _heartbeat(file: IO[str]) -> Iterator[None]:
+    """Touch the lock file every BEAT_SECS: what holds the folder is alive, whether or not it makes progress.
+
+    The file that was opened, not its name: if somebody took that over, its life is another's to show.
+    """
     over = threading.Event()
 
     def beat() -> None:
         while not over.wait(BEAT_SECS):
             try:
-                os.utime(path)
-            except OSError:  # taken over, or a file system that is away for a while
+                os.utime(file.fileno())
+            except OSError:  # a file system that is away for a while
                 continue
 
     thread = threading.Thread(target=beat, name="heartbeat", daemon=True)

@@ -63,6 +63,8 @@ class Status:
     """Of all stages; None before the first checkpoint."""
     stage: int | None
     stage_name: str | None
+    logged_step: int | None
+    """Of the last line of metrics.jsonl, whose loss, tokens_per_sec and tokens follow; `step` may be later."""
     loss: float | None
     tokens_per_sec: float | None
     tokens: int | None
@@ -97,14 +99,15 @@ def status_of(run: str | Path, now: float | None = None) -> Status:
     owner = owner or (None if is_quiet else _owner_elsewhere(beat))
     stuck = owner is not None and is_quiet
     state = "finished" if finished and owner is None else "stuck" if stuck else "running" if owner else "stopped"
-    step = beat.get("step") if beat is not None and owner is not None else None
+    latest = _latest(beat if owner is not None else None, metrics, saved)
     return Status(
         run=str(run),
         state=state,
-        step=step if step is not None else metrics.get("step", checkpoint.step if checkpoint else None),
+        step=latest.get("step", checkpoint.step if checkpoint else None),
         planned_steps=None if saved is None else _planned_steps(saved),
-        stage=metrics.get("stage"),
-        stage_name=metrics.get("stage_name"),
+        stage=latest.get("stage"),
+        stage_name=latest.get("stage_name"),
+        logged_step=metrics.get("step"),
         loss=metrics.get("loss"),
         tokens_per_sec=metrics.get("tokens_per_sec"),
         tokens=metrics.get("tokens"),
@@ -115,6 +118,19 @@ def status_of(run: str | Path, now: float | None = None) -> Status:
         owner=owner,
         finished=finished,
     )
+
+
+def _latest(
+    beat: Mapping[str, Any] | None, metrics: Mapping[str, Any], saved: Mapping[str, Any] | None
+) -> Mapping[str, Any]:
+    """step, stage and stage_name of the later one of the heartbeat and the last line of the log."""
+    beat = beat or {}
+    stage = beat.get("stage", metrics.get("stage"))
+    if "step" not in beat or (beat["step"], stage or 0) <= (metrics.get("step", -1), metrics.get("stage", 0)):
+        return metrics
+    stages = saved["run_config"]["stages"] if saved else []
+    name = stages[stage - 1]["name"] if stages and stage else metrics.get("stage_name")
+    return {"step": beat["step"], "stage": stage, "stage_name": name}
 
 
 def _patience(beat: Mapping[str, Any] | None, metrics: Mapping[str, Any]) -> float:
@@ -213,12 +229,13 @@ def _owner_elsewhere(beat: Mapping[str, Any] | None) -> Owner | None:
 def describe(status: Status) -> list[str]:
     """What the command prints."""
     planned = "" if status.planned_steps is None else f" of {status.planned_steps:,}"
-    stage = "" if status.stage is None else f", stage {status.stage} ({status.stage_name})"
+    name = "" if status.stage_name is None else f" ({status.stage_name})"
+    stage = "" if status.stage is None else f", stage {status.stage}{name}"
     rows = [("step", f"{'none' if status.step is None else format(status.step, ',')}{planned}{stage}")]
     if status.loss is not None:
-        rows.append(
-            ("loss", f"{status.loss:.4f}, {status.tokens_per_sec or 0:,.0f} tokens/s, {status.tokens:,} tokens")
-        )
+        at = "" if status.logged_step == status.step else f" (at step {status.logged_step:,})"
+        rate = f"{status.tokens_per_sec or 0:,.0f} tokens/s"
+        rows.append(("loss", f"{status.loss:.4f}, {rate}, {status.tokens:,} tokens{at}"))
     last = status.checkpoint
     rows.append(("checkpoint", "none" if last is None else f"{last.path}, {_duration(last.age_secs)} old"))
     if status.owner is not None:

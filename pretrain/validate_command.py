@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lit_gpt.errors import EXIT_OK
+from lit_gpt.errors import EXIT_OK, DataError
 
 if TYPE_CHECKING:
-    from lit_gpt.checkpoint import TrainingCheckpoint
+    from torch import Tensor
+
+    from lit_gpt.config import Config
     from pretrain.config import RunConfig
 
 
@@ -22,7 +24,8 @@ class SetLoss:
     """What was measured on one validation set."""
 
     checkpoint: str
-    step: int
+    step: int | None
+    """None where nobody wrote it down."""
     set: str
     loss: float
     """Nats per token."""
@@ -35,31 +38,72 @@ class SetLoss:
 
 
 def validate(path: str | Path, flags: Sequence[str] = ()) -> list[SetLoss]:
-    """Measure a checkpoint in training form, or the last one of a run, on every validation set.
+    """Measure a checkpoint, or the last one of a run, on every validation set.
 
-    flags: settings of its run to replace, e.g. ["--data.validation", "other/data"].
+    flags: settings of its run to replace, e.g. ["--data.validation", "other/data"]; one that no run wrote needs that.
 
     Raises:
         ValueError: bad settings, or no validation data. DataError, OSError: a damaged or missing file.
     """
-    from lit_gpt.checkpoint import find_checkpoint, read_training
+    from lit_gpt.checkpoint import TRAINING, detect_form, read_config, read_exchange, read_training
+    from lit_gpt.legacy import is_legacy
 
-    found = find_checkpoint(path)
-    checkpoint = read_training(found)
-    return _measure(str(found), checkpoint, _settings(checkpoint, flags))
+    found = _newest_valid(Path(path))
+    if is_legacy(found) or detect_form(found) != TRAINING:
+        folder = read_exchange(found)
+        return _measure(found, read_config(found), folder.weights, folder.provenance or {}, flags)
+    checkpoint = read_training(found, verify=found == Path(path))
+    return _measure(found, read_config(found), checkpoint.model, checkpoint.state, flags)
 
 
-def _settings(checkpoint: TrainingCheckpoint, flags: Sequence[str]) -> RunConfig:
-    """Those of the run that wrote the checkpoint, with some replaced."""
+def _newest_valid(path: Path) -> Path:
+    """A checkpoint itself; of a run the one that training would take up at.
+
+    Raises:
+        DataError: there is none.
+    """
+    from grow.curves import METRICS_FILE
+    from lit_gpt.checkpoint import latest
+
+    if not (path / "checkpoints").is_dir() and not (path / METRICS_FILE).is_file():
+        return path  # no run
+
+    def warn(skipped: Path, reason: str) -> None:
+        sys.stderr.write(f"warning: {skipped} is passed over: {reason}\n")
+
+    found = latest(path / "checkpoints", deep=True, on_skip=warn)
+    if found is None:
+        raise DataError(f"{path} holds no valid checkpoint; give a checkpoint, or a run that has saved one")
+    return found
+
+
+def _settings(state: Mapping[str, Any], flags: Sequence[str]) -> RunConfig:
+    """Those of the run that wrote the checkpoint, with some replaced.
+
+    Raises:
+        ValueError: no run wrote it, and nobody says what to measure it on.
+    """
     from lit_gpt.settings_files import merge
     from pretrain.command_line import config_of, normalise, settings_of, split_arguments
+    from pretrain.origin import FROM_CHECKPOINT
 
     _, replaced, _ = split_arguments(normalise(list(flags)))
-    return config_of(merge(checkpoint.state["run_config"], settings_of(replaced)))
+    given = settings_of(replaced)
+    own = state.get("run_config")
+    if own is None:
+        data = given.get("data", {})
+        measured_on = data.get("train", data.get("validation"))
+        if measured_on is None:
+            raise ValueError("this checkpoint does not say what data its run had; give --data.validation DIR")
+        sizes = {"name": FROM_CHECKPOINT}
+        own = {"out_dir": ".", "model": sizes, "stages": [{"name": "none", "max_steps": 1}]}
+        own |= {"data": {"train": measured_on}}
+    return config_of(merge(own, given))
 
 
-def _measure(name: str, checkpoint: TrainingCheckpoint, config: RunConfig) -> list[SetLoss]:
-    from lit_gpt.config import Config
+def _measure(
+    path: Path, model_config: Config, weights: Mapping[str, Tensor], state: Mapping[str, Any], flags: Sequence[str]
+) -> list[SetLoss]:
     from lit_gpt.counts import parse_token_count
     from pretrain.config import ParallelConfig
     from pretrain.corpus import read_corpus
@@ -68,14 +112,14 @@ def _measure(name: str, checkpoint: TrainingCheckpoint, config: RunConfig) -> li
     from pretrain.parallel import build_model, choose_compute, launch
     from pretrain.world import ALONE
 
-    model_config = Config(**checkpoint.state["model_config"])
+    config = _settings(state, flags)
     corpus = read_corpus(config.data, look_beside=config.model.vocab_size is None)
-    sets, _ = open_validation_sets(config.data, model_config, corpus, separator_id=checkpoint.state.get("separator_id"))
+    sets, _ = open_validation_sets(config.data, model_config, corpus, separator_id=state.get("separator_id"))
     if not sets:
         raise ValueError("there is no validation data beside the training data; give --data.validation DIR")
     device = launch(config, ALONE).device
     compute = choose_compute(config, device, total_tokens=0)  # nothing is trained that would repay compiling
-    model = build_model(model_config, checkpoint.model, compute, ParallelConfig(), ALONE, device=device)
+    model = build_model(model_config, weights, compute, ParallelConfig(), ALONE, device=device)
     limit = config.validation.max_tokens
     max_tokens = None if limit is None else parse_token_count(limit)
     measured = []
@@ -83,7 +127,7 @@ def _measure(name: str, checkpoint: TrainingCheckpoint, config: RunConfig) -> li
         found = evaluate(model, each, config.batch.micro_batch_size, max_tokens, device)
         assert found is not None, "nobody interrupts it"
         values = (found.nats_per_token, found.stderr, found.bits_per_byte, found.n_tokens, found.limited)
-        measured.append(SetLoss(name, checkpoint.state["step_count"], each.name, *values))
+        measured.append(SetLoss(str(path), state.get("step_count"), each.name, *values))
     return measured
 
 
@@ -91,7 +135,8 @@ def describe(found: SetLoss) -> str:
     stderr = "" if found.stderr is None else f" (standard error {found.stderr:.4f})"
     bpb = "" if found.bpb is None else f", {found.bpb:.4f} bits per byte"
     part = " of the set's start" if found.limited else ""
-    return f"{found.set}: {found.loss:.4f} nats per token{stderr}{bpb}, {found.n:,} tokens{part}, step {found.step:,}"
+    step = "" if found.step is None else f", step {found.step:,}"
+    return f"{found.set}: {found.loss:.4f} nats per token{stderr}{bpb}, {found.n:,} tokens{part}{step}"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -99,10 +144,11 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="pretrain validate",
         description="The validation loss of a checkpoint, on the sets of its run.",
-        epilog="Settings of its run may be replaced: --data.validation DIR, --validation.max-tokens 1M, --device cpu.",
+        epilog="Settings of its run may be replaced: --data.validation DIR (needed where no run wrote it), "
+        "--validation.max-tokens 1M, --device cpu.",
         allow_abbrev=False,
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="one in training form, or a run (its last one)")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="any checkpoint, or a run (its last one)")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args, flags = parser.parse_known_args(argv)
     found = validate(args.checkpoint, flags)

@@ -178,3 +178,10 @@ def test_a_full_disk_stops_cleanly_and_keeps_the_last_good_checkpoint(settings, 
         assert latest(mount / "run" / "checkpoints") is not None
 
     on_a_small_disk(check, 3000, mount)
+
+
+def test_a_folder_without_token_files_is_told_of_before_its_vocabulary(settings, pretrain, tmp_path):
+    (tmp_path / "empty").mkdir()
+    refused = pretrain({**settings, "data": {"train": str(tmp_path / "empty")}})
+    assert_refused(refused, 3, f"{tmp_path / 'empty'} holds no train* file")
+    assert "token ids" not in refused.stderr

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lit_gpt.counts import parse_token_count
 from pretrain.command_line import normalise, parse
-from pretrain.config import DataConfig
+from pretrain.config import BatchConfig, DataConfig
 
 MINIMAL = {
     "out_dir": "out/x",
@@ -217,3 +217,12 @@ def test_a_source_without_a_name_has_that_of_its_path(path, name):
 def test_an_unknown_key_of_a_stage_is_named_in_a_flag_too(config_file):
     with pytest.raises(ValueError, match="stage 1: unknown key 'max_step'; did you mean 'max_steps'.*--stages.help"):
         parse([*config_file(), "--stages", "[{name: a, max_step: 1}]"])
+
+
+@pytest.mark.parametrize(
+    ("processes", "message"),
+    [(3, "3 processes do not divide .*=8; use 1, 2, 4 or 8 processes"), (4, "micro_batch_size can be 1, 2$")],
+)
+def test_a_batch_that_cannot_be_dealt_says_what_can(processes, message):
+    with pytest.raises(ValueError, match=message):
+        BatchConfig(global_batch_size=8, micro_batch_size=8).iters_per_step(processes)

@@ -144,7 +144,23 @@ def test_a_run_that_diverges_ends_with_the_samples_and_the_way_out(go, poison, t
     assert "Samples 8 to 19 of the data order" in done.stderr
     assert f"pretrain data show {tmp_path / 'run'} --step 3" in done.stderr
     assert "add [16, 20] to data.skips" in done.stderr  # those before the checkpoint are behind the run
-    assert latest(tmp_path / "run" / "checkpoints").name == "step-0000000004"
+    last = latest(tmp_path / "run" / "checkpoints")
+    assert last.name == "step-0000000004"
+    assert f"--init-from {last} --out-dir NEW --optimizer.learning_rate RATE" in done.stderr
+    poison.clear()
+    way_out = ("--init-from", str(last), "--out-dir", str(tmp_path / "new"), "--optimizer.learning_rate", "1e-3")
+    again = pretrain({**settings, "stages": [{"name": "base", "n_layer": 1, "max_steps": 2}]}, *way_out)
+    assert again.returncode == 0, again.stderr
+
+
+def test_a_run_that_diverges_before_its_first_checkpoint_has_a_way_out_too(poison, tmp_path, prepared, pretrain):
+    poison.update(dict.fromkeys(range(1, 100), "loss"))
+    settings = {**two_stages(tmp_path / "run", prepared), "guards": {"max_skipped_steps": 2}}
+    settings["checkpoints"] = {"every_steps": 100}
+    assert "--fresh --optimizer.learning_rate RATE" in pretrain(settings).stderr
+    poison.clear()
+    again = pretrain(settings, "--fresh", "--optimizer.learning_rate", "1e-3")
+    assert again.returncode == 0, again.stderr
 
 
 @pytest.fixture

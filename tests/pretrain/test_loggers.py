@@ -56,6 +56,19 @@ def test_tensorboard_that_cannot_be_closed_warns_and_does_not_raise(tmp_path, ca
     assert "warning: TensorBoard cannot be written" in capsys.readouterr().err
 
 
+def test_tensorboard_whose_thread_met_a_full_disk_warns_once_and_does_not_raise(tmp_path, capsys):
+    log = RunLog(tmp_path, stage=0, step=0, tensorboard=True)
+    record = {"lr": 1.0, "grad_norm": 1.0, "tokens_per_sec": 1.0, "tokens": 1, "flops_total": 1.0, "loss": 3.37}
+    log.metrics({**record, "step": 1})
+    writer = next(iter(log._tensorboard.experiment.all_writers.values()))
+    writer.event_writer._async_writer._worker.exception = OSError(28, "No space left on device")
+    for step in (2, 3):
+        log.metrics({**record, "step": step})
+    log.close()
+    assert capsys.readouterr().err.count("warning: TensorBoard cannot be written ([Errno 28] No space") == 1
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 3
+
+
 def scalars(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

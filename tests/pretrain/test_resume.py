@@ -175,6 +175,25 @@ def test_damaged_checkpoints_do_not_push_out_the_good_ones(settings, pretrain, c
     assert latest(copied / "checkpoints").parent.name == "stage-02"
 
 
+def _all_damaged(checkpoints: Path) -> None:
+    (checkpoints.parent / "last_saved").unlink()  # of a run of before there was one
+    for folder in checkpoints.glob("*/*"):
+        victim = max(folder.iterdir(), key=lambda path: path.stat().st_size)
+        victim.write_bytes(victim.read_bytes()[:-1] + b"?")
+
+
+@pytest.mark.parametrize("lose", [_all_damaged, shutil.rmtree])
+def test_a_run_that_lost_all_of_its_checkpoints_is_not_begun_again_unasked(settings, pretrain, copied, lose):
+    lose(copied / "checkpoints")
+    kept = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file() and path.name != "run.lock"}
+    again = pretrain(settings)
+    assert again.returncode == 3, again.stderr
+    assert "had reached stage-02/step-0000000014 and none of its checkpoints" in again.stderr
+    assert "--fresh" in again.stderr
+    assert all(path.read_bytes() == content for path, content in kept.items())
+    assert pretrain(settings, "--fresh").returncode == 0
+
+
 def test_a_run_with_checkpoints_of_its_own_needs_its_parent_no_more(settings, pretrain, finished_run, tmp_path):
     parent = shutil.copytree(latest(finished_run / "checkpoints"), tmp_path / "parent")
     settings = {**settings, "init_from": str(parent), "stages": [{"name": "main", "max_steps": 2}]}

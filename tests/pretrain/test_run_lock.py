@@ -8,12 +8,15 @@ import os
 import signal
 import time
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
 from lit_gpt.errors import DataError
+from pretrain import loop
 from pretrain import run_lock as module
-from pretrain.run_lock import BEAT_SECS, DEAD_SECS, LOCK_FILE, Owner, read_owner, run_lock
+from pretrain.heartbeat import HEARTBEAT_FILE, Heartbeat
+from pretrain.run_lock import BEAT_SECS, DEAD_SECS, LOCK_FILE, Owner, check_held, read_owner, run_lock
 
 ELSEWHERE = Owner(host="node7", pid=123, job="4711", since=1.7e9)
 
@@ -147,3 +150,79 @@ def test_a_file_system_without_locks_is_told_of_and_the_heartbeat_guards_alone(
     leave(tmp_path, silent_secs=BEAT_SECS)
     with pytest.raises(DataError, match="node7"):
         run_lock(tmp_path).__enter__()
+
+
+def test_a_process_of_this_node_that_holds_the_lock_is_not_taken_over(tmp_path):
+    with leave(tmp_path, Owner.here()).open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match=f"which lives, though it may be stopped.*kill -9 {os.getpid()}"):
+            run_lock(tmp_path, take_over=True).__enter__()
+    with run_lock(tmp_path, take_over=True):  # it has ended
+        pass
+
+
+def taken(path):
+    path.unlink()
+    leave(path.parent)
+
+
+def rewritten(path):  # where the file system has no locks
+    leave(path.parent)
+
+
+def ended(path):
+    path.write_text("")
+
+
+@pytest.mark.parametrize("lose", [taken, rewritten, ended])
+def test_an_owner_notices_that_somebody_else_holds_the_folder(tmp_path, lose):
+    with run_lock(tmp_path):
+        check_held(tmp_path)
+        lose(tmp_path / LOCK_FILE)
+        with pytest.raises(DataError, match="was taken over while this process held it"):
+            check_held(tmp_path)
+    check_held(tmp_path)
+
+
+def test_the_heart_of_a_former_owner_does_not_beat_for_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "BEAT_SECS", 0.01)
+    touched = []
+    monkeypatch.setattr(module.os, "utime", touched.append)
+    with run_lock(tmp_path):
+        taken_over = time.monotonic()
+        while not touched:
+            assert time.monotonic() < taken_over + 60
+            time.sleep(0.01)
+    assert all(isinstance(each, int) for each in touched)  # the file, not its name
+
+
+@pytest.mark.parametrize("notices", ["log line", "heartbeat", "save"])
+def test_a_run_that_wakes_up_in_a_folder_that_was_taken_over_writes_nothing(settings, pretrain, monkeypatch, notices):
+    folder, original, seen = Path(settings["out_dir"]), loop.train_step, {}
+
+    def asleep_in_step_5(this_run, stage, trained, state, batches):
+        if state.step_count == 4:
+            taken(folder / LOCK_FILE)
+            seen.update(contents(folder))
+        return original(this_run, stage, trained, state, batches)
+
+    monkeypatch.setattr(loop, "train_step", asleep_in_step_5)
+    if notices == "save":
+        monkeypatch.setattr(Heartbeat, "beat", lambda *_, **__: None)
+    every = 1 if notices == "log line" else 100
+    done = pretrain(
+        {
+            **settings,
+            "logging": {"every_steps": every, "tensorboard": False},
+            "checkpoints": {"every_steps": 1, "on_failure": "continue"},
+            "validation": {"every_steps": 0},
+        }
+    )
+    assert done.returncode == 3, done.stderr
+    assert "was taken over while this process held it: process 123 of job 4711 on node7" in done.stderr
+    assert contents(folder) == seen
+    assert (folder / HEARTBEAT_FILE).exists() == (notices != "save")
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}

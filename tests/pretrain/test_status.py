@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from grow.apply import grow_checkpoint
+from grow.operators import plan_growth
+from lit_gpt.checkpoint import latest, read_config, read_training, write_exchange
+from lit_gpt.errors import DataError
 from pretrain.heartbeat import EVERY_SECS, HEARTBEAT_FILE, Heartbeat, read_heartbeat
 from pretrain.run_lock import LOCK_FILE, read_owner, run_lock
 from pretrain.status import QUIET_SECS, SAVING_SECS, describe, status_of
@@ -63,7 +67,27 @@ def test_a_checkpoint_that_lacks_a_file_is_not_the_last_one(copied):
     assert status_of(copied).checkpoint.step == 12
 
 
+def logged_until(folder: Path, step: int) -> None:
+    """Cut the log back."""
+    log = folder / "metrics.jsonl"
+    log.write_text("".join(f"{line}\n" for line in log.read_text().splitlines() if json.loads(line)["step"] <= step))
+
+
+@pytest.mark.parametrize(("beaten", "stage"), [(5, 1), (9, 2), (14, 2)])
+def test_step_and_stage_are_of_one_moment_and_the_loss_says_of_which(held, beaten, stage):
+    """The log is written every so many steps, the heartbeat every few seconds: either may be the later one."""
+    logged_until(held, 6)
+    last = records(held)[-1]
+    Heartbeat(held, clock=lambda: 1000.0).beat("training", step=beaten, stage=stage)
+    found = status_of(held, now=1002.0)
+    name = ("base", "grown")[stage - 1]
+    assert (found.step, found.stage, found.stage_name) == (max(beaten, 6), stage, name)
+    assert (found.logged_step, found.loss, found.tokens) == (6, last["loss"], last["tokens"])
+    assert any("(at step 6)" in line for line in describe(found)) == (beaten > 6)
+
+
 def test_who_holds_the_lock_trains(held):
+    logged_until(held, 12)
     Heartbeat(held, clock=lambda: 1000.0, env={}).beat("training", step=13)
     found = status_of(held, now=1002.0)
     assert (found.state, found.step, found.doing, found.silent_secs) == ("running", 13, "training", 2.0)
@@ -146,6 +170,24 @@ def test_what_is_measured_again_is_what_the_run_measured_at_its_end(finished_run
     assert (found["loss"], found["bpb"], found["step"]) == (end["loss"], end["bpb"], 14)
 
 
+def test_validate_passes_over_a_damaged_checkpoint_as_training_does(copied, capsys):
+    last = copied / "checkpoints" / "stage-02" / "step-0000000014"
+    victim = max(last.iterdir(), key=lambda path: path.stat().st_size)
+    victim.write_bytes(victim.read_bytes()[:-1] + b"?")
+    assert validate_main([str(copied)]) == 0
+    said = capsys.readouterr()
+    assert f"warning: {last} is passed over: " in said.err
+    assert "step 12" in said.out
+    with pytest.raises(DataError, match="crc32"):
+        validate_main([str(last)])
+
+
+def test_validate_of_a_run_without_any_checkpoint_says_so(copied):
+    shutil.rmtree(copied / "checkpoints")
+    with pytest.raises(DataError, match=f"{copied} holds no valid checkpoint"):
+        validate_main([str(copied)])
+
+
 def test_a_run_that_asked_for_shards_is_measured_by_a_single_process(finished_run, capsys):
     assert validate_main([str(finished_run), "--parallel.strategy", "fsdp"]) == 0
     assert "nats per token" in capsys.readouterr().out
@@ -154,3 +196,20 @@ def test_a_run_that_asked_for_shards_is_measured_by_a_single_process(finished_ru
 def test_settings_of_the_run_may_be_replaced(finished_run, capsys):
     assert validate_main([str(finished_run), "--validation.max-tokens", "32"]) == 0
     assert "32 tokens of the set's start, step 14" in capsys.readouterr().out
+
+
+def test_validate_measures_a_grown_checkpoint_and_a_folder_too(finished_run, prepared, tmp_path, capsys):
+    source = latest(finished_run / "checkpoints")
+    grow_checkpoint(source, tmp_path / "grown", plan_growth("zero-depth", read_config(source), n_layer=5))
+    training = read_training(source)
+    write_exchange(tmp_path / "folder", read_config(source), dict(training.model))
+    losses = {}
+    for name in ("grown", "folder"):
+        assert validate_main([str(tmp_path / name), "--data.validation", str(prepared), "--json"]) == 0
+        losses[name] = json.loads(capsys.readouterr().out)["sets"][0]["loss"]
+    assert validate_main([str(source), "--json"]) == 0
+    expected = json.loads(capsys.readouterr().out)["sets"][0]["loss"]
+    assert losses == pytest.approx(dict.fromkeys(losses, expected), rel=1e-6)  # zero-depth keeps the function
+
+    with pytest.raises(ValueError, match="does not say what data its run had; give --data.validation DIR"):
+        validate_main([str(tmp_path / "folder")])
