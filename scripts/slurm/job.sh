@@ -42,9 +42,18 @@ train() {
 go_on_later() {
   rm -f "$1/REQUEUE"
   # SLURM sends SIGTERM to this shell too when it ends the job. A cancelled job could be queued again, but nobody wants it
-  if [ -n "$heard" ] && ! scontrol --oneliner show job "$SLURM_JOB_ID" | grep -q ' Reason=TimeLimit '; then
-    echo "the job was cancelled; the run has saved, submit it again to go on"
-    exit 75
+  if [ -n "$heard" ]; then
+    local job restarts
+    job=$(scontrol --oneliner show job "$SLURM_JOB_ID")
+    restarts=${job##* Restarts=}
+    # Both leave the state COMPLETING; only of a job that somebody else has queued again another start is counted by now
+    if [ "${restarts%% *}" = "$((${SLURM_RESTART_COUNT:-0} + 1))" ]; then
+      echo "the job was queued again by somebody else; the run has saved and goes on by itself"
+      exit 75
+    elif [[ $job != *" Reason=TimeLimit "* ]]; then
+      echo "the job was cancelled; the run has saved, submit it again to go on"
+      exit 75
+    fi
   fi
   if scontrol requeue "$SLURM_JOB_ID"; then
     sleep 60 # SLURM ends this script; an exit code of its own could overtake the requeue

@@ -234,6 +234,17 @@ def test_a_lost_process_ends_the_job_and_a_cancelled_one_does_not_come_back(slur
     assert max(int(path.name[5:]) for path in out.glob("checkpoints/stage-*/step-*")) == lines(out)[-1]["step"]
 
 
+def test_a_job_that_is_queued_again_by_hand_is_told_from_a_cancelled_one(slurm, submit, tmp_path: Path):
+    out = tmp_path / "run"
+    job = submit(out, "--nodes=1", "--ntasks-per-node=1", MAX_STEP="100")
+    slurm.wait_until(lambda: len(lines(out)) >= 2, "two steps", 90)
+    slurm.requeue(job)
+    start_again_soon(slurm, job)
+    assert set(slurm.wait(job).values()) == {"COMPLETED"}, slurm.output(job)
+    assert "queued again by somebody else" in slurm.output(job) and "was cancelled" not in slurm.output(job)
+    assert len(lines(out)) == 100 and field(slurm, job, "Restarts") == "1"
+
+
 def test_the_whole_recipe_runs_as_a_chain(slurm, toy: Path, variables, root: Path, tmp_path: Path):
     done = subprocess.run(
         ["bash", root / "scripts" / "slurm" / "recipe.sh", *QUICK],

@@ -15,17 +15,19 @@ SCRIPTS = ("base_model.sh", "g_stack.sh", "grow.sh", "evaluate.sh", "recipe.sh",
 SRUN = """#!/usr/bin/env bash
 printf '%s\\n' "$*" >>"$CALLS"
 if [ -n "${LEAVES:-}" ]; then touch "$OUT_DIR/REQUEUE"; fi
+if [ -n "${TERMINATES:-}" ]; then kill -TERM "$PPID"; fi
 exit "${SRUN_STATUS:-0}"
 """
 SCONTROL = """#!/usr/bin/env bash
 printf 'scontrol %s\\n' "$*" >>"$CALLS"
+printf '%s\\n' "${SCONTROL_SAYS:-}"
 exit "${SCONTROL_STATUS:-0}"
 """
 
 
 @pytest.fixture
 def run(root: Path, tmp_path: Path):
-    """Run a copy of a script from a folder of its own, as SLURM does; gives (exit code, calls, stderr)."""
+    """Run a copy of a script from a folder of its own, as SLURM does; gives (exit code, calls, output)."""
     bin_folder, calls = tmp_path / "bin", tmp_path / "calls"
     bin_folder.mkdir()
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("sleep", "#!/bin/sh\n"), ("python", "#!/bin/sh\n")):
@@ -49,11 +51,12 @@ def run(root: Path, tmp_path: Path):
                 **settings,
             },
             cwd=tmp_path,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
             timeout=60,
         )
-        return done.returncode, calls.read_text().splitlines() if calls.exists() else [], done.stderr
+        return done.returncode, calls.read_text().splitlines() if calls.exists() else [], done.stdout
 
     return call
 
@@ -131,6 +134,30 @@ def test_a_run_that_stopped_early_queues_its_job_again(run, tmp_path: Path, how:
     _, calls, _ = run("base_model.sh", TRAIN_DATA_DIR="data", **how)
     assert calls[1] == "scontrol requeue 7"
     assert not (tmp_path / "run" / "REQUEUE").exists()
+
+
+@pytest.mark.parametrize(
+    ("state", "starts", "said"),
+    [
+        ("Requeue=1 Restarts=1 BatchFlag=1 JobState=COMPLETING Reason=None X", 0, "queued again by somebody else"),
+        ("Requeue=1 Restarts=2 BatchFlag=1 JobState=COMPLETING Reason=None X", 1, "queued again by somebody else"),
+        ("Requeue=1 Restarts=1 BatchFlag=1 JobState=COMPLETING Reason=None X", 1, "was cancelled"),
+        ("Requeue=1 Restarts=0 BatchFlag=1 JobState=COMPLETING Reason=None X", 0, "was cancelled"),
+    ],
+)
+def test_a_job_that_somebody_cancelled_or_queued_again_is_left_as_it_is(run, state: str, starts: int, said: str):
+    restarts = {"SLURM_RESTART_COUNT": str(starts)} if starts else {}  # SLURM sets none at the first start
+    terminated = {"TERMINATES": "yes", "SRUN_STATUS": "75", "SCONTROL_SAYS": state}
+    status, calls, output = run("base_model.sh", TRAIN_DATA_DIR="data", **terminated, **restarts)
+    assert status == 75
+    assert said in output
+    assert calls[1:] == ["scontrol --oneliner show job 7"]
+
+
+def test_a_job_at_its_time_limit_is_queued_again(run):
+    terminated = {"TERMINATES": "yes", "SRUN_STATUS": "75", "SCONTROL_SAYS": "Restarts=0 Reason=TimeLimit X"}
+    _, calls, _ = run("base_model.sh", TRAIN_DATA_DIR="data", **terminated)
+    assert calls[2] == "scontrol requeue 7"
 
 
 def test_where_requeue_is_off_the_script_says_so_and_fails_for_those_behind_it(run):
