@@ -221,9 +221,10 @@ def run_folder(out_dir: Path, fresh: bool, take_over: bool = False) -> Iterator[
 
 def remove_run(out_dir: Path) -> None:
     """Delete what an earlier run left; other files in the folder stay."""
+    (out_dir / LAST_SAVED_FILE).unlink(missing_ok=True)  # first: alone it would say that all are lost
     for name in ("checkpoints", TENSORBOARD_FOLDER):
         shutil.rmtree(out_dir / name, ignore_errors=True)
-    for name in (METRICS_FILE, EVALS_FILE, CONFIG_FILE, HEARTBEAT_FILE, LAST_SAVED_FILE):
+    for name in (METRICS_FILE, EVALS_FILE, CONFIG_FILE, HEARTBEAT_FILE):
         (out_dir / name).unlink(missing_ok=True)
 
 
