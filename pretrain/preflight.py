@@ -188,13 +188,18 @@ def open_stream(
     return dataclasses.replace(train, notes=(*train.notes, *notes)), position
 
 
-def describe(plan: Plan, resumed: Sequence[str] = ()) -> None:
-    """Data, sizes, FLOPs and the plan, before anything is computed. resumed: lines of `resumed_state`."""
-    for line in (*plan.data_lines, *resumed):
+def tell(lines: Sequence[str]) -> None:
+    """What was found: warnings on stderr, all else in the log."""
+    for line in lines:
         if line.startswith("warning:"):
             sys.stderr.write(f"{line}\n")
         else:
             say(line)
+
+
+def describe(plan: Plan) -> None:
+    """Data, sizes, FLOPs and the plan, before anything is computed."""
+    tell(plan.data_lines)
     for stage, line in zip(plan.stages, describe_stages(plan.stages, plan.config), strict=True):
         flops = stage_flops(plan.config, stage).paper
         say(f"{line}, {count_parameters(stage.config):,} parameters, {flops:.3g} FLOPs")

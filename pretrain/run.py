@@ -46,7 +46,7 @@ from pretrain.origin import (
     inherit_history,
 )
 from pretrain.parallel import Compute, check_alike, choose_compute, describe_world, device_type, is_sharded, launch
-from pretrain.preflight import Plan, describe, preflight
+from pretrain.preflight import Plan, describe, preflight, tell
 from pretrain.run_lock import run_lock
 from pretrain.signals import SAVING, StopRequested, StopSignal, marked
 from pretrain.stages import Stage
@@ -90,7 +90,8 @@ def run(invocation: Invocation, command: list[str], stop: StopSignal | None = No
             with told_once(world):
                 stop.obey(world)
             if world.is_first:
-                describe(plan, notes)
+                describe(plan)
+                tell(notes)
             return None
         is_early = world.any(stop.requested())  # the checks may take longer than there is time left
         ready = None if is_early else in_turn(world, lambda: Ready.of(preflight(invocation, world, meant=meant), world))
@@ -200,6 +201,8 @@ def train(ready: Ready, world: World, command: list[str], stop: StopSignal) -> N
         state, notes = new_state(plan), []
     else:
         state, notes = in_turn(world, lambda: resumed_state(checkpoint.state, config, plan.train))
+    if world.is_first:
+        tell(notes)
     if is_finished(state, stages):
         say(f"{out_dir} is finished: {state.step_count:,} steps. --fresh starts over")
         return
@@ -208,7 +211,7 @@ def train(ready: Ready, world: World, command: list[str], stop: StopSignal) -> N
     settings = yaml.safe_dump(to_plain(config), sort_keys=False).encode()
     first(world, lambda: write_atomically(out_dir / CONFIG_FILE, settings))  # those of this sitting; some may change
     if world.is_first:
-        describe(plan, notes)
+        describe(plan)
     say(f"compute: {compute.precision}, compile {compute.compile} ({compute.reason})")
     if world.size > 1:
         say(f"processes: {describe_world(config.parallel, world)}")
@@ -279,10 +282,11 @@ def remove_run(out_dir: Path) -> None:
     Raises:
         OSError: a part of it cannot be removed.
     """
+    (out_dir / LAST_SAVED_FILE).unlink(missing_ok=True)  # first: alone it would say that all are lost
     for name in ("checkpoints", TENSORBOARD_FOLDER):
         if (out_dir / name).exists():
             remove_directory(out_dir / name)  # at once: no part of it stays that could be resumed
-    for name in (METRICS_FILE, EVALS_FILE, CONFIG_FILE, HEARTBEAT_FILE, LAST_SAVED_FILE):
+    for name in (METRICS_FILE, EVALS_FILE, CONFIG_FILE, HEARTBEAT_FILE):
         (out_dir / name).unlink(missing_ok=True)
 
 
