@@ -25,7 +25,7 @@ def compare_file(tmp_path, prepared):
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(whole))
     path = tmp_path / "compare.yaml"
     comparison = {
-        **{"out_dir": str(tmp_path / "out"), "seeds": [1, 2], "config": str(tmp_path / "settings.yaml")},
+        **{"out_dir": str(tmp_path / "out"), "seeds": [1], "config": str(tmp_path / "settings.yaml")},
         **{"base": {"n_layer": 1, "max_steps": 4}, "probe": {"max_steps": 5}},
         "arms": {"scratch": {}, "stack": {"operator": "stack"}, "masks": {"operator": "random-depth", "mask_steps": 2}},
     }
@@ -56,11 +56,11 @@ def started(monkeypatch):
 def test_all_arms_of_a_seed_go_on_from_one_base_and_are_ranked(compare_file, started, tmp_path, capsys):
     assert grow(["compare", "--config", str(compare_file)]) == 0
 
-    assert sum("--dry-run" not in command for command in started) == 2 * 4
+    assert sum("--dry-run" not in command for command in started) == 4
     assert ["--dry-run" in command for command in started[1:4]] == [True] * 3  # before any arm is trained
     assert "ends lowest" in capsys.readouterr().out
     found = json.loads((tmp_path / "out" / "compare.json").read_text())
-    assert {arm["name"] for arm in found["arms"]} == {"scratch", "stack", "masks"} and found["seeds"] == [1, 2]
+    assert {arm["name"] for arm in found["arms"]} == {"scratch", "stack", "masks"} and found["seeds"] == [1]
     assert (tmp_path / "out" / "compare.html").is_file()
     flops = [arm["flops"] for arm in found["arms"]]
     assert max(flops) / min(flops) < 1.1  # a step of five
@@ -83,7 +83,7 @@ def test_what_is_done_is_not_done_again_and_a_new_arm_is_added(compare_file, sta
 
     assert grow(["compare", "--config", str(compare_file)]) == 0
 
-    assert sum("--dry-run" not in command for command in started) == 2
+    assert sum("--dry-run" not in command for command in started) == 1
 
 
 def test_arms_may_grow_in_hops_and_from_a_base_of_their_own(compare_file, started, tmp_path, capsys):

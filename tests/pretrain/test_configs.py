@@ -170,7 +170,8 @@ def test_an_experiment_grows_as_the_paper_does(name, tokens_of_llama):
         assert last.layer_map == maps[expected.operator]
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+# one of each size at once, the others with the slow ones: their stages are planned above
+@pytest.mark.parametrize("name", [n if n in MODELS else pytest.param(n, marks=pytest.mark.slow) for n in EXPERIMENTS])
 def test_an_experiment_passes_a_dry_run(name, tokens_of_llama, tmp_path, capsys):
     asked, _ = experiment(name, tokens_of_llama)
     config = dataclasses.replace(asked.config, out_dir=str(tmp_path / "run"))
