@@ -27,6 +27,7 @@ TOY = {
     "data": {"max_epochs": 10_000},
 }
 QUICK = ("--gres=none", "--cpus-per-task=1", "--time=10")
+STARTED_SECS = 240  # SLURM queues a job again, two minutes later, whose launch failed on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +218,7 @@ def test_a_job_that_is_signalled_before_it_has_imported_torch_is_queued_again(sl
 def test_a_lost_process_ends_the_job_and_a_cancelled_one_does_not_come_back(slurm, submit, tmp_path: Path):
     out = tmp_path / "run"
     job = submit(out, "--nodes=1", "--ntasks-per-node=2", MAX_STEP="10000", SAVE_STEP_INTERVAL="5")
-    slurm.wait_until(lambda: len(lines(out)) >= 7, "seven steps", 90)
+    slurm.wait_until(lambda: len(lines(out)) >= 7, "seven steps", STARTED_SECS)
 
     os.kill(json.loads((out / "heartbeat.json").read_text())["pid"], signal.SIGKILL)
     assert set(slurm.wait(job, 60).values()) == {"FAILED"}
@@ -237,7 +238,7 @@ def test_a_lost_process_ends_the_job_and_a_cancelled_one_does_not_come_back(slur
 def test_a_job_that_is_queued_again_by_hand_is_told_from_a_cancelled_one(slurm, submit, tmp_path: Path):
     out = tmp_path / "run"
     job = submit(out, "--nodes=1", "--ntasks-per-node=1", MAX_STEP="100")
-    slurm.wait_until(lambda: len(lines(out)) >= 2, "two steps", 90)
+    slurm.wait_until(lambda: len(lines(out)) >= 2, "two steps", STARTED_SECS)
     slurm.requeue(job)
     start_again_soon(slurm, job)
     assert set(slurm.wait(job).values()) == {"COMPLETED"}, slurm.output(job)
