@@ -238,6 +238,7 @@ def convert(
                 provenance=source.provenance,
                 special_ids=source.special_ids,
                 copies=_copies(source, weights),
+                ahead=True,
             )
             tokenizer_dir = tokenizer_dir and unchecked
         inputs = hashes.result()

@@ -74,6 +74,7 @@ def write_exchange(
     replace: bool = False,
     copies: Copies | None = None,
     special_ids: Mapping[str, Any] | None = None,
+    ahead: bool = False,
 ) -> Path:
     """Write weights so that `AutoModelForCausalLM.from_pretrained(path)` loads them; all or nothing.
 
@@ -88,6 +89,7 @@ def write_exchange(
         max_shard_bytes: size above which the weights go into several files with an index.
         replace: whether a directory that is there already may go.
         special_ids: what config.json shall say of SPECIAL_IDS, where that is not what the tokenizer says.
+        ahead: whether each tensor is read while the one before is written, which takes the memory of two.
         copies: another exchange form that is checked while this one is written, and the weights that are copies of its.
 
     Raises:
@@ -103,7 +105,7 @@ def write_exchange(
     known = Known()
     with full_disk_as_os_error(path), atomic_directory(path, EXCHANGE, replace=replace, known=known) as directory:
         bos_id, eos_id = _write_tokenizer(directory, tokenizer_dir, config)
-        known.crc32.update(write_shards(directory, config, weights, shards, copies))
+        known.crc32.update(write_shards(directory, config, weights, shards, copies, ahead=ahead))
         _, first = shards[0][0]
         values = config_to_hf(config, first.dtype, bos_id=bos_id, eos_id=eos_id) | dict(special_ids or {})
         write_json(directory / HF_CONFIG, values)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from lit_gpt.config import Config
 from lit_gpt.errors import DataError
 from lit_gpt.exchange_files import INDEX, MODEL, LitWeights, ScannedTensor
 from lit_gpt.hf import family_of, hf_names, hf_shapes, to_hf
-from lit_gpt.lazy_tensors import TensorSpec, spec_of
+from lit_gpt.lazy_tensors import TensorSpec, one_ahead, spec_of
 from lit_gpt.safetensors_file import DTYPE_NAMES, SafetensorsWriter
 
 Shard = Sequence[tuple[str, TensorSpec]]
@@ -80,7 +81,13 @@ def _stored_specs(config: Config, weights: Mapping[str, Tensor], copies: Copies 
 
 
 def write_shards(
-    directory: Path, config: Config, weights: Mapping[str, Tensor], shards: Sequence[Shard], copies: Copies | None
+    directory: Path,
+    config: Config,
+    weights: Mapping[str, Tensor],
+    shards: Sequence[Shard],
+    copies: Copies | None,
+    *,
+    ahead: bool = False,
 ) -> dict[str, str]:
     """Write the files of weights, and their index if there are several; returns the crc32 of each, as text.
 
@@ -98,10 +105,12 @@ def write_shards(
         if copies is not None:
             _copy(file_of, copies)
         copied = {} if copies is None else copies.names
-        for name in parameter_shapes(config):
-            if name not in copied:
-                for theirs, part in to_hf(name, weights.__getitem__, config).items():
-                    file_of[theirs].write(theirs, part)
+        jobs = [
+            partial(to_hf, name, weights.__getitem__, config) for name in parameter_shapes(config) if name not in copied
+        ]
+        for parts in one_ahead(jobs) if ahead else (job() for job in jobs):
+            for theirs, part in parts.items():
+                file_of[theirs].write(theirs, part)
         crc32 = {name: crc32_text(file.finish()) for name, file in zip(names, files, strict=True)}
     if len(shards) > 1:
         _write_index(directory, names, shards)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import prod
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +15,8 @@ from torch import Tensor
 FINITE_BLOCK = (
     1 << 15
 )  # entries that are looked at at a time: torch starts no threads for so few, they stay in the cache
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -147,3 +151,19 @@ def _is_finite(block: Tensor) -> bool:
     """A sum is finite only if all its terms are, and costs a tenth of looking at each; it may overflow, though."""
     total = block.sum(dtype=torch.float64 if block.dtype == torch.float64 else torch.float32)
     return bool(total.isfinite()) or bool(block.isfinite().all())
+
+
+def one_ahead(jobs: Iterable[Callable[[], Made]]) -> Iterator[Made]:
+    """What the jobs return, in order; each is done by a thread while the result before it is used.
+
+    Two results are in memory at a time. An error of a job is raised where its result would have come.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        waiting = None
+        for job in jobs:
+            before, waiting = waiting, thread.submit(job)
+            if before is not None:
+                yield before.result()
+                del before  # or it would hold its result while the next one is awaited
+        if waiting is not None:
+            yield waiting.result()

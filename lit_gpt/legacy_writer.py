@@ -10,6 +10,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from lit_gpt.axes import EMBEDDING, HEAD, parameter_shapes
 from lit_gpt.config import Config
 from lit_gpt.copying import start_writeback
 from lit_gpt.errors import DataError
-from lit_gpt.lazy_tensors import spec_of
+from lit_gpt.lazy_tensors import one_ahead, spec_of
 from lit_gpt.legacy_sizes import OWN_SIZES
 from lit_gpt.pickles import STORAGES
 from lit_gpt.problems import check_names
@@ -86,10 +87,9 @@ def write_pickle(path: Path, content: Mapping[str, Any]) -> None:
     with path.open("xb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr(f"{name}/data.pkl", buffer.getvalue())
         archive.writestr(f"{name}/byteorder", "little")
-        for key, tensor in enumerate(pickler.tensors):
-            value = tensor.read().detach().to("cpu", tensor.dtype).contiguous().reshape(-1)
+        for key, value in enumerate(one_ahead([partial(_bytes_of, tensor) for tensor in pickler.tensors])):
             with archive.open(f"{name}/data/{key}", "w", force_zip64=True) as entry:
-                content = memoryview(value.view(torch.uint8).numpy())
+                content = memoryview(value.numpy())
                 for start in range(0, content.nbytes, CHUNK_BYTES):  # the checksum leaves a chunk in the cache
                     before = file.tell()
                     entry.write(content[start : start + CHUNK_BYTES])
@@ -99,6 +99,11 @@ def write_pickle(path: Path, content: Mapping[str, Any]) -> None:
         archive.close()
         file.flush()
         os.fsync(file.fileno())
+
+
+def _bytes_of(tensor: Deferred) -> Tensor:
+    """(n_bytes,) uint8: the values of a tensor as they lie in the file."""
+    return tensor.read().detach().to("cpu", tensor.dtype).contiguous().reshape(-1).view(torch.uint8)
 
 
 def write_legacy(

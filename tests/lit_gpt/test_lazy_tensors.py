@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_gpt.lazy_tensors import FINITE_BLOCK, CastWeights, Renamed, TensorSpec, all_finite, spec_of
+from lit_gpt.lazy_tensors import FINITE_BLOCK, CastWeights, Renamed, TensorSpec, all_finite, one_ahead, spec_of
 
 DTYPES = st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64])
 BAD = st.sampled_from([float("nan"), float("inf"), float("-inf")])
@@ -41,3 +43,20 @@ def test_what_a_tensor_will_be_and_whether_it_is_there_are_known_without_reading
     assert spec_of(renamed, "b").n_bytes == 12
     with pytest.raises(AssertionError, match="a was read"):
         renamed["b"]
+
+
+def test_jobs_are_done_one_ahead_in_order_and_an_error_comes_in_its_place():
+    begun: list[int] = []
+
+    def job(number: int) -> int:
+        begun.append(number)
+        if number == 3:
+            raise ValueError("three")
+        return number
+
+    results = one_ahead([partial(job, number) for number in range(5)])
+
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(ValueError, match="three"):
+        next(results)
+    assert begun[:4] == [0, 1, 2, 3] and list(one_ahead([])) == []
