@@ -13,9 +13,16 @@ from grow import depth
 from grow.layer_map import LayerMap, format_layer_map, further_copies
 from grow.plan import NEEDS_SCIPY, GrowthPlan, Reference, differing_sizes
 from grow.registry import BY_NAME, IN_WIDTH, LEARNING, OPERATORS, RETIRED, SIZES, UNAVAILABLE, Operator
-from grow.sizes import scaled_depth, with_depth
+from grow.sizes import resized, scaled_depth, with_depth
 from lit_gpt.axes import OPTIONAL_IN_BLOCK, names_in_block
 from lit_gpt.config import Config
+
+
+def in_sizes(model: Config, given: Mapping[str, Any]) -> Config:
+    """The model in the sizes, n_layer and SIZES, that are given and not None; the others are its own, or follow."""
+    widths = {name: given[name] for name in SIZES if given.get(name) is not None}
+    config = resized(model, **widths) if widths else model
+    return config if given.get("n_layer") in (None, config.n_layer) else with_depth(config, given["n_layer"])
 
 
 def operator(name: str, *, in_width: bool = False) -> Operator:

@@ -12,10 +12,9 @@ from grow.apply import read_reference
 from grow.grown import check_policy
 from grow.learned import default_rate
 from grow.masks import DEFAULT_STEPS, MaskSchedule
-from grow.operators import is_learned, operator, plan_growth, with_depth
+from grow.operators import in_sizes, is_learned, operator, plan_growth
 from grow.plan import GrowthPlan, differing_sizes
 from grow.registry import LEARN_STEPS, SIZES
-from grow.sizes import resized
 from grow.trainable import trainable_parameters
 from lit_gpt.axes import parameter_shapes
 from lit_gpt.checkpoint import find_checkpoint, read_config
@@ -136,7 +135,7 @@ def _stage(
     model: Config,
     grown_by: GrowthPlan | None,
 ) -> Stage:
-    config = _stage_config(settings, model)
+    config = in_sizes(model, vars(settings))
     plan = None
     if before is not None:
         config = dataclasses.replace(config, norm_eps=before.config.norm_eps)  # an operator may have changed it
@@ -174,12 +173,6 @@ def _stage(
             f"first {stage.first_step} steps learn how to grow, without a teacher; give more"
         )
     return stage
-
-
-def _stage_config(settings: StageConfig, model: Config) -> Config:
-    widths = _given(settings, *SIZES)
-    config = resized(model, **widths) if widths else model
-    return config if settings.n_layer in (None, config.n_layer) else with_depth(config, settings.n_layer)
 
 
 def _plan(settings: StageConfig, src: Config, dst: Config, seed: int) -> GrowthPlan | None:

@@ -118,12 +118,11 @@ def rank(config: CompareConfig) -> Ranking:
     Raises:
         DataError, OSError: a run is missing, is not at its end, or its log is damaged.
     """
-    logs = {name: [read_run_log(folder) for _, folder in run_dirs(config, name)] for name in config.arms}
+    logs = {name: [read_run_log(folder) for folder in run_dirs(config, name)] for name in config.arms}
     set_name = _common_set(logs)
     ends = {
         name: [
-            _final_loss(log, name, set_name, folder)
-            for log, (_, folder) in zip(each, run_dirs(config, name), strict=True)
+            _final_loss(log, name, set_name, folder) for log, folder in zip(each, run_dirs(config, name), strict=True)
         ]
         for name, each in logs.items()
     }

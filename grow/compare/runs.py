@@ -6,18 +6,18 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from grow.compare.settings import BASE, OWN_BASE, CompareConfig, is_from_scratch, stages_of
-from grow.operators import with_depth
+from grow.operators import in_sizes
 from grow.plan import differing_sizes
 from grow.registry import SIZES
-from grow.sizes import resized
 from lit_gpt.atomic import write_atomically
 from lit_gpt.checkpoint import TRAINING, detect_form, find_checkpoint, read_config, read_exchange, read_training
 from lit_gpt.config import Config
@@ -75,10 +75,9 @@ def run_all(config: CompareConfig) -> None:
             run_once(config, f"seed-{seed}/{name}", settings[name])
 
 
-def run_dirs(config: CompareConfig, name: str) -> Iterator[tuple[int, Path]]:
-    """Seed and folder of every run of an arm."""
-    for seed in config.seeds:
-        yield seed, Path(config.out_dir) / f"seed-{seed}" / name
+def run_dirs(config: CompareConfig, name: str) -> list[Path]:
+    """The folder of every run of an arm, by seed."""
+    return [Path(config.out_dir) / f"seed-{seed}" / name for seed in config.seeds]
 
 
 def _origin(config: CompareConfig, seed: int, name: str, changes: Mapping[str, Any]) -> Origin:
@@ -118,13 +117,13 @@ def arm_steps(config: CompareConfig, name: str, base: Origin, own: Origin) -> li
         )
     left += (base.flops or 0.0) - (0.0 if is_from_scratch(arm) else own.flops or 0.0)
     stages, found = stages_of(arm), []
-    grown = _sized(target, stages[-1])
+    grown = in_sizes(target, stages[-1])
     if not is_from_scratch(arm) and not differing_sizes(own.config, grown):
         raise ValueError(
             f"arm {name!r} does not grow: its base has the sizes of the grown model; give base fewer layers"
         )
     for stage in stages:
-        per_step = flops_per_token(_sized(target, stage)).paper * tokens_per_step
+        per_step = flops_per_token(in_sizes(target, stage)).paper * tokens_per_step
         taken = sum(other["share"] for other in stages[:-1])
         found.append(round(left * stage.get("share", 1 - taken) / per_step))
         if found[-1] < 1:
@@ -141,16 +140,18 @@ def merged_settings(config: CompareConfig) -> dict[str, Any]:
     Raises:
         ValueError: a file that is no YAML mapping, or no model in any.
     """
-    merged = merge({"batch": {"global_batch_size": GLOBAL_BATCH_SIZE}}, _files_merged(config))
+    merged = merge({"batch": {"global_batch_size": GLOBAL_BATCH_SIZE}}, _files_merged(tuple(config.config)))
     merged = merge(merged, config.settings)
     if not isinstance(merged.get("model"), dict) or "name" not in merged["model"]:
         raise ValueError(f"none of {', '.join(config.config)} names a model; give model: {{name: ...}}")
     return merged
 
 
-def _files_merged(config: CompareConfig) -> dict[str, Any]:
+@cache
+def _files_merged(paths: tuple[str, ...]) -> dict[str, Any]:
+    """Read once: every arm of every seed asks."""
     merged: dict[str, Any] = {}
-    for path in config.config:
+    for path in paths:
         merged = merge(merged, read_settings_file(path))
     return merged
 
@@ -159,12 +160,6 @@ def _target(settings: Mapping[str, Any], base: Config) -> Config:
     """The model that the settings name, with the vocabulary of the base."""
     given = {key: value for key, value in settings["model"].items() if value is not None and key != "name"}
     return Config.from_name(settings["model"]["name"], **{"vocab_size": base.vocab_size, **given})
-
-
-def _sized(target: Config, arm: Mapping[str, Any]) -> Config:
-    widths = {name: arm[name] for name in SIZES if arm.get(name) is not None}
-    config = resized(target, **widths) if widths else target
-    return with_depth(config, arm["n_layer"]) if arm.get("n_layer") is not None else config
 
 
 def _probe_steps(config: CompareConfig, tokens_per_step: int) -> int:
@@ -224,7 +219,7 @@ def _own_settings(config: CompareConfig, name: str, settings: Mapping[str, Any])
 
 def _as_trained(config: CompareConfig, own: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that a run is made with, files and all."""
-    return json.loads(json.dumps(merge(_files_merged(config), own)))
+    return json.loads(json.dumps(merge(_files_merged(tuple(config.config)), own)))
 
 
 def _is_done(config: CompareConfig, folder: Path, own: Mapping[str, Any]) -> bool:
