@@ -45,7 +45,7 @@ from lit_gpt.exchange_writer import Copies
 from lit_gpt.lazy_tensors import CastWeights, spec_of
 from lit_gpt.problems import raise_problems
 from lit_gpt.stored_state import flops_behind, flops_with, tokens_behind
-from lit_gpt.tokenizer import FILE_NAMES
+from lit_gpt.tokenizer import holds_tokenizer
 
 SMALL_FILE_BYTES = 1 << 24  # whose content is checked in any case; larger ones only if they are read
 
@@ -336,7 +336,7 @@ def _grow_exchange(src_path: Path, dst_path: Path, plan: GrowthPlan, policy: str
         dst_path,
         plan.dst,
         made.weights,
-        tokenizer_dir=src_path if any((src_path / name).is_file() for name in FILE_NAMES) else None,
+        tokenizer_dir=src_path if holds_tokenizer(src_path) else None,
         provenance={**before, **flops_with(before, made.flops), "history": [*before.get("history", []), record]},
         copies=Copies(source.weights, making.copies(plan), making.allow_non_finite) if in_files else None,
         special_ids=source.special_ids,

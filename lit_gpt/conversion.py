@@ -32,7 +32,7 @@ from lit_gpt.legacy_writer import write_legacy
 from lit_gpt.llama2c import checkpoint_file, is_llama2c, read_llama2c, rewrite_tokenizer
 from lit_gpt.parity import agreement, batches, fits_in_memory, has_transformers, our_model, their_model
 from lit_gpt.stored_state import check_open, flops_behind, flops_entries, tokens_behind, trained_on
-from lit_gpt.tokenizer import FILE_NAMES, Tokenizer, file_sha256, tokenizer_files
+from lit_gpt.tokenizer import Tokenizer, file_sha256, holds_tokenizer, tokenizer_files
 from lit_gpt.versions import versions
 
 TO = ("exchange", "legacy")
@@ -71,7 +71,7 @@ def open_source(path: Path, sizes: Sizes) -> Source:
         DataError: it is no checkpoint, or a damaged one.
     """
     folder = path if path.is_dir() else path.parent
-    tokenizer_dir = folder if any((folder / name).is_file() for name in FILE_NAMES) else None
+    tokenizer_dir = folder if holds_tokenizer(folder) else None
     if is_legacy(path) and not is_llama2c(path):
         return _legacy_source(path, sizes, tokenizer_dir)
     source = _other_source(path, tokenizer_dir)
@@ -157,7 +157,7 @@ def tokenizer_place(path: Path, state: Mapping[str, Any]) -> Path | None:
     folders = list(train.values()) if isinstance(train, dict) else [train]
     named = [data["tokenizer"]] if data.get("tokenizer") else []
     for place in (path if path.is_dir() else path.parent, *map(Path, [*(each for each in folders if each), *named])):
-        if place.is_file() or str(place) == BYTES or any((place / name).is_file() for name in FILE_NAMES):
+        if place.is_file() or str(place) == BYTES or holds_tokenizer(place):
             found = Tokenizer.load(place)
             if found.fingerprint == (state.get("tokenizer") or {}).get("sha256", found.fingerprint):
                 return place
@@ -221,9 +221,7 @@ def convert(
     tokenizer_dir = tokenizer_dir or source.tokenizer_dir
     weights = source.weights if dtype is None else CastWeights(source.weights, dtype)
     with ThreadPoolExecutor(1) as background, TemporaryDirectory() as folder:
-        files = list(
-            dict.fromkeys([*source.files, *([] if tokenizer_dir is None else _tokenizer_files(tokenizer_dir))])
-        )
+        files = dict.fromkeys([*source.files, *_tokenizer_files(tokenizer_dir)])  # each once
         hashes = background.submit(lambda: [_described(file, hash_inputs) for file in files])
         if to == "legacy":
             write_legacy(unchecked, source.config, weights, source.counters)

@@ -307,11 +307,16 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether one of FILE_NAMES is in a folder."""
+    return any((folder / name).is_file() for name in FILE_NAMES)
+
+
 def tokenizer_beside(checkpoint: str | os.PathLike[str]) -> Tokenizer | None:
     """The tokenizer in the folder of a checkpoint, or None; one that cannot be read is none."""
     path = Path(checkpoint)
     folder = path if path.is_dir() else path.parent
-    if not any((folder / name).is_file() for name in FILE_NAMES):
+    if not holds_tokenizer(folder):
         return None
     try:
         return Tokenizer.load(folder)
