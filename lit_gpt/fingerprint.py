@@ -22,15 +22,14 @@ def weights_sha256(weights: Mapping[str, Tensor], processes: Processes = ONE_PRO
         weights: parameter name -> tensor, a tied one under one name.
         processes: which share them, or hold the same.
     """
-    digests: dict[str, str] = {}
+    own: dict[str, str] = {}
     for number, name in enumerate(sorted(weights)):
         tensor = weights[name].detach()
         whole = tensor.full_tensor() if is_shared(tensor) else tensor
         if number % processes.size == processes.rank:
-            digests[name] = f"{name} {whole.dtype} {tuple(whole.shape)} {_sha256(whole)}\n"
-    for others in processes.gather(digests):
-        digests |= others
-    return hashlib.sha256("".join(digests[name] for name in sorted(digests)).encode()).hexdigest()
+            own[name] = f"{name} {whole.dtype} {tuple(whole.shape)} {_sha256(whole)}\n"
+    lines = {name: line for part in processes.gather(own) for name, line in part.items()}
+    return hashlib.sha256("".join(lines[name] for name in sorted(lines)).encode()).hexdigest()
 
 
 def _sha256(tensor: Tensor) -> str:

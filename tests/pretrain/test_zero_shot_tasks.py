@@ -202,6 +202,24 @@ def test_an_unknown_name_gets_the_nearest_and_a_taken_one_is_refused(tmp_path):
         find_tasks(more=tmp_path / "nowhere")
 
 
+def test_groups_of_tasks_have_names_that_no_task_may_have(tmp_path):
+    assert [task.name for task in find_tasks(["paper"])] == list(AVERAGED)
+    assert [task.name for task in find_tasks(["wikitext", "paper", "piqa"])] == ["wikitext", *AVERAGED]
+    assert [task.name for task in find_tasks(["all", "piqa"])] == NAMES
+    write_task(tmp_path, name="paper")
+    with pytest.raises(ValueError, match=r"paper\.yaml has a name that is taken already"):
+        find_tasks(more=tmp_path)
+
+
+def test_another_prompt_is_another_version_of_a_task_and_other_remarks_are_not(tmp_path):
+    versions = [
+        read_task(write_task(tmp_path, **fields)).version
+        for fields in ({}, {"about": "of grass"}, {"prompt": "Which colour is {thing}?"}, {"answer": 1})
+    ]
+    assert versions[0] == versions[1] and len(set(versions)) == 3
+    assert len({task.version for task in built_in_tasks().values()}) == len(NAMES)
+
+
 # Files of data
 
 
