@@ -26,15 +26,24 @@ def moment(state: Mapping[str, Any], when: str) -> dict[str, Any]:
         state: its state.json; or growth.json, which knows totals alone.
         when: why it is measured now.
     """
-    of_run = "flops" in state  # in growth.json the key `tokens` is what all runs have seen
     return {
         "step": state.get("step_count"),
         "stage": state.get("stage"),
         "stage_name": state.get("stage_name"),
         "when": when,
-        "tokens": state["tokens"] if of_run else None,
-        "tokens_total": tokens_behind(state) if of_run else state.get("tokens"),
-        "flops_total": flops_behind(state).paper if of_run else state.get("flops_total"),
+        **_spent(state),
+    }
+
+
+def _spent(state: Mapping[str, Any]) -> dict[str, Any]:
+    if "flops" not in state:  # growth.json, whose `tokens` are those of all runs
+        return {"tokens": None, "tokens_total": state.get("tokens"), "flops_total": state.get("flops_total")}
+    if "converted_from" in state and not tokens_behind(state):  # a file of others that does not say it
+        return {"tokens": None, "tokens_total": None, "flops_total": None}
+    return {
+        "tokens": state["tokens"],
+        "tokens_total": tokens_behind(state),
+        "flops_total": flops_behind(state).paper,
     }
 
 

@@ -143,7 +143,7 @@ def _uncompiled(run: Run) -> AbstractContextManager[Any]:
 def _fingerprint(run: Run, trained: Trained) -> str:
     """Of the weights that were scored, saved or not."""
     growth = trained.growth
-    weights = dict(trained.model.named_parameters()) if growth is None else growth.materialise()
+    weights = trained.model.state_dict() if growth is None else growth.materialise()
     return weights_sha256(weights, run.world)
 
 

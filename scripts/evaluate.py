@@ -154,7 +154,7 @@ def _evaluate(args: argparse.Namespace, tasks: Sequence[Task], data: Path | None
     common = {
         "at": moment(state, "evaluate"),
         "checkpoint": manifest_sha256(path),
-        "weights": weights_sha256(dict(model.named_parameters())),
+        "weights": weights_sha256(model.state_dict()),
         "first": first,
         "dtype": DTYPES[args.dtype],
         "evaluator": _harness().NAME if args.harness else OWN_EVALUATOR,

@@ -114,10 +114,9 @@ def shown(value: float, percent: bool) -> str:
 
 
 def describe_scores(scores: Sequence[Score]) -> str:
-    """The first metric of every task on one line; scores of a part of the documents say so."""
+    """The first metric of every task on one line, and how many documents where those are not all."""
     first = {score.task: score for score in reversed(scores)}
-    return ", ".join(
-        f"{score.task} {shown(score.value, score.chance is not None)}"
-        + (f" (first {score.limit:,})" if score.is_limited else "")
-        for score in reversed(first.values())
-    )
+    values = [f"{score.task} {shown(score.value, score.chance is not None)}" for score in reversed(first.values())]
+    limits = sorted({score.limit for score in scores if score.limit is not None})
+    limited = f" (limited to the first {limits[0]:,} documents of a task)" if limits else ""
+    return ", ".join(values) + limited

@@ -193,6 +193,18 @@ def test_two_processes_score_to_the_bit_what_one_does(prepared, evals, offline, 
     assert [line["value"] for line in at_start] == pytest.approx([line["value"] for line in alone], rel=1e-6)
 
 
+def test_the_weights_of_a_record_are_those_that_are_saved_also_where_shared_ones_stay_gathered(
+    prepared, evals, tmp_path
+):
+    """They are gathered in bf16 for products, and saved in fp32."""
+    settings = scored(of_processes(tmp_path / "run", prepared), evals, tasks="piqa", every_steps=0)
+    settings |= {"stages": [{"name": "base", "max_steps": 1}], "precision": "bf16"}
+    settings |= {"parallel": {"strategy": "fsdp", "reshard_after_forward": False}}
+    run_on(settings, 2, tmp_path / "start")
+    saved = read_training(latest(tmp_path / "run" / "checkpoints")).model
+    assert scores(tmp_path / "run", "end")[0]["weights"] == weights_sha256(dict(saved))
+
+
 def test_a_signal_to_one_of_two_processes_while_they_score_stops_both(prepared, evals, tmp_path):
     settings = scored(of_processes(tmp_path / "run", prepared), evals, tasks=["sciq", "arc_easy"], micro_batch_size=2)
     run_on(settings, 2, tmp_path / "stopped", prepare=_signal_to_the_second, code=75)
@@ -294,7 +306,7 @@ def test_scores_of_a_part_are_marked_everywhere(scored_settings, pretrain):
     scored_settings["zero_shot"] |= {"tasks": "paper", "limit": 2, "every_steps": 0}
     done = pretrain(scored_settings)
     assert "zero-shot piqa: 2 documents, the first 2 of its file" in done.stdout
-    assert "average" in done.stdout and "(first 2)" in done.stdout
+    assert done.stdout.count(" (limited to the first 2 documents of a task)\n") == 4
     found = scores(Path(scored_settings["out_dir"]))
     assert all(line["limit"] == 2 for line in found if line["task"] != "logiqa")
 

@@ -146,6 +146,15 @@ def test_a_run_is_its_last_checkpoint_and_texts_begin_with_its_separator(evaluat
     assert json.loads(out)["scores"][0]["first_id"] == 1
 
 
+def test_a_file_that_does_not_say_what_was_spent_has_no_place_on_an_axis(evaluate, data, tmp_path):
+    unknown = {"tokens": 0, "flops": vars(Flops()), "parent_flops": vars(Flops()), "parent_tokens": 0}
+    training_form(tmp_path / "training", **unknown, converted_from={"format": "torch.save"})
+    arguments = ("--data", data, "--tasks", "piqa", "--tokenizer", "bytes", "--json")
+    _, out, _ = evaluate(tmp_path / "training", *arguments)
+    record = json.loads(out)["scores"][0]
+    assert [record[key] for key in ("tokens", "tokens_total", "flops_total")] == [None] * 3
+
+
 def test_a_bos_that_the_tokenizer_would_not_put_first_is_not_put_first(evaluate, data, folder, monkeypatch):
     monkeypatch.setattr("lit_gpt.tokenizer.BytesTokenizer.puts_bos_first", False)
     arguments = (folder, "--data", data, "--tasks", "piqa,wikitext")
