@@ -177,7 +177,7 @@ def test_a_kill_between_the_scores_and_the_next_checkpoint_repeats_them_once(sco
     assert_same_end(folder, scored_run)
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
+@pytest.mark.parametrize("strategy", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
 def test_two_processes_score_to_the_bit_what_one_does(prepared, evals, offline, scored_run, tmp_path, strategy):
     settings = scored(of_processes(tmp_path / "run", prepared), evals, micro_batch_size=2)
     settings |= {"parallel": {"strategy": strategy}, "checkpoints": {"every_steps": 3, "keep_every_steps": 1}}
@@ -193,6 +193,7 @@ def test_two_processes_score_to_the_bit_what_one_does(prepared, evals, offline, 
     assert [line["value"] for line in at_start] == pytest.approx([line["value"] for line in alone], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_weights_of_a_record_are_those_that_are_saved_also_where_shared_ones_stay_gathered(
     prepared, evals, tmp_path
 ):
@@ -205,6 +206,7 @@ def test_the_weights_of_a_record_are_those_that_are_saved_also_where_shared_ones
     assert scores(tmp_path / "run", "end")[0]["weights"] == weights_sha256(dict(saved))
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_while_they_score_stops_both(prepared, evals, tmp_path):
     settings = scored(of_processes(tmp_path / "run", prepared), evals, tasks=["sciq", "arc_easy"], micro_batch_size=2)
     run_on(settings, 2, tmp_path / "stopped", prepare=_signal_to_the_second, code=75)
@@ -230,7 +232,7 @@ def _signal_to_the_second() -> None:
     measuring._is_interrupted = watched
 
 
-@pytest.mark.parametrize("precision", ["bf16", "bf16-true"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("bf16-true", marks=pytest.mark.slow)])
 def test_in_bf16_and_with_activations_made_again_scores_are_near_those_of_evaluate(
     scored_settings, pretrain, offline, precision
 ):
