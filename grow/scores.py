@@ -5,7 +5,6 @@ The metrics are those of the paper's tables (arXiv 2405.15319), zero-shot, as lm
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -60,7 +59,7 @@ class ScoredPoint:
     """The scores of one model at one moment."""
 
     tokens: float | None
-    """Trained on by then, as whoever wrote it counts them."""
+    """Trained on by then, those of the models it grew from included."""
     flops: float | None
     """Spent by then, those of parents included."""
     scores: Mapping[str, Score]
@@ -95,7 +94,7 @@ def _points(lines: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[list[Scored
     for where, values in lines:
         if values.get("metric") != METRICS.get(values["task"]):
             continue  # another metric of the task, or the average: that is computed here
-        moment = tuple(_number(values, name, where) for name in ("tokens", "flops_total", "stage"))
+        moment = (_tokens(values, where), *(_number(values, name, where) for name in ("flops_total", "stage")))
         score = _score(values, "value", "stderr", values.get("limit"), where, notes)
         if score is not None:
             moments.setdefault(moment, {})[values["task"]] = score
@@ -108,6 +107,11 @@ def _point(
 ) -> ScoredPoint:
     mean = average(scores)
     return ScoredPoint(tokens, flops, scores if mean is None else {**scores, AVERAGE: mean}, stage)
+
+
+def _tokens(values: Mapping[str, Any], where: str) -> float | None:
+    """Those of all runs behind a model, where a line tells them from those of its last run."""
+    return _number(values, "tokens" if values.get("tokens_total") is None else "tokens_total", where)
 
 
 def _number(values: Mapping[str, Any], name: str, where: str) -> float | None:
@@ -188,7 +192,7 @@ def _external(name: str, path: Path, lines: Sequence[tuple[str, Mapping[str, Any
 
 def _with_flops(values: Mapping[str, Any], parameters: float | None, where: str) -> Mapping[str, Any]:
     """A line with the FLOPs that it says, or those that follow from the size of its model."""
-    tokens, flops = (_number(values, key, where) for key in ("tokens", "flops_total"))
+    tokens, flops = _tokens(values, where), _number(values, "flops_total", where)
     if flops is None and tokens is not None and parameters is not None:
         flops = 6.0 * parameters * tokens
     return {**values, "flops_total": flops}
@@ -207,10 +211,6 @@ def _harness_scores(results: Any, where: str, notes: list[str]) -> dict[str, Sco
     return scores
 
 
-def of_stage(points: Iterable[ScoredPoint], stage: int, tokens_behind: float) -> list[ScoredPoint]:
-    """The points of one stage of a run, their tokens with those of the models before."""
-    return [
-        point if point.tokens is None else dataclasses.replace(point, tokens=point.tokens + tokens_behind)
-        for point in points
-        if point.stage == stage
-    ]
+def of_stage(points: Iterable[ScoredPoint], stage: int) -> list[ScoredPoint]:
+    """The points of one stage of a run."""
+    return [point for point in points if point.stage == stage]

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from lit_gpt.axes import EMBEDDING, WRITERS, name_in_block, parameter_shapes
 from lit_gpt.config import Config, RopeScaling
-from lit_gpt.kernels.loss import ChunkLoss, chunk_loss, linear_cross_entropy
+from lit_gpt.kernels.loss import ChunkLoss, chunk_loss, linear_cross_entropy, token_scores
 from lit_gpt.kernels.norm import rms_norm
 from lit_gpt.kernels.products import causal_attention, cpu_multiplies_bf16, document_mask, linear, product_dtype
 from lit_gpt.kernels.recompute import recomputed
@@ -252,7 +252,7 @@ class GPT(nn.Module):
         Args:
             idx: (B, T) int64 token ids, T <= block_size.
             targets: (B, T) int64; -100 does not count.
-            reduction: of the loss: "mean", or "none" for one value per target, without gradients.
+            reduction: of the loss: "mean", or "none" for one value per target, without gradients; or "scores".
             first_position: position of idx[:, 0], for generation with a cache.
             kv_store: keys and values of the tokens before idx.
             separator_id: token that ends a document; tokens of other documents are not seen. None: they are. Not
@@ -260,7 +260,7 @@ class GPT(nn.Module):
 
         Returns:
             Without targets logits (B, T, V); with targets the cross-entropy in nats, fp32 (float64 for float64
-            weights): a scalar, or (B, T) with reduction "none".
+            weights): a scalar, or (B, T) with reduction "none"; with "scores" (N, 2), see `token_scores`.
 
         Raises:
             ValueError: more positions than block_size.
@@ -268,6 +268,8 @@ class GPT(nn.Module):
         x = self.hidden(idx, first_position=first_position, kv_store=kv_store, separator_id=separator_id)
         if targets is None:
             return self.lm_head(x)
+        if reduction == "scores":
+            return token_scores(x, targets, self.lm_head)
         loss = linear_cross_entropy(
             x.reshape(-1, x.size(-1)).to(product_dtype(x, self.lm_head.cpu_has_bf16)),
             self.lm_head.weight,

@@ -18,6 +18,7 @@ FREE_TO_CHANGE = (
     "stop",
     "batch.micro_batch_size",
     "validation",
+    "zero_shot",
     "out_dir",
     "data.train",
     "data.validation",

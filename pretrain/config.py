@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from lit_gpt.config import Config, unknown_key
 from pretrain.data_config import DataConfig, SegmentConfig
+from pretrain.zero_shot.task import names_in
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,29 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True)
+class ZeroShotConfig:
+    """Tasks that the model is scored on while it trains: at step 0, around growth, at the end. None by default."""
+
+    tasks: str | list[str] = ""
+    """Names, e.g. piqa,sciq; paper: the seven of the paper's average; all: every one there is."""
+    data: str | None = None
+    """Folder of the evaluation files. Default: evals in $LIT_GROW_DATA."""
+    tasks_dir: str | None = None
+    """Folder with YAML files of tasks of your own."""
+    every_steps: int = 0
+    """Score at multiples of this, too; 0: not."""
+    limit: int | None = None
+    """Only the first documents of each task. Default: all. A limited score is marked as such."""
+    micro_batch_size: int = 16
+    """Sequences per forward pass on one device."""
+
+    @property
+    def names(self) -> list[str]:
+        """What `tasks` names; empty: nothing is scored."""
+        return names_in(self.tasks) if isinstance(self.tasks, str) else list(self.tasks)
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """When training state is written and how much of it stays."""
 
@@ -259,6 +283,7 @@ class RunConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     validation: ValidationConfig = ValidationConfig()
+    zero_shot: ZeroShotConfig = ZeroShotConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     parallel: ParallelConfig = ParallelConfig()
@@ -291,6 +316,7 @@ def known_keys(section: type) -> dict[str, type | None]:
         "optimizer": OptimizerConfig,
         "schedule": ScheduleConfig,
         "validation": ValidationConfig,
+        "zero_shot": ZeroShotConfig,
         "checkpoints": CheckpointConfig,
         "logging": LoggingConfig,
         "parallel": ParallelConfig,

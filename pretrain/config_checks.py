@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from lit_gpt.counts import parse_token_count
-from pretrain.config import RunConfig, StageConfig
+from pretrain.config import RunConfig, StageConfig, ZeroShotConfig
 from pretrain.data_config import data_problems
 from pretrain.time_limit import parse_duration
 
 
 def config_problems(config: RunConfig) -> list[str]:
     """Everything that is wrong with a run's settings on their own, one line each."""
-    problems = [*_number_problems(config), *_stage_problems(config), *data_problems(config.data)]
+    problems = [
+        *_number_problems(config),
+        *_stage_problems(config),
+        *data_problems(config.data),
+        *_zero_shot_problems(config.zero_shot),
+    ]
     if min(config.batch.global_batch_size, config.batch.micro_batch_size) >= 1:
         try:
             config.batch.iters_per_step(1)
@@ -30,6 +36,13 @@ def config_problems(config: RunConfig) -> list[str]:
     return problems
 
 
+def _zero_shot_problems(settings: ZeroShotConfig) -> list[str]:
+    if settings.names:
+        return []
+    given = [key for key, value in asdict(settings).items() if value != getattr(ZeroShotConfig(), key)]
+    return [f"zero_shot.{key} has no effect without zero_shot.tasks; name tasks, or remove it" for key in given]
+
+
 def _number_problems(config: RunConfig) -> list[str]:
     at_least = {
         "batch.global_batch_size": (config.batch.global_batch_size, 1),
@@ -39,6 +52,9 @@ def _number_problems(config: RunConfig) -> list[str]:
         "checkpoints.keep_last": (config.checkpoints.keep_last, 1),
         "checkpoints.keep_every_steps": (config.checkpoints.keep_every_steps, 0),
         "validation.every_steps": (config.validation.every_steps, 0),
+        "zero_shot.every_steps": (config.zero_shot.every_steps, 0),
+        "zero_shot.limit": (1 if config.zero_shot.limit is None else config.zero_shot.limit, 1),
+        "zero_shot.micro_batch_size": (config.zero_shot.micro_batch_size, 1),
         "schedule.warmup_steps": (config.schedule.warmup_steps, 0),
         "schedule.decay_steps": (config.schedule.decay_steps, 0),
         "optimizer.learning_rate": (config.optimizer.learning_rate, 0),

@@ -103,7 +103,8 @@ class RunLog:
             self._append(EVALS_FILE, record)
             # growth does not advance the step, so the values on both its sides would fall on one point
             suffix = "_after_growth" if record["when"] == "after_growth" else ""
-            name = f"validation/{record['set']}/{record['metric']}{suffix}"
+            kind, measured_on = ("zero_shot", record["task"]) if "task" in record else ("validation", record["set"])
+            name = f"{kind}/{measured_on}/{record['metric'].replace(' ', '_')}{suffix}"
             self._scalars({name: record["value"]}, record["step"])
 
     def alive(self, doing: str, state: TrainState) -> None:

@@ -11,15 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_gpt.counts import parse_token_count
 from lit_gpt.flops import flops_per_token
 from lit_gpt.prefetch import WaitInterrupted
 from pretrain.config import RunConfig
-from pretrain.evaluate import evaluate
 from pretrain.growth import closed_parts, enter_stage, learn_to_grow, learned_so_far, set_masks
 from pretrain.guards import Diverged
 from pretrain.loggers import Progress, say
 from pretrain.loss_slope import add_loss, loss_slope
+from pretrain.measuring import is_due, measure
 from pretrain.optim import set_learning_rate
 from pretrain.parallel import clip_gradients, gradients_shared
 from pretrain.stages import Stage
@@ -124,8 +123,7 @@ def is_too_slow(stage: Stage, state: TrainState, loss: float | None) -> bool:
 
 def after_step(run: Run, stage: Stage, trained: Trained, state: TrainState) -> None:
     """What is due between two steps: a measurement, a checkpoint."""
-    every = run.config.validation.every_steps
-    if every and state.step_count % every == 0:
+    if is_due(run, state.step_count):
         validate(run, stage, trained, state, "every")
     run.checkpoints.poll()
     run.stop.save_secs = run.checkpoints.longest_secs
@@ -291,62 +289,13 @@ def log_step(
 
 
 def validate(run: Run, stage: Stage, trained: Trained, state: TrainState, when: str) -> None:
-    """Measure every validation set and write the records; `when` says why now.
+    """Measure what is due; `when` says why now.
 
     Raises:
         StopRequested: between two batches. Nothing was written, and it is measured again when the run goes on.
     """
-    state.validation_owed = when
-    limit = run.config.validation.max_tokens
-    max_tokens = None if limit is None else parse_token_count(limit)
-    micro_batch_size, device = run.config.batch.micro_batch_size, run.fabric.device
-    results = []
-    for validation_set in run.validation:
-        result = evaluate(
-            trained.module,
-            validation_set,
-            micro_batch_size,
-            max_tokens,
-            device,
-            run.world,
-            lambda: is_interrupted(run, state),
-        )
-        if result is None:
-            stop(run, stage, trained, state)
-        results.append(result)
-    state.validation_owed = None
-    for validation_set, result in zip(run.validation, results, strict=True):
-        common = {
-            "step": state.step_count,
-            "stage": stage.index,
-            "stage_name": stage.name,
-            "when": when,
-            "tokens": state.tokens,
-            "flops_total": state.total_flops.paper,
-            "set": validation_set.name,
-        }
-        rest = {
-            "n": result.n_tokens,
-            "limit": max_tokens if result.limited else None,
-            "checkpoint": None,  # measured on the weights in memory, before they are saved
-            "data": validation_set.source.fingerprint,
-        }
-        values = (
-            ("loss", result.nats_per_token, result.stderr),
-            ("perplexity", result.perplexity, None),
-            ("bpb", result.bits_per_byte, None),
-        )
-        run.log.evaluation(
-            [{**common, "metric": metric, "value": value, "stderr": stderr, **rest} for metric, value, stderr in values]
-        )
-        bpb = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.4f} bits per byte"
-        say(f"validation {validation_set.name} ({stage.name}, {when}): {result.nats_per_token:.4f} nats per token{bpb}")
-
-
-def is_interrupted(run: Run, state: TrainState) -> bool:
-    """Asked before every batch of a validation, by all processes."""
-    run.log.alive("validating", state)
-    return run.world.any(run.stop.requested())
+    if not measure(run, stage, trained, state, when):
+        stop(run, stage, trained, state)
 
 
 def save(run: Run, stage: Stage, trained: Trained, state: TrainState, *, periodic: bool = False) -> None:

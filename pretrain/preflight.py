@@ -42,6 +42,7 @@ from pretrain.stage_text import stage_lines
 from pretrain.stages import Stage, plan_stages
 from pretrain.training import stage_flops, tokens_per_step
 from pretrain.world import ALONE, World
+from pretrain.zero_shot.suite import Suite, open_suite
 
 INDEX_FOLDER = "data_index"
 
@@ -63,6 +64,8 @@ class Plan:
     validation: list[ValidationSet]
     data_lines: list[str]
     """What was found, for the log."""
+    zero_shot: Suite | None
+    """Tasks to score; None: none."""
     own: dict[str, Any] | None
     """state.json of the run's own last checkpoint; None for a run that has none."""
     auto_skips: tuple[tuple[int, int], ...] = ()
@@ -113,6 +116,9 @@ def preflight(
     validation, validation_lines = open_validation_sets(
         config.data, model_config, corpus, cache, separator_id=train.separator_id
     )
+    zero_shot, zero_shot_lines = open_suite(
+        config.zero_shot, corpus.tokenizer, model_config, train.separator_id if own is None else own.get("separator_id")
+    )
     samples = config.batch.global_batch_size * sum(stage.steps for stage in stages)
     epoch_lines = check_epochs(train, position, position + samples)
     lines = [
@@ -121,11 +127,12 @@ def preflight(
         *train.notes,
         *epoch_lines,
         *validation_lines,
+        *zero_shot_lines,
         *corpus.notes,
     ]
     origin = None if config.init_from is None else Path(config.init_from)
     config = dataclasses.replace(config, init_from=given.init_from, stages=given.stages)  # as they stand in the record
-    return Plan(config, origin, stages, corpus, train, position, samples, validation, lines, own, auto_skips)
+    return Plan(config, origin, stages, corpus, train, position, samples, validation, lines, zero_shot, own, auto_skips)
 
 
 def slope_notes(config: RunConfig, stages: Sequence[Stage]) -> list[str]:

@@ -219,7 +219,8 @@ def train(ready: Ready, world: World, command: list[str], stop: StopSignal) -> N
     log = in_turn(world, lambda: open_log(config, state, world, begins=checkpoint is None))
     stop.limits = stop.limits or find_limits(config.stop, world)  # they do not begin anew when the run goes back
     stop.consequence = SAVING
-    this_run = Run(config, stages, fabric, world, compute, plan.train, plan.validation, checkpoints, log, stop)
+    measured = (plan.validation, plan.zero_shot)
+    this_run = Run(config, stages, fabric, world, compute, plan.train, *measured, checkpoints, log, stop)
     try:
         if checkpoint is None:
             trained = start(this_run, stage, state, plan.origin)

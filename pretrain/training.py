@@ -21,6 +21,7 @@ from pretrain.signals import StopSignal
 from pretrain.stages import Stage
 from pretrain.state import TrainState
 from pretrain.world import World
+from pretrain.zero_shot.suite import Suite
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -37,6 +38,7 @@ class Run:
     compute: Compute
     train: TrainData
     validation: list[ValidationSet]
+    zero_shot: Suite | None
     checkpoints: RunCheckpoints
     log: Log
     stop: StopSignal

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,13 +25,10 @@ from lit_gpt.errors import run_command
 
 if TYPE_CHECKING:
     from lit_gpt.tokenizer import Tokenizer
-    from pretrain.zero_shot.encoding import FirstToken
     from pretrain.zero_shot.metrics import Score
     from pretrain.zero_shot.task import Task
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "float32": "float32", "bfloat16": "bfloat16"}
-DATA_VARIABLE, DATA_FOLDER = "LIT_GROW_DATA", "evals"
-ALL = "all"
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -39,11 +36,11 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="a folder, a .pth or .bin file, or a run")
-    parser.add_argument("--tasks", default=ALL, metavar="A,B", help="names, or all (%(default)s)")
-    parser.add_argument("--tasks-dir", type=Path, metavar="DIR", help="tasks of your own, one YAML file each")
     parser.add_argument(
-        "--data", type=Path, metavar="DIR", help=f"evaluation files (default: {DATA_FOLDER} in ${DATA_VARIABLE})"
+        "--tasks", default="all", metavar="A,B", help="names; paper: the seven of its average; or all (%(default)s)"
     )
+    parser.add_argument("--tasks-dir", type=Path, metavar="DIR", help="tasks of your own, one YAML file each")
+    parser.add_argument("--data", metavar="DIR", help="evaluation files (default: evals in $LIT_GROW_DATA)")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N documents of each task")
     parser.add_argument("--harness", action="store_true", help="score with lm-evaluation-harness")
     parser.add_argument("--tokenizer", metavar="PATH", help="a file, a folder, or `bytes` (default: the checkpoint's)")
@@ -67,6 +64,7 @@ class Report:
     """Turns scores into records, and writes them while the evaluation goes on."""
 
     common: dict[str, Any]
+    """What `score_records` needs beside scores."""
     out: Path | None
     talks: bool
     """Whether a line on stderr says what is done."""
@@ -75,7 +73,9 @@ class Report:
 
     def add(self, scores: Sequence[Score]) -> None:
         """Take the scores of one task."""
-        new = [{**self.common, **asdict(score)} for score in scores]
+        from pretrain.evaluation_records import score_records
+
+        new = score_records(scores=scores, **self.common)
         self.records.extend(new)
         if self.out is not None:
             append(self.out, "".join(json.dumps(record) + "\n" for record in new))
@@ -87,13 +87,10 @@ class Report:
 def main(argv: Sequence[str]) -> int:
     args = parse_args(argv)
     _check(args)
-    from pretrain.zero_shot.task import data_file, find_tasks
+    from pretrain.zero_shot.task import data_file, data_folder, find_tasks, names_in
 
-    wanted = None if args.tasks == ALL else [name.strip() for name in args.tasks.split(",") if name.strip()]
-    tasks = find_tasks(wanted, args.tasks_dir)
-    data = args.data or _default_data()
-    if data is not None and not data.is_dir():
-        raise FileNotFoundError(f"{data} is not a folder; give --data DIR, the folder of evaluation data")
+    tasks = find_tasks(names_in(args.tasks), args.tasks_dir)
+    data = data_folder(args.data)
     for task in tasks:
         data_file(task, data)  # refuses before a large model is read
     if args.out is not None:
@@ -123,11 +120,6 @@ def _check(args: argparse.Namespace) -> None:
         )
 
 
-def _default_data() -> Path | None:
-    base = os.environ.get(DATA_VARIABLE)
-    return Path(base) / DATA_FOLDER if base else None
-
-
 def append(path: Path, lines: str) -> None:
     """Put lines at the end of a file. It is opened each time: a run that is resumed meanwhile replaces its own."""
     with path.open("a+b") as file:
@@ -142,7 +134,9 @@ def _evaluate(args: argparse.Namespace, tasks: Sequence[Task], data: Path | None
     import torch
 
     from lit_gpt.checkpoint import find_checkpoint, manifest_sha256
+    from lit_gpt.fingerprint import weights_sha256
     from lit_gpt.generate import load_for_inference
+    from pretrain.evaluation_records import OWN_EVALUATOR, moment
     from pretrain.zero_shot.encoding import first_token
     from pretrain.zero_shot.evaluator import check_vocabulary, evaluate_tasks
     from pretrain.zero_shot.metrics import average
@@ -157,8 +151,14 @@ def _evaluate(args: argparse.Namespace, tasks: Sequence[Task], data: Path | None
     check_vocabulary(tokenizer, model.config.padded_vocab_size, first.id)
     if args.block_size is not None and args.block_size > model.config.block_size:
         raise ValueError(f"--block-size {args.block_size} is above the model's, {model.config.block_size}")
-    evaluator = _harness().NAME if args.harness else "lit-grow"
-    common = _common(state, first, args.dtype, evaluator) | {"checkpoint": manifest_sha256(path)}
+    common = {
+        "at": moment(state, "evaluate"),
+        "checkpoint": manifest_sha256(path),
+        "weights": weights_sha256(model.state_dict()),
+        "first": first,
+        "dtype": DTYPES[args.dtype],
+        "evaluator": _harness().NAME if args.harness else OWN_EVALUATOR,
+    }
     report = Report(common, args.out, not args.json, [], time.perf_counter())
     scores: list[Score] = []
 
@@ -193,32 +193,17 @@ def _warn_of_another_tokenizer(tokenizer: Tokenizer, state: dict[str, Any]) -> N
 
 def _first_id(given: str | None, tokenizer: Tokenizer, state: dict[str, Any]) -> int | None:
     """As for generation, but a bos that the tokenizer itself would not put before a text is left out."""
-    found = find_first_id(given, tokenizer, state)
-    by_default = given is None and state.get("separator_id") is None
-    return None if by_default and not tokenizer.puts_bos_first else found
+    from pretrain.zero_shot.encoding import default_first_id
 
-
-def _common(state: dict[str, Any], first: FirstToken, dtype: str, evaluator: str) -> dict[str, Any]:
-    """What all records of a checkpoint say, by state.json or growth.json."""
-    from lit_gpt.stored_state import flops_behind
-
-    flops = flops_behind(state).paper if "flops" in state else state.get("flops_total")
-    return {
-        "step": state.get("step_count"),
-        "stage": state.get("stage"),
-        "stage_name": state.get("stage_name"),
-        "when": "evaluate",
-        "tokens": state.get("tokens"),
-        "flops_total": flops,
-        "evaluator": evaluator,
-        "num_fewshot": 0,
-        "first_id": first.id,
-        "dtype": DTYPES[dtype],
-    }
+    if given is None:
+        return default_first_id(tokenizer, state.get("separator_id"))
+    return find_first_id(given, tokenizer, state)
 
 
 def table(scores: Sequence[Score]) -> list[str]:
     """Lines of a table: accuracies in per cent; a mark where not all documents were scored."""
+    from pretrain.zero_shot.metrics import shown
+
     rows = [("task", "metric", "value", "stderr", "chance", "n", "")]
     for score in scores:
         percent = score.chance is not None
@@ -226,9 +211,9 @@ def table(scores: Sequence[Score]) -> list[str]:
             (
                 score.task,
                 score.metric,
-                _number(score.value, percent),
-                "-" if score.stderr is None else _number(score.stderr, percent),
-                "-" if score.chance is None else _number(score.chance, percent),
+                shown(score.value, percent),
+                "-" if score.stderr is None else shown(score.stderr, percent),
+                "-" if score.chance is None else shown(score.chance, percent),
                 f"{score.n:,}",
                 "limited" if score.is_limited else "",
             )
@@ -240,12 +225,9 @@ def table(scores: Sequence[Score]) -> list[str]:
     ]
 
 
-def _number(value: float, percent: bool) -> str:
-    return f"{100 * value:.2f} %" if percent else f"{value:.4g}" if value >= 1e5 else f"{value:.3f}"
-
-
 def _notes(common: dict[str, Any], scores: Sequence[Score]) -> list[str]:
-    first = "nothing" if common["first_id"] is None else f"token {common['first_id']}"
+    first_id = common["first"].id
+    first = "nothing" if first_id is None else f"token {first_id}"
     lines = [f"zero-shot by {common['evaluator']}, {common['dtype']}; {first} is put before every text"]
     if any(score.is_limited for score in scores):
         lines.append("limited: the first documents only; not to be compared with scores of whole sets")

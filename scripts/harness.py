@@ -224,5 +224,5 @@ def _scores(task: Task, examples: Examples, results: dict[str, Any], data: str) 
         accuracy = metric in ACCURACIES
         stderr = (value * (1 - value) / (n - 1)) ** 0.5 if accuracy and n > 1 else None
         guessed = chance(examples) if accuracy else None
-        scores.append(Score(task.name, metric, value, stderr, guessed, n, examples.limit, data))
+        scores.append(Score(task.name, metric, value, stderr, guessed, n, examples.limit, data, task.version))
     return scores

@@ -11,7 +11,7 @@ from grow.report.charts import flops_per_token
 from grow.runs.gather import Gathered
 from grow.scores import AVERAGE, AVERAGED, LABELS, METRICS, WIKITEXT, ScoredPoint
 
-HOW_TO_SCORE = "score checkpoints with `scripts/evaluate.py CKPT --out RUN/evals.jsonl`"
+HOW_TO_SCORE = "train with zero_shot.tasks, or score checkpoints with `scripts/evaluate.py CKPT --out RUN/evals.jsonl`"
 
 UNTRAINED = 2.0  # times the worst final perplexity: what lies above is not shown
 

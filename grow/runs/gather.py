@@ -298,7 +298,7 @@ def _models_of_run(run_dir: Path, run: str, log: RunLog, notes: list[str]) -> li
                 is_base=stage != stages[-1] or len(stages) < planned,
                 began_from_checkpoint=from_checkpoint,
                 run_config=run_config,
-                scores=of_stage(scored, stage, behind.tokens - (start.tokens if start else 0)),
+                scores=of_stage(scored, stage),
             )
         )
     notes += _unfinished(run, models[-1], planned)

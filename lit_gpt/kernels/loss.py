@@ -129,6 +129,30 @@ def linear_cross_entropy(
         return losses if reduction == "none" else losses.sum() / (targets != IGNORE_INDEX).sum().clamp(min=1)
 
 
+@torch.no_grad()
+def token_scores(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
+    """What a model says of the targets that count: how probable they are, and whether it would have written others.
+
+    The head, most of a small model's work, is computed for those alone.
+
+    Args:
+        hidden: (B, T, C).
+        targets: (B, T) int64; -100 does not count.
+        head: (n, C) -> logits (n, V).
+
+    Returns:
+        (N, 2) for the N targets that count, row by row: log-probabilities in nats, and 1 where another token is
+        likelier, else 0. fp32, or float64 for float64 logits.
+    """
+    counted = targets != IGNORE_INDEX
+    scores = []
+    for part, wanted in zip(hidden[counted].split(CHUNK_ROWS), targets[counted].split(CHUNK_ROWS), strict=True):
+        logits = head(part)
+        log_probs = -F.cross_entropy(logits.to(loss_dtype(logits.dtype)), wanted, reduction="none")
+        scores.append(torch.stack((log_probs, (logits.argmax(-1) != wanted).to(log_probs.dtype)), dim=1))
+    return torch.cat(scores)
+
+
 def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """The same mean loss the plain way: all logits at once. The oracle of the tests."""
     logits = F.linear(hidden, weight.to(hidden.dtype)).to(loss_dtype(hidden.dtype))

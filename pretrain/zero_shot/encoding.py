@@ -35,6 +35,16 @@ class FirstToken:
     """What stands before a text that is scored from its first token on."""
 
 
+def default_first_id(tokenizer: Tokenizer, separator_id: int | None) -> int | None:
+    """What a text begins with where nobody says it: what separates documents in training, else bos where it belongs.
+
+    separator_id: as state.json says it; None if it does not.
+    """
+    if separator_id is not None:
+        return separator_id
+    return tokenizer.bos_id if tokenizer.puts_bos_first else None
+
+
 def first_token(tokenizer: Tokenizer, first_id: int | None) -> FirstToken:
     """As the harness chooses the prefix: the first token, else the beginning or the end of a text."""
     for each in (first_id, tokenizer.bos_id, tokenizer.eos_id):
@@ -106,7 +116,10 @@ def _pair(
 
 def _prefix(first: FirstToken) -> np.ndarray:
     if first.prefix_id is None:
-        raise ValueError("nothing can stand before the text: its tokenizer has neither bos nor eos; give --first-id ID")
+        raise ValueError(
+            "nothing can stand before the text: its tokenizer has neither bos nor eos; give --first-id ID, or "
+            "leave out tasks whose texts are scored from their beginning on"
+        )
     return np.array([first.prefix_id], dtype=np.int64)
 
 

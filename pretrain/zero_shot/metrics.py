@@ -36,6 +36,8 @@ class Score:
     """How many were wanted of more; None: all of the file."""
     data: str | None = None
     """sha256 of the file."""
+    task_version: str | None = None
+    """That of `Task`; None of an average."""
 
     @property
     def is_limited(self) -> bool:
@@ -62,7 +64,8 @@ def scores_of(examples: Examples, found: np.ndarray, data: str | None = None) ->
         elif metric not in ACCURACIES:
             value = math.exp(min(value, LARGEST))
             stderr = stderr and stderr * value  # to first order
-        scores.append(Score(examples.task.name, metric, value, stderr, guessed, n, examples.limit, data))
+        task = examples.task
+        scores.append(Score(task.name, metric, value, stderr, guessed, n, examples.limit, data, task.version))
     return scores
 
 
@@ -103,3 +106,17 @@ def average(scores: Sequence[Score]) -> Score | None:
     guessed = float(np.mean([score.chance or 0.0 for score in seven]))
     n = sum(score.n for score in seven)
     return Score(AVERAGE, "acc or acc_norm", mean.value, mean.stderr, guessed, n, mean.limit)
+
+
+def shown(value: float, percent: bool) -> str:
+    """A score, or its error, for people: accuracies in per cent."""
+    return f"{100 * value:.2f} %" if percent else f"{value:.4g}" if value >= 1e5 else f"{value:.3f}"
+
+
+def describe_scores(scores: Sequence[Score]) -> str:
+    """The first metric of every task on one line, and how many documents where those are not all."""
+    first = {score.task: score for score in reversed(scores)}
+    values = [f"{score.task} {shown(score.value, score.chance is not None)}" for score in reversed(first.values())]
+    limits = sorted({score.limit for score in scores if score.limit is not None})
+    limited = f" (limited to the first {limits[0]:,} documents of a task)" if limits else ""
+    return ", ".join(values) + limited

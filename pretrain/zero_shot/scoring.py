@@ -1,6 +1,6 @@
 """Log-likelihoods of rows of tokens, batched by length; the same numbers for every batch size, up to rounding.
 
-Legend: B rows of a batch, T tokens, C n_embd, V padded_vocab_size, N scored tokens of a batch.
+Legend: B rows of a batch, T tokens, N scored tokens of a batch.
 """
 
 from __future__ import annotations
@@ -10,37 +10,27 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_gpt.errors import NonFiniteError
-from lit_gpt.kernels.loss import CHUNK_ROWS, IGNORE_INDEX, loss_dtype
-from lit_gpt.model import GPT
+from lit_gpt.kernels.loss import IGNORE_INDEX
 from pretrain.world import ALONE, World
 from pretrain.zero_shot.encoding import Row
 
 LOG_PROB, MISSES = range(2)
-"""Columns of scored rows: the sum of log-probabilities in nats; tokens that were not the likeliest."""
+"""Columns of scores: log-probabilities in nats, or their sum; tokens that were not the likeliest."""
 
-TokenScores = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""idx, targets (B, T) -> for the N targets that count, row by row: log-probabilities, and which are the likeliest."""
+TokenScores = Callable[[Tensor, Tensor], Tensor]
+"""idx, targets (B, T) -> (N, 2), the columns above for the N targets that count, row by row."""
 
 
 @torch.no_grad()
-def token_scores(model: GPT, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (N,) of the targets that count, in at least fp32, and (N,) bool: which are the likeliest.
+def token_scores(model: nn.Module, idx: Tensor, targets: Tensor) -> Tensor:
+    """What a `GPT` says of the targets that count, see `lit_gpt.kernels.loss.token_scores`. idx, targets: (B, T).
 
-    The head, most of a small model's work, is computed for those alone. idx, targets: (B, T) int64; -100 does not
-    count.
+    Through its forward, where sharded weights are gathered, and which a growth that is being learned has, too.
     """
-    counted = targets != IGNORE_INDEX
-    hidden, labels = model.hidden(idx)[counted], targets[counted]  # (N, C), (N,)
-    log_probs, hits = [], []
-    for part, wanted in zip(hidden.split(CHUNK_ROWS), labels.split(CHUNK_ROWS), strict=True):
-        logits = model.lm_head(part)
-        log_probs.append(-F.cross_entropy(logits.to(loss_dtype(logits.dtype)), wanted, reduction="none"))
-        hits.append(logits.argmax(-1) == wanted)
-    return torch.cat(log_probs), torch.cat(hits)
+    return model(idx, targets, reduction="scores")
 
 
 def score(
@@ -64,7 +54,7 @@ def score(
     Raises:
         NonFiniteError: a log-likelihood is not a finite number.
     """
-    table = np.zeros((max(row.request for row in rows) + 1, 2))
+    table = np.zeros((len(rows), 2))  # by rows: each is one process's, so that sums are the same for every number
     order = sorted(range(len(rows)), key=lambda number: -len(rows[number].tokens))  # what fills memory comes first
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     for turn in range(math.ceil(len(batches) / world.size)):
@@ -74,11 +64,14 @@ def score(
         batch = [rows[each] for each in batches[min(number, len(batches) - 1)]]
         found = _score_batch(batch, scores, device)
         if number < len(batches):
-            np.add.at(table, [row.request for row in batch], found)
+            table[order[number * batch_size : (number + 1) * batch_size]] = found
     table = world.sum(table)
     if not np.isfinite(table).all():
         raise NonFiniteError("the model's log-likelihoods are not finite numbers; it diverged, or overflows its dtype")
-    return table
+    requests = np.array([row.request for row in rows])
+    found = np.zeros((requests.max() + 1, 2))
+    np.add.at(found, requests, table)
+    return found
 
 
 def _score_batch(batch: Sequence[Row], scores: TokenScores, device: torch.device | str) -> np.ndarray:
@@ -90,7 +83,6 @@ def _score_batch(batch: Sequence[Row], scores: TokenScores, device: torch.device
         k = len(row.tokens) - 1
         idx[i, :k] = row.tokens[:-1]
         targets[i, k - row.n_scored : k] = row.tokens[1:][k - row.n_scored :]
-    log_probs, hits = scores(torch.from_numpy(idx).to(device), torch.from_numpy(targets).to(device))
-    values = np.stack((log_probs.double().cpu().numpy(), ~hits.cpu().numpy()))  # (2, N)
+    values = scores(torch.from_numpy(idx).to(device), torch.from_numpy(targets).to(device)).double().cpu().numpy()
     starts = np.cumsum([0, *(row.n_scored for row in batch[:-1])])
-    return np.add.reduceat(values, starts, axis=1).T
+    return np.add.reduceat(values, starts, axis=0)

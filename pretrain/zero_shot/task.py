@@ -6,6 +6,9 @@ continuation under several contexts, `continuation` whether a text is what the m
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +16,16 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from grow.scores import AVERAGED
 from lit_gpt.config import unknown_key
 from lit_gpt.settings_files import read_settings_file
 from pretrain.zero_shot.documents import FORMATS
 from pretrain.zero_shot.templates import Template, did_you_mean
 
 NAME = re.compile(r"[A-Za-z0-9_.-]+")
+ALL, PAPER = "all", "paper"
+"""Names that stand for several tasks: all there are; the seven of the paper's average."""
+DATA_VARIABLE, DATA_FOLDER = "LIT_GROW_DATA", "evals"
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,8 @@ class Task:
     """One of FORMATS."""
     lines: tuple[str, ...] = ()
     """Names of the lines of a block."""
+    version: str = ""
+    """Digest of what the file says, but `about`: scores of another version are another task's."""
 
 
 def read_task(path: Path) -> Task:
@@ -91,7 +100,20 @@ def read_task(path: Path) -> Task:
     rest = {field: templates.pop(field) for field in ANSWERS if field in templates}
     rest |= {field: values[field] for field in ("delimiter", "format") if field in values}
     listed = {field: tuple(values.get(field, ())) for field in ("files", "metrics", "lines")}
-    return Task(name=path.stem, kind=values["kind"], templates=templates, folder=path.parent, **listed, **rest)
+    return Task(
+        name=path.stem,
+        kind=values["kind"],
+        templates=templates,
+        folder=path.parent,
+        version=_version(values),
+        **listed,
+        **rest,
+    )
+
+
+def _version(values: Mapping[str, Any]) -> str:
+    said = {key: value for key, value in values.items() if key != "about"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _problems(values: Mapping[str, Any]) -> list[str]:
@@ -146,11 +168,11 @@ def built_in_tasks() -> dict[str, Task]:
     return _tasks_in(Path(str(files("pretrain.zero_shot").joinpath("tasks"))))
 
 
-def find_tasks(wanted: Sequence[str] | None, more: Path | None = None) -> list[Task]:
+def find_tasks(wanted: Sequence[str] = (ALL,), more: Path | None = None) -> list[Task]:
     """Tasks by their names, in the order they are asked for.
 
     Args:
-        wanted: names, None for all that there are.
+        wanted: names of tasks, ALL, or PAPER.
         more: a folder with YAML files of the user's.
 
     Raises:
@@ -162,18 +184,37 @@ def find_tasks(wanted: Sequence[str] | None, more: Path | None = None) -> list[T
         if not more.is_dir():
             raise FileNotFoundError(f"{more} is not a folder; give one that holds the YAML files of tasks")
         own = _tasks_in(more)
-        twice = sorted(known.keys() & own)
+        twice = sorted({*known, ALL, PAPER} & own.keys())
         if twice:
-            raise ValueError(f"{more / twice[0]}.yaml has the name of a task that is here already; rename it")
+            raise ValueError(f"{more / twice[0]}.yaml has a name that is taken already; rename it")
         known |= own
-    for name in wanted or ():
-        if name not in known:
-            raise ValueError(f"unknown task {name!r}; {did_you_mean(name, known)}")
-    return [known[name] for name in dict.fromkeys(known if wanted is None else wanted)]
+    groups = {ALL: list(known), PAPER: list(AVERAGED)}
+    for name in wanted:
+        if name not in known and name not in groups:
+            raise ValueError(f"unknown task {name!r}; {did_you_mean(name, {**known, **groups})}")
+    return [known[name] for name in dict.fromkeys(name for each in wanted for name in groups.get(each, [each]))]
 
 
 def _tasks_in(folder: Path) -> dict[str, Task]:
     return {path.stem: read_task(path) for path in sorted(folder.iterdir()) if path.suffix in (".yaml", ".yml")}
+
+
+def names_in(text: str) -> list[str]:
+    """`piqa,sciq` -> its names."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def data_folder(given: str | Path | None) -> Path | None:
+    """The folder of evaluation files: what is given, or `evals` in $LIT_GROW_DATA; None where neither is.
+
+    Raises:
+        FileNotFoundError: it is no folder.
+    """
+    base = os.environ.get(DATA_VARIABLE)
+    folder = Path(given) if given else Path(base) / DATA_FOLDER if base else None
+    if folder is not None and not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder; give that of the evaluation files, see docs/evaluation.md")
+    return folder
 
 
 def data_file(task: Task, data: Path | None) -> Path:
@@ -188,5 +229,8 @@ def data_file(task: Task, data: Path | None) -> Path:
             if (folder / name).is_file():
                 return folder / name
     if data is None:
-        raise ValueError(f"task {task.name} needs {task.files[0]}; give --data DIR, the folder of evaluation data")
+        raise ValueError(
+            f"task {task.name} needs {task.files[0]}; give --data DIR (in a run --zero_shot.data DIR), the folder of "
+            f"evaluation files"
+        )
     raise FileNotFoundError(f"task {task.name}: {data} has no {' nor '.join(task.files)}; see docs/evaluation.md")

@@ -136,7 +136,7 @@ def test_a_task_is_added_by_a_file_alone(tmp_path):
 
     assert examples[1].requests == (("What colour is the sea?", " green"), ("What colour is the sea?", " blue"))
     assert [example.answer for example in examples] == [0, 1]
-    assert len(find_tasks(None, tmp_path / "mine")) == len(NAMES) + 1
+    assert len(find_tasks(more=tmp_path / "mine")) == len(NAMES) + 1
 
 
 def test_nested_fields_and_labels_read_arc_as_hugging_face_has_it(tmp_path):
@@ -196,10 +196,28 @@ def test_an_unknown_name_gets_the_nearest_and_a_taken_one_is_refused(tmp_path):
     with pytest.raises(ValueError, match="unknown task 'arc_eazy'; did you mean 'arc_easy'"):
         find_tasks(["arc_eazy"])
     write_task(tmp_path, name="piqa")
-    with pytest.raises(ValueError, match=r"piqa\.yaml has the name of a task that is here already"):
-        find_tasks(None, tmp_path)
+    with pytest.raises(ValueError, match=r"piqa\.yaml has a name that is taken already"):
+        find_tasks(more=tmp_path)
     with pytest.raises(FileNotFoundError, match="is not a folder"):
-        find_tasks(None, tmp_path / "nowhere")
+        find_tasks(more=tmp_path / "nowhere")
+
+
+def test_groups_of_tasks_have_names_that_no_task_may_have(tmp_path):
+    assert [task.name for task in find_tasks(["paper"])] == list(AVERAGED)
+    assert [task.name for task in find_tasks(["wikitext", "paper", "piqa"])] == ["wikitext", *AVERAGED]
+    assert [task.name for task in find_tasks(["all", "piqa"])] == NAMES
+    write_task(tmp_path, name="paper")
+    with pytest.raises(ValueError, match=r"paper\.yaml has a name that is taken already"):
+        find_tasks(more=tmp_path)
+
+
+def test_another_prompt_is_another_version_of_a_task_and_other_remarks_are_not(tmp_path):
+    versions = [
+        read_task(write_task(tmp_path, **fields)).version
+        for fields in ({}, {"about": "of grass"}, {"prompt": "Which colour is {thing}?"}, {"answer": 1})
+    ]
+    assert versions[0] == versions[1] and len(set(versions)) == 3
+    assert len({task.version for task in built_in_tasks().values()}) == len(NAMES)
 
 
 # Files of data

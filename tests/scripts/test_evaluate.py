@@ -12,8 +12,10 @@ import yaml
 
 from lit_gpt.checkpoint import manifest_sha256, write_exchange, write_training
 from lit_gpt.errors import EXIT_DATA, EXIT_NON_FINITE, EXIT_OK, EXIT_USAGE, run_command
+from lit_gpt.fingerprint import weights_sha256
 from lit_gpt.flops import Flops
 from lit_gpt.tokenizer import Tokenizer, file_sha256
+from pretrain.zero_shot.task import built_in_tasks
 from tests.toys import toy_config, toy_weights
 from tests.zero_shot import DOCUMENTS, NAMES, write_data
 
@@ -60,7 +62,11 @@ def _made(folder: Path) -> Path:
 
 def training_form(path: Path, **state: object) -> Path:
     counters = {"step_count": 12, "iter_num": 48, "stage": 2, "stage_name": "grown", "tokens": 9000, "history": []}
-    flops = {"flops": vars(Flops(paper=2.0, model=3.0, palm=4.0)), "parent_flops": vars(Flops(paper=1.0))}
+    flops = {
+        "flops": vars(Flops(paper=2.0, model=3.0, palm=4.0)),
+        "parent_flops": vars(Flops(paper=1.0)),
+        "parent_tokens": 500,
+    }
     state = {"model_config": CONFIG.to_dict(), **counters, **flops, "separator_id": 2, **state}
     return write_training(path, toy_weights(CONFIG), {}, state)
 
@@ -103,7 +109,10 @@ def test_records_say_which_checkpoint_which_file_and_how(evaluate, folder, data,
     assert (first["task"], first["metric"], first["n"], first["limit"]) == ("piqa", "acc_norm", DOCUMENTS, None)
     assert first["checkpoint"] == manifest_sha256(folder)
     assert first["data"] == file_sha256(data / "piqa" / "valid_docs.jsonl")
-    assert (first["step"], first["stage"], first["tokens"], first["flops_total"]) == (7, None, 900, 1e9)
+    assert (first["step"], first["stage"], first["flops_total"]) == (7, None, 1e9)
+    assert (first["tokens"], first["tokens_total"]) == (None, 900), "growth.json knows what all runs have seen"
+    assert first["weights"] == weights_sha256(toy_weights(CONFIG))
+    assert first["task_version"] == built_in_tasks()["piqa"].version
     assert (first["evaluator"], first["num_fewshot"], first["first_id"], first["dtype"]) == (
         "lit-grow",
         0,
@@ -132,9 +141,18 @@ def test_a_run_is_its_last_checkpoint_and_texts_begin_with_its_separator(evaluat
     record = json.loads(out)["scores"][0]
     assert code == EXIT_OK and record["first_id"] == 2
     assert (record["step"], record["stage"], record["stage_name"]) == (12, 2, "grown")
-    assert (record["tokens"], record["flops_total"]) == (9000, 3.0)
+    assert (record["tokens"], record["tokens_total"], record["flops_total"]) == (9000, 9500, 3.0)
     _, out, _ = evaluate(run, *arguments, "--first-id", "bos")
     assert json.loads(out)["scores"][0]["first_id"] == 1
+
+
+def test_a_file_that_does_not_say_what_was_spent_has_no_place_on_an_axis(evaluate, data, tmp_path):
+    unknown = {"tokens": 0, "flops": vars(Flops()), "parent_flops": vars(Flops()), "parent_tokens": 0}
+    training_form(tmp_path / "training", **unknown, converted_from={"format": "torch.save"})
+    arguments = ("--data", data, "--tasks", "piqa", "--tokenizer", "bytes", "--json")
+    _, out, _ = evaluate(tmp_path / "training", *arguments)
+    record = json.loads(out)["scores"][0]
+    assert [record[key] for key in ("tokens", "tokens_total", "flops_total")] == [None] * 3
 
 
 def test_a_bos_that_the_tokenizer_would_not_put_first_is_not_put_first(evaluate, data, folder, monkeypatch):
