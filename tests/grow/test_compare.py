@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from grow.compare.plan import Origin, arm_steps
 from grow.compare.ranking import estimate, rank
-from grow.compare.runs import Origin, arm_steps
 from grow.compare.settings import CompareConfig, read_settings
 from grow.compare.text import sentences, table
 from lit_gpt.config import Config
