@@ -223,6 +223,26 @@ def test_a_run_that_has_not_come_to_its_end_is_an_error(tmp_path):
         rank(config)
 
 
+def test_half_a_last_line_is_said_and_damage_or_other_data_is_an_error(ranked, tmp_path):
+    losses = {"scratch": [4.0, 4.2], "stack": [3.5, 3.7]}
+    folder, config = tmp_path / "out" / "seed-2" / "stack", comparison(tmp_path, seeds=[1, 2])
+    ranked(**losses)
+    with (folder / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 21, "lo')
+    assert sentences(rank(config))[-1] == "stack/metrics.jsonl: the last line is incomplete and was left out."
+
+    evals = (folder / "evals.jsonl").read_text()
+    (folder / "evals.jsonl").write_text(evals.replace('"metric"', '"data": "decafe", "metric"'))
+    with pytest.raises(DataError, match="measured on 2 different sets called text: data was changed"):
+        rank(config)
+    (folder / "evals.jsonl").write_text(evals.replace("3.7", "NaN"))
+    with pytest.raises(DataError, match="the loss of step 0 is nan; the run diverged"):
+        rank(config)
+    (folder / "metrics.jsonl").unlink()
+    with pytest.raises(DataError, match=r"has no metrics\.jsonl"):
+        rank(config)
+
+
 def test_intervals_are_students():
     found = estimate([1.0, 2.0, 3.0])
     assert (found.mean, found.n) == (2.0, 3)
