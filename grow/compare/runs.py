@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import resource
 import signal
@@ -75,7 +76,7 @@ def run_once(config: CompareConfig, run: PlannedRun, *, verbose: bool) -> None:
 
     Raises:
         RunFailed: it did not come to its end.
-        DataError: the folder holds a finished run of other settings.
+        DataError: the folder holds a finished run of other settings, or another process makes it.
     """
     if is_done(config, run):
         return
@@ -84,9 +85,10 @@ def run_once(config: CompareConfig, run: PlannedRun, *, verbose: bool) -> None:
     path = folder.parent / f"{run.name}.yaml"
     own = _own_settings(config, run)
     write_atomically(path, yaml.safe_dump(own, sort_keys=False).encode())
-    _say(f"seed {run.seed} {run.name}: ", end="\n" if verbose else "")
     began, cpu_before = time.monotonic(), _cpu_seconds()
     with (folder / LOG).open("ab") as log:
+        _hold(log, folder)
+        _say(f"seed {run.seed} {run.name}: ", end="\n" if verbose else "")
         begins_at = log.tell()
         code = _pretrain(config, path, log, [], follow=folder / LOG if verbose else None)
     took = {"exit_code": code, "seconds": time.monotonic() - began, "cpu_seconds": _cpu_seconds() - cpu_before}
@@ -101,6 +103,19 @@ def run_once(config: CompareConfig, run: PlannedRun, *, verbose: bool) -> None:
     write_atomically(folder / DONE, json.dumps(done).encode())
     again = f"seed {run.seed} {run.name}: " if verbose else ""
     _say(f"{again}{_ended_with(folder)}, {took['seconds']:.0f} s")
+
+
+def _hold(log: IO[bytes], folder: Path) -> None:
+    """Keep the log to one run at a time, which inherits the lock; `pretrain` has its own, also between machines."""
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise DataError(
+            f"another process makes the run in {folder}, and {LOG} there says how far it is; wait for it or stop it, "
+            f"then repeat the command"
+        ) from error
+    except OSError:  # a file system without locks
+        return
 
 
 def _say(words: str, end: str = "\n") -> None:

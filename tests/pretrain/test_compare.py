@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -256,11 +257,17 @@ def test_every_run_has_a_line_and_a_log_and_its_costs_add_up_over_starts(compare
 def test_a_run_that_another_process_makes_is_left_to_it(compare_file, started, tmp_path, capsys):
     folder = tmp_path / "out" / "seed-1" / "base"
     folder.mkdir(parents=True)
-    with run_lock(folder):
-        assert grow(["compare", "--config", str(compare_file)]) == 3
-
-        err = capsys.readouterr().err
-        assert err.count(f"error: another process trains in {folder} and holds its lock") == 1
+    changed(compare_file, arms={"zero": {"operator": "zero-depth"}, "stack": {"operator": "stack"}})
+    compare = ["compare", "--config", str(compare_file)]
+    with run_lock(folder):  # a `pretrain` by hand, or one on another machine
+        assert grow(compare) == 3
+        assert capsys.readouterr().err.count(f"  error: another process trains in {folder} and holds its lock") == 1
+    started.clear()
+    with (folder / "log.txt").open("ab") as log:  # another `grow compare`
+        fcntl.flock(log, fcntl.LOCK_EX)
+        assert grow(compare) == 3
+    assert capsys.readouterr().err.startswith(f"error: another process makes the run in {folder}, and log.txt there")
+    assert trained(started) == []
 
 
 def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(compare_file, started, capsys):
