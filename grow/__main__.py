@@ -331,8 +331,14 @@ def _description(name: str) -> str:
 
 
 def normalise(argv: Sequence[str]) -> list[str]:
-    """`-` and `_` are equal in option names."""
-    parts = [argument.partition("=") for argument in argv]
+    """`-` and `_` are equal in option names; a value like -5B is joined to its name, or argparse takes it for one."""
+    joined: list[str] = []
+    for argument in argv:
+        if re.match(r"-\d", argument) and joined and re.fullmatch(r"--[a-z][\w-]*", joined[-1]):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    parts = [argument.partition("=") for argument in joined]
     return [
         name.replace("_", "-") + equals + value if name.startswith("--") else name + equals + value
         for name, equals, value in parts

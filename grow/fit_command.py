@@ -78,16 +78,16 @@ def run(args: argparse.Namespace) -> int:
 def make_fits(args: argparse.Namespace) -> dict[str, Any]:
     """Everything the command says: a law for each family, predictions, speed-ups over scratch."""
     from grow.fit import PREDICTED
-    from grow.runs.families import SCRATCH, families
+    from grow.runs.families import SCRATCH, families, left_out
     from grow.runs.gather import gather
     from grow.runs.units import in_comparable_unit
 
     gathered = in_comparable_unit(gather(args.runs))
     found = families(gathered, points=args.points, loss=args.loss)
+    left = left_out(gathered, found)
     if not found:
         raise ValueError(
-            f"no run here has a {args.loss} loss to fit: give runs from scratch or grown ones; bases, and runs that "
-            f"began with a checkpoint, are no points of a law"
+            "\n".join([f"no run here has a {args.loss} loss to fit; give runs from scratch or grown ones", *left])
         )
     laws, notes = _fit_all(found, args)
     fitted = [family for family in found if family.name in laws]
@@ -107,7 +107,7 @@ def make_fits(args: argparse.Namespace) -> dict[str, Any]:
             if scratch is not None and name != SCRATCH
             for each in _speedups(name, law, scratch, at)
         ],
-        "notes": [*gathered.notes, *notes, *_cautions(args, fitted, laws)],
+        "notes": [*gathered.notes, *left, *notes, *_cautions(args, fitted, laws)],
     }
 
 

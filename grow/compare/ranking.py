@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from grow.compare.runs import run_dirs
+from grow.compare.plan import seed_folder
 from grow.compare.settings import FROM_SCRATCH, CompareConfig
 from grow.curves import Curve, Evaluation, RunLog, default_window, read_run_log, smooth, speedup, training_curve
 from lit_gpt.errors import DataError
@@ -84,6 +84,8 @@ class Ranking:
     curves: tuple[ArmCurve, ...]
     window_tokens: float
     """In which training losses are smoothed for curves and speed-ups."""
+    notes: tuple[str, ...] = ()
+    """What was left out of the logs, in sentences."""
 
     @property
     def unequal(self) -> list[RankedArm]:
@@ -97,6 +99,7 @@ class Ranking:
             "seeds": list(self.seeds),
             "window_tokens": self.window_tokens,
             "arms": [arm.to_dict() for arm in self.arms],
+            "notes": list(self.notes),
         }
 
 
@@ -118,14 +121,14 @@ def rank(config: CompareConfig) -> Ranking:
     Raises:
         DataError, OSError: a run is missing, is not at its end, or its log is damaged.
     """
-    logs = {name: [read_run_log(folder) for folder in run_dirs(config, name)] for name in config.arms}
+    folders = {name: [seed_folder(config, seed) / name for seed in config.seeds] for name in config.arms}
+    logs = {name: [read_run_log(folder) for folder in each] for name, each in folders.items()}
     set_name = _common_set(logs)
     ends = {
-        name: [
-            _final_loss(log, name, set_name, folder) for log, folder in zip(each, run_dirs(config, name), strict=True)
-        ]
+        name: [_final_loss(log, name, set_name, folder) for log, folder in zip(each, folders[name], strict=True)]
         for name, each in logs.items()
     }
+    _check_same_text(logs, set_name)
     curves = {name: [_curve(log, name) for log in each] for name, each in logs.items()}
     window = default_window([curve for each in curves.values() for curve in each])
     smoothed = {name: [smooth(curve, window) for curve in each] for name, each in curves.items()}
@@ -133,12 +136,29 @@ def rank(config: CompareConfig) -> Ranking:
     arms = [_ranked(name, ends, logs[name], smoothed, order[0], set_name) for name in order]
     measured = f"validation loss on {set_name}" if set_name else "training loss, smoothed"
     means = tuple(ArmCurve(name, _mean_curve(smoothed[name])) for name in order)
-    return Ranking(tuple(arms), measured, tuple(config.seeds), means, window)
+    notes = tuple(note for each in logs.values() for log in each for note in log.notes)
+    return Ranking(tuple(arms), measured, tuple(config.seeds), means, window, notes)
 
 
 def _common_set(logs: dict[str, list[RunLog]]) -> str | None:
     """The first validation set that was measured at the end of any run; None: none was."""
     return next((e.set for runs in logs.values() for log in runs for e in log.evaluations if _is_final(e)), None)
+
+
+def _check_same_text(logs: dict[str, list[RunLog]], set_name: str | None) -> None:
+    """Losses of different tokens do not rank: data that was prepared anew, say, with another tokenizer."""
+    found = {
+        evaluation.data
+        for runs in logs.values()
+        for log in runs
+        for evaluation in log.evaluations
+        if _is_final(evaluation) and evaluation.set == set_name
+    }
+    if len(found) > 1:
+        raise DataError(
+            f"the runs were measured on {len(found)} different sets called {set_name}: data was changed between them; "
+            f"compare in another out_dir"
+        )
 
 
 def _is_final(evaluation: Evaluation) -> bool:

@@ -1,254 +1,294 @@
-"""The runs of a comparison, each a `python -m pretrain` of its own: a base for every seed, then the arms."""
+"""Making the runs of a comparison: each is a `python -m pretrain` of its own, bases first. Read plan.py first."""
 
 from __future__ import annotations
 
+import fcntl
 import json
+import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cache
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
-from grow.compare.settings import BASE, OWN_BASE, CompareConfig, is_from_scratch, stages_of
-from grow.operators import in_sizes
-from grow.plan import differing_sizes
-from grow.registry import SIZES
+from grow.compare.plan import DONE, PlannedRun, files_merged, merged_settings, planned_runs
+from grow.compare.settings import OWN_BASE, CompareConfig
+from grow.curves import METRICS_FILE, read_json_lines, read_run_log
 from lit_gpt.atomic import write_atomically
-from lit_gpt.checkpoint import TRAINING, detect_form, find_checkpoint, read_config, read_exchange, read_training
-from lit_gpt.config import Config
-from lit_gpt.counts import parse_token_count
 from lit_gpt.errors import EXIT_DATA, EXIT_NON_FINITE, EXIT_OK, EXIT_STOPPED, EXIT_USAGE, DataError
-from lit_gpt.flops import flops_per_token
-from lit_gpt.settings_files import merge, read_settings_file
-from lit_gpt.stored_state import FLOPS, flops_behind
+from lit_gpt.settings_files import merge
 
-DONE = "done.json"
-GLOBAL_BATCH_SIZE = 512  # where the settings have none; written into every run's
+LOG = "log.txt"
+STARTS = "starts.jsonl"
+"""A line for every start of a run: how it ended and what it took."""
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-LENGTHS = frozenset({"max_tokens", "max_steps"})
+LOOK_SECS = 0.5  # how often --verbose looks for more to show
+LAST_LINES = 12  # of the log of a run that failed
+COUNTED = (EXIT_OK, EXIT_STOPPED, EXIT_NON_FINITE)
 
 
 class RunFailed(Exception):
-    """A run of the comparison ended with an error; its own message is on the terminal."""
+    """A run of the comparison ended with an error, which is on the terminal."""
 
     def __init__(self, name: str, code: int) -> None:
-        again = "the reason stands above; mend it and " if code in (EXIT_USAGE, EXIT_DATA, EXIT_NON_FINITE) else ""
+        mend = code in (EXIT_USAGE, EXIT_DATA, EXIT_NON_FINITE)
+        again = "the reason stands above; mend it and " if mend else ""
         super().__init__(f"{name} ended with exit code {code}; {again}repeat the command to go on from there")
-        self.code = code
+        self.code = code if mend or code == EXIT_STOPPED else 1
 
 
-@dataclass(frozen=True)
-class Origin:
-    """What the arms of one seed go on from."""
-
-    checkpoint: Path
-    config: Config
-    flops: float | None
-    """Behind it, in the paper's convention; None: nobody wrote that down."""
-
-
-def run_all(config: CompareConfig) -> None:
+def run_all(config: CompareConfig, seeds: Sequence[int], *, verbose: bool = False) -> None:
     """Train what is not trained yet; everything that is done already is left alone.
 
     Raises:
         RunFailed: one of the runs did not come to its end.
-        ValueError: settings that do not fit, found before the arms of a seed are trained. DataError, OSError: a
-            checkpoint or a folder is damaged.
+        ValueError: settings that do not fit, found before anything is trained. DataError, OSError: a checkpoint or a
+            folder is damaged, or holds a run of other settings.
     """
-    for seed in config.seeds:
-        origin = _origin(config, seed, BASE, {})
-        bases = {
-            name: _origin(config, seed, f"{name}{OWN_BASE}", arm["base"]) if "base" in arm else origin
-            for name, arm in config.arms.items()
-        }
-        steps = {name: arm_steps(config, name, origin, own) for name, own in bases.items()}
-        settings = {name: {"seed": seed, **_arm_settings(config, name, bases[name], steps[name])} for name in bases}
-        if seed == config.seeds[0]:
-            for name in bases:
-                try_out(config, f"seed-{seed}/{name}", settings[name])
-        for name in bases:
-            run_once(config, f"seed-{seed}/{name}", settings[name])
+    try_out(config, seeds)
+    for seed in seeds:
+        planned = planned_runs(config, seed)
+        needed = [run.base for run in planned if run.base is not None and not is_done(config, run)]
+        for base in dict.fromkeys(base.name for base in needed):
+            run_once(config, next(run for run in planned if run.name == base), verbose=verbose)
+        for run in planned_runs(config, seed):  # which knows the checkpoints of the bases now
+            if run.name in config.arms:
+                run_once(config, run, verbose=verbose)
 
 
-def run_dirs(config: CompareConfig, name: str) -> list[Path]:
-    """The folder of every run of an arm, by seed."""
-    return [Path(config.out_dir) / f"seed-{seed}" / name for seed in config.seeds]
+def missing_runs(config: CompareConfig) -> dict[int, list[str]]:
+    """Seed -> arms that are not trained to their end."""
+    missing = {
+        seed: [run.name for run in planned_runs(config, seed) if run.name in config.arms and not is_done(config, run)]
+        for seed in config.seeds
+    }
+    return {seed: names for seed, names in missing.items() if names}
 
 
-def _origin(config: CompareConfig, seed: int, name: str, changes: Mapping[str, Any]) -> Origin:
-    """What arms go on from, trained if it is not yet; `changes` to the base make it another one, of that name."""
-    if "checkpoint" in config.base:
-        checkpoint = find_checkpoint(str(config.base["checkpoint"]))
-    else:
-        replaced = LENGTHS if LENGTHS & set(changes) else frozenset()
-        stage = {"name": BASE, **{key: config.base[key] for key in config.base if key not in replaced}, **changes}
-        run_once(config, f"seed-{seed}/{name}", {"seed": seed, "stages": [stage]})
-        checkpoint = find_checkpoint(Path(config.out_dir) / f"seed-{seed}" / name)
-    if detect_form(checkpoint) == TRAINING:
-        flops: float | None = flops_behind(read_training(checkpoint, verify=False).state).paper
-    else:
-        flops = (read_exchange(checkpoint, verify=False).provenance or {}).get(FLOPS["paper"])
-    return Origin(checkpoint, read_config(checkpoint), flops)
-
-
-def arm_steps(config: CompareConfig, name: str, base: Origin, own: Origin) -> list[int]:
-    """Optimizer steps of every stage of an arm, so that with what it goes on from it costs what base and probe do.
-
-    Args:
-        name: of the arm.
-        base: the comparison's.
-        own: what the arm goes on from, which is mostly the same.
-
-    Raises:
-        ValueError: the FLOPs behind the base are not known and matter, or do not pay for a step.
-    """
-    arm, settings = config.arms[name], merged_settings(config)
-    target = _target(settings, base.config)
-    tokens_per_step = settings["batch"]["global_batch_size"] * target.block_size
-    left = flops_per_token(target).paper * tokens_per_step * _probe_steps(config, tokens_per_step)
-    if is_from_scratch(arm) and base.flops is None:
-        raise ValueError(
-            f"nobody wrote down the FLOPs behind {base.checkpoint}, so {name} cannot be given as many; leave it out"
-        )
-    left += (base.flops or 0.0) - (0.0 if is_from_scratch(arm) else own.flops or 0.0)
-    stages, found = stages_of(arm), []
-    grown = in_sizes(target, stages[-1])
-    if not is_from_scratch(arm) and not differing_sizes(own.config, grown):
-        raise ValueError(
-            f"arm {name!r} does not grow: its base has the sizes of the grown model; give base fewer layers"
-        )
-    for stage in stages:
-        per_step = flops_per_token(in_sizes(target, stage)).paper * tokens_per_step
-        taken = sum(other["share"] for other in stages[:-1])
-        found.append(round(left * stage.get("share", 1 - taken) / per_step))
-        if found[-1] < 1:
-            raise ValueError(
-                f"arm {name!r}: after its base {max(0.0, left):.3g} FLOPs are left, and a step costs {per_step:.3g}; "
-                f"lengthen the probe"
-            )
-    return found
-
-
-def merged_settings(config: CompareConfig) -> dict[str, Any]:
-    """What the files and `settings` say of a run, with the defaults of what is needed here.
-
-    Raises:
-        ValueError: a file that is no YAML mapping, or no model in any.
-    """
-    merged = merge({"batch": {"global_batch_size": GLOBAL_BATCH_SIZE}}, _files_merged(tuple(config.config)))
-    merged = merge(merged, config.settings)
-    if not isinstance(merged.get("model"), dict) or "name" not in merged["model"]:
-        raise ValueError(f"none of {', '.join(config.config)} names a model; give model: {{name: ...}}")
-    return merged
-
-
-@cache
-def _files_merged(paths: tuple[str, ...]) -> dict[str, Any]:
-    """Read once: every arm of every seed asks."""
-    merged: dict[str, Any] = {}
-    for path in paths:
-        merged = merge(merged, read_settings_file(path))
-    return merged
-
-
-def _target(settings: Mapping[str, Any], base: Config) -> Config:
-    """The model that the settings name, with the vocabulary of the base."""
-    given = {key: value for key, value in settings["model"].items() if value is not None and key != "name"}
-    return Config.from_name(settings["model"]["name"], **{"vocab_size": base.vocab_size, **given})
-
-
-def _probe_steps(config: CompareConfig, tokens_per_step: int) -> int:
-    if "max_steps" in config.probe:
-        return int(config.probe["max_steps"])
-    return parse_token_count(config.probe["max_tokens"]) // tokens_per_step
-
-
-def _arm_settings(config: CompareConfig, name: str, origin: Origin, steps: list[int]) -> dict[str, Any]:
-    arm = config.arms[name]
-    parts = stages_of(arm)
-    names = [*(f"{name}, hop {number}" for number in range(1, len(parts))), name]
-    stages = [
-        {"name": each, "max_steps": n, **{key: part[key] for key in part if key != "share"}}
-        for each, n, part in zip(names, steps, parts, strict=True)
-    ]
-    if is_from_scratch(arm):
-        return {"stages": stages}
-    start = {"name": BASE, "max_steps": 0, "n_layer": origin.config.n_layer}
-    start |= {size: getattr(origin.config, size) for size in SIZES}
-    by_hand = {"data": {"start_position": 0}} if "checkpoint" in config.base else {}
-    return {"init_from": str(origin.checkpoint), "stages": [start, *stages], **by_hand}
-
-
-def run_once(config: CompareConfig, name: str, settings: Mapping[str, Any]) -> None:
-    """Run `pretrain` in the folder `name`, or go on there; does nothing where that was done with the same settings.
+def run_once(config: CompareConfig, run: PlannedRun, *, verbose: bool) -> None:
+    """Run `pretrain`, or go on in its folder; does nothing where that was done with the same settings.
 
     Raises:
         RunFailed: it did not come to its end.
-        DataError: the folder holds a finished run of other settings.
+        DataError: the folder holds a finished run of other settings, or another process makes it.
     """
-    folder, own = Path(config.out_dir) / name, _own_settings(config, name, settings)
-    if _is_done(config, folder, own):
+    if is_done(config, run):
         return
-    sys.stderr.write(f"== {name}\n")
-    _check_code(name, _pretrain(config, folder, own, []))
-    write_atomically(folder / DONE, json.dumps({"settings": _as_trained(config, own)}).encode())
+    folder = run.folder(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder.parent / f"{run.name}.yaml"
+    own = _own_settings(config, run)
+    write_atomically(path, yaml.safe_dump(own, sort_keys=False).encode())
+    began, cpu_before = time.monotonic(), _cpu_seconds()
+    with (folder / LOG).open("ab") as log:
+        _hold(log, folder)
+        _say(f"seed {run.seed} {run.name}: ", end="\n" if verbose else "")
+        begins_at = log.tell()
+        code = _pretrain(config, path, log, [], follow=folder / LOG if verbose else None)
+    took = {"exit_code": code, "seconds": time.monotonic() - began, "cpu_seconds": _cpu_seconds() - cpu_before}
+    if code in COUNTED:
+        with (folder / STARTS).open("a", encoding="utf-8") as starts:
+            starts.write(json.dumps(took) + "\n")
+    if code:
+        _say(f"exit code {code}; {folder / LOG} ends with")
+        _show_end((folder / LOG).read_bytes()[begins_at:])
+        raise RunFailed(f"seed-{run.seed}/{run.name}", code)
+    done = {"settings": _as_trained(config, own), **_spent(folder)}
+    write_atomically(folder / DONE, json.dumps(done).encode())
+    again = f"seed {run.seed} {run.name}: " if verbose else ""
+    _say(f"{again}{_ended_with(folder)}, {took['seconds']:.0f} s")
 
 
-def try_out(config: CompareConfig, name: str, settings: Mapping[str, Any]) -> None:
-    """Have `pretrain` check what it would do in the folder `name`, before any arm is trained.
+def _hold(log: IO[bytes], folder: Path) -> None:
+    """Keep the log to one run at a time, which inherits the lock; `pretrain` has its own, also between machines."""
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise DataError(
+            f"another process makes the run in {folder}, and {LOG} there says how far it is; wait for it or stop it, "
+            f"then repeat the command"
+        ) from error
+    except OSError:  # a file system without locks
+        return
+
+
+def _say(words: str, end: str = "\n") -> None:
+    sys.stderr.write(f"{words}{end}")
+    sys.stderr.flush()
+
+
+def _cpu_seconds() -> float:
+    """Of all processes that this one started and that have ended, user and system."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _spent(folder: Path) -> dict[str, float]:
+    """CPU and wall time of all starts of a run, its imports and validation included."""
+    starts, _ = read_json_lines(folder / STARTS)
+    return {key: sum(start[key] for _, start in starts) for key in ("cpu_seconds", "seconds")}
+
+
+def _ended_with(folder: Path) -> str:
+    log = read_run_log(folder)
+    losses = [e.value for e in log.evaluations if (e.metric, e.when) == ("loss", "end")]
+    loss = losses[-1] if losses else log.metrics[-1].loss
+    return f"{log.metrics[-1].step:,} steps, loss {loss:.4g}"
+
+
+def _show_end(log: bytes) -> None:
+    """The error that ended a run, or else the last lines."""
+    lines = log.decode(errors="replace").splitlines()
+    errors = [number for number, line in enumerate(lines) if line.startswith("error: ")]
+    for line in lines[errors[-1] :][:LAST_LINES] if errors else lines[-LAST_LINES:]:
+        _say(f"  {line}")
+
+
+def try_out(config: CompareConfig, seeds: Sequence[int]) -> None:
+    """Have `pretrain` check every arm of the first seed, from its base on, before anything is trained.
 
     Raises:
         RunFailed: it would refuse.
-        DataError: the folder holds a finished run of other settings.
+        DataError: a folder holds a finished run of other settings.
     """
-    folder, own = Path(config.out_dir) / name, _own_settings(config, name, settings)
-    if not _is_done(config, folder, own):
-        _check_code(name, _pretrain(config, folder, own, ["--dry-run"], stdout=subprocess.DEVNULL))
+    planned = [run for seed in seeds for run in planned_runs(config, seed)]
+    left = [run for run in planned if not is_done(config, run)]
+    warnings: dict[str, None] = {}
+    for run in (run for run in left if run.seed == seeds[0] and run.name in config.arms):
+        with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as log:
+            path = Path(folder) / "settings.yaml"
+            path.write_text(yaml.safe_dump(_trial_settings(config, run, folder), sort_keys=False), encoding="utf-8")
+            code = _pretrain(config, path, log, ["--dry-run"])
+            log.seek(0)
+            said = log.read()
+        if code:
+            _say(f"seed {run.seed} {run.name}: refused")
+            _show_end(said)
+            raise RunFailed(f"seed-{run.seed}/{run.name}", code)
+        lines = said.decode(errors="replace").splitlines()
+        warnings |= {line: None for line in lines if line.startswith("warning:")}
+    for line in warnings:
+        _say(line)
 
 
-def _own_settings(config: CompareConfig, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _trial_settings(config: CompareConfig, run: PlannedRun, folder: str) -> dict[str, Any]:
+    """Those of the run; where its base is not there yet, of a run that begins with its base."""
+    own = _own_settings(config, run)
+    if run.base is None or is_done(config, run.base):
+        return own
+    whole = {key: value for key, value in own.items() if key != "init_from"}
+    return whole | {"stages": [*run.base.settings["stages"], *own["stages"][1:]], "out_dir": str(Path(folder) / "run")}
+
+
+def _own_settings(config: CompareConfig, run: PlannedRun) -> dict[str, Any]:
     batch = {"global_batch_size": merged_settings(config)["batch"]["global_batch_size"]}
-    folder = str(Path(config.out_dir) / name)
-    return merge(merge(dict(config.settings), {"batch": batch}), {**settings, "out_dir": folder})
+    return merge(merge(dict(config.settings), {"batch": batch}), {**run.settings, "out_dir": str(run.folder(config))})
 
 
 def _as_trained(config: CompareConfig, own: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that a run is made with, files and all."""
-    return json.loads(json.dumps(merge(_files_merged(tuple(config.config)), own)))
+    return json.loads(json.dumps(merge(files_merged(tuple(config.config)), own)))
 
 
-def _is_done(config: CompareConfig, folder: Path, own: Mapping[str, Any]) -> bool:
-    if not (folder / DONE).is_file():
+def is_done(config: CompareConfig, run: PlannedRun) -> bool:
+    """Whether a run came to its end.
+
+    Raises:
+        DataError: one of other settings did.
+    """
+    path = run.folder(config) / DONE
+    if not path.is_file():
         return False
-    before, now = json.loads((folder / DONE).read_text())["settings"], _as_trained(config, own)
+    now, before = _compared(_as_trained(config, _own_settings(config, run))), _compared(_read_done(path)["settings"])
+    if before.get("init_from") == f"{run.name}{OWN_BASE}" and _was_its_base(config, run):
+        before = {**before, "init_from": now.get("init_from")}
     different = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
     if different:
         raise DataError(
-            f"{folder} was trained with other settings ({', '.join(different)}); choose another out_dir, or remove it"
+            f"{path.parent} was trained with other settings ({', '.join(different)}); choose another out_dir, or "
+            f"remove it"
         )
     return True
 
 
-def _pretrain(config: CompareConfig, folder: Path, own: Mapping[str, Any], flags: list[str], **streams: Any) -> int:
-    path = folder.parent / f"{folder.name}.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, yaml.safe_dump(dict(own), sort_keys=False).encode())
+def _read_done(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}); remove it and repeat the command") from error
+
+
+def _compared(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without the place of the folder, which may have been moved; of a base in it, its name."""
+    compared = {key: value for key, value in settings.items() if key != "out_dir"}
+    folder, start = Path(settings["out_dir"]).parent, settings.get("init_from")
+    if start is not None and folder in Path(start).parents:
+        compared["init_from"] = Path(start).relative_to(folder).parts[0]
+    return compared
+
+
+def _was_its_base(config: CompareConfig, run: PlannedRun) -> bool:
+    """Whether the base in a folder of the name that it had before equal ones were shared is the one that is wanted."""
+    path = run.folder(config).parent / f"{run.name}{OWN_BASE}" / DONE
+    if run.base is None or not path.is_file():  # the arm was trained from it, and it is not needed any more
+        return run.base is not None
+    wanted = _compared(_as_trained(config, _own_settings(config, run.base)))
+    return wanted == _compared(_read_done(path)["settings"])
+
+
+def spent(config: CompareConfig) -> list[dict[str, Any]]:
+    """What every run of the comparison that is there took: steps, tokens, FLOPs and times."""
+    planned = [run for seed in config.seeds for run in planned_runs(config, seed)]
+    folders = [(run, run.folder(config)) for run in planned]
+    owns = [(run.base, run.folder(config).parent / f"{run.name}{OWN_BASE}") for run in planned if run.base is not None]
+    return [_cost(run, folder) for run, folder in folders + owns if (folder / DONE).is_file()]
+
+
+def _cost(run: PlannedRun, folder: Path) -> dict[str, Any]:
+    end, behind = read_run_log(folder).metrics[-1], run.behind_flops
+    return {
+        **{"seed": run.seed, "name": folder.name, "steps": end.step, "tokens": end.tokens},
+        "flops": None if behind is None else end.flops_total - behind,
+        "training_seconds": end.seconds,
+        "cpu_seconds": _read_done(folder / DONE).get("cpu_seconds"),
+    }
+
+
+def states(config: CompareConfig, runs: Sequence[PlannedRun]) -> list[str]:
+    """Of each: done, begun, not needed (a base of which all arms are done), or an empty word."""
+    needed = {(run.seed, run.base.name) for run in runs if run.base is not None and not is_done(config, run)}
+    return [_state(config, run, run.name in config.arms or (run.seed, run.name) in needed) for run in runs]
+
+
+def _state(config: CompareConfig, run: PlannedRun, is_needed: bool) -> str:
+    if is_done(config, run):
+        return "done"
+    if not is_needed:
+        return "not needed"
+    return "begun" if (run.folder(config) / METRICS_FILE).is_file() else ""
+
+
+def _pretrain(
+    config: CompareConfig, path: Path, log: IO[bytes], flags: list[str], *, follow: Path | None = None
+) -> int:
+    """Its exit code; what it says goes into `log`, and from there, with `follow`, to the terminal."""
     files = [part for each in (*config.config, str(path)) for part in ("--config", each)]
     command = [sys.executable, "-m", "pretrain", *files, *flags]
-    return _ended(subprocess.Popen(command, **{"stdout": sys.stderr, **streams}))
+    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    if follow is None:
+        return _ended(process)
+    with follow.open("rb") as shown:
+        shown.seek(0, 2)
+        return _ended(process, shown)
 
 
-def _check_code(name: str, code: int) -> None:
-    if code:
-        raise RunFailed(name, code if code in (EXIT_USAGE, EXIT_DATA, EXIT_NON_FINITE, EXIT_STOPPED) else 1)
-
-
-def _ended(process: subprocess.Popen[bytes]) -> int:
+def _ended(process: subprocess.Popen[bytes], shown: IO[bytes] | None = None) -> int:
     """Its exit code. What asks this process to stop asks it too, and it saves: that is waited for.
 
     Where it was asked when it had just come to its end, that counts as stopped, so that the next run is not begun.
@@ -262,8 +302,19 @@ def _ended(process: subprocess.Popen[bytes]) -> int:
 
     before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
     try:
-        code = process.wait()
+        code = _wait(process, shown)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     return EXIT_STOPPED if asked and code == EXIT_OK else code
+
+
+def _wait(process: subprocess.Popen[bytes], shown: IO[bytes] | None) -> int:
+    if shown is None:
+        return process.wait()
+    code = None
+    while code is None:
+        with suppress(subprocess.TimeoutExpired):
+            code = process.wait(LOOK_SECS)
+        _say(shown.read().decode(errors="replace"), end="")
+    return code

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from grow.compare.settings import FROM_SCRATCH
 
 if TYPE_CHECKING:
+    from grow.compare.plan import PlannedRun, PlannedStage
     from grow.compare.ranking import Estimate, RankedArm, Ranking
 
+PLANNED_HEAD = ("seed", "run", "stages", "steps", "tokens", "FLOPs", "with its base", "")
 HEAD = ("", "loss", "behind the first", "against scratch", "after growth", "speed-up", "FLOPs")
 
 
@@ -50,7 +52,7 @@ def sentences(ranking: Ranking) -> list[str]:
     close = [arm.name for arm in ranking.arms[1:] if not arm.is_told_apart]
     found = [f"{first.name} ends lowest: {number(first.loss)} nats per token ({ranking.measured}, {seeds} seeds)."]
     if seeds < 2:
-        return [*found, "One seed says nothing about chance; give several."]
+        return [*found, "One seed says nothing about chance; give several.", *ranking.notes]
     if close:
         found.append(f"Not told apart from it with 95 % confidence in all arms together: {', '.join(close)}.")
     scratch = next((arm for arm in ranking.arms if arm.name == FROM_SCRATCH), None)
@@ -59,7 +61,7 @@ def sentences(ranking: Ranking) -> list[str]:
     if ranking.unequal:
         listed = ", ".join(f"{arm.name} ({arm.flops:.3g})" for arm in ranking.unequal)
         found.append(f"Not of equal FLOPs with the others: {listed}.")
-    return found
+    return [*found, *ranking.notes]
 
 
 def _against_scratch(first: RankedArm, scratch: RankedArm) -> str:
@@ -72,6 +74,38 @@ def _against_scratch(first: RankedArm, scratch: RankedArm) -> str:
 
 def table(ranking: Ranking) -> str:
     """The ranking as columns of text."""
-    lines = [HEAD, *rows(ranking)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEAD))]
+    return columns([HEAD, *rows(ranking)])
+
+
+def planned_rows(runs: Sequence[tuple[PlannedRun, str]]) -> Iterator[tuple[str, ...]]:
+    """Cells of every run and what became of it, under PLANNED_HEAD."""
+    for run, state in runs:
+        total = None if run.behind_flops is None else run.flops + run.behind_flops
+        yield (
+            str(run.seed),
+            run.name,
+            ", ".join(_stage(stage) for stage in run.stages),
+            " + ".join(f"{stage.steps:,}" for stage in run.stages),
+            f"{run.tokens:,}",
+            f"{run.flops:.3g}",
+            "–" if total is None else f"{total:.3g}",
+            state,
+        )
+
+
+def _stage(stage: PlannedStage) -> str:
+    sizes = f"{stage.config.n_layer}L{stage.config.n_embd}H"
+    return f"{stage.operator} to {sizes}" if stage.operator else sizes
+
+
+def left_to_do(runs: Sequence[tuple[PlannedRun, str]]) -> str:
+    """How much of it is not done."""
+    left = [run for run, state in runs if state not in ("done", "not needed")]
+    tokens, flops = sum(run.tokens for run in left), sum(run.flops for run in left)
+    return f"{len(left)} of {len(runs)} runs are left: {tokens:,} tokens, {flops:.3g} FLOPs."
+
+
+def columns(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells as columns of text."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)

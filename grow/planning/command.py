@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Iterator
+from math import inf
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
+from grow.layer_map import MAX_LAYERS
 from grow.planning.guideline import COUNTS, Guideline, Phase, make_guideline, power, short
 from grow.planning.memory import DEVICES, RECOMPUTE, Memory, memory_per_device
 from grow.planning.model_sizes import named
@@ -41,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     budget.add_argument("--vocab-size", type=int, default=32000, metavar="V", help="default 32000")
     speed = parser.add_argument_group("time and memory")
     speed.add_argument("--gpus", type=int, metavar="N", help="devices; default 1 with the options below")
-    speed.add_argument("--tokens-per-sec", type=float, metavar="X", help="of the grown model, on all devices together")
+    speed.add_argument("--tokens-per-sec", type=_rate, metavar="X", help="of the grown model, on all devices together")
     speed.add_argument(
         "--mfu", type=float, metavar="U", help="or the share of --device's peak that is reached, e.g. 0.4"
     )
@@ -52,6 +54,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     speed.add_argument("--activation-checkpointing", choices=RECOMPUTE, help=f"as pretrain's; default {RECOMPUTED}")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the rules and this plan, as .png or .svg")
     parser.add_argument("--json", action="store_true", help="print one JSON value and nothing else")
+
+
+def _rate(words: str) -> float:
+    """12345.6 or 10k tokens a second."""
+    try:
+        return float(words)
+    except ValueError:
+        pass
+    try:
+        return float(parse_count(words, "tokens a second"))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def run(args: argparse.Namespace) -> dict[str, Any] | list[str]:
@@ -98,6 +112,11 @@ def _model(args: argparse.Namespace) -> Config | None:
         return Config.from_name(args.model, vocab_size=args.vocab_size)
     if args.depth is None or args.width is None:
         raise ValueError("--depth and --width go together; give both, or --params or --model")
+    if not 1 <= args.depth <= MAX_LAYERS or args.width < 1:
+        raise ValueError(
+            f"--depth {args.depth} --width {args.width}: layers must be from 1 to {MAX_LAYERS}, as grow apply makes "
+            f"them, and the width at least 1"
+        )
     return named(Config.from_name(f"{args.depth}L{args.width}H", vocab_size=args.vocab_size))
 
 
@@ -119,8 +138,8 @@ def _hours(plan: Guideline, args: argparse.Namespace) -> dict[str, float] | None
             raise ValueError(f"--mfu {args.mfu:g} must be above 0 and at most 1, with a --device whose peak it is of")
         flops_per_sec = args.mfu * DEVICES[args.device].flops_per_sec
     else:
-        if not args.tokens_per_sec > 0:
-            raise ValueError(f"--tokens-per-sec {args.tokens_per_sec:g} must be above 0")
+        if not 0 < args.tokens_per_sec < inf:
+            raise ValueError(f"--tokens-per-sec {args.tokens_per_sec:g} must be above 0 and finite")
         flops_per_sec = args.tokens_per_sec * flops_per_token(plan.target.config).palm / devices
 
     def device_hours(phase: Phase, tokens: float) -> float:

@@ -27,6 +27,8 @@ MEASURED_FACTORS = (2, 4)
 """Where its measurements at 1.1 and 3 B have their optimum; at 3 B 16 still beats training from scratch."""
 LONGEST_BASE = 50e9
 """The most tokens that the runs behind eq. 2 trained a base on."""
+MOST_TOKENS = 10**16
+"""More than that is no corpus: the largest published ones have some 10^13, and it may have been meant as FLOPs."""
 LARGE_SHARE = 0.25  # of the tokens: a base that takes more leaves little to gain
 COUNTS = ("given", "total", "non-embedding")
 """Conventions for N: the number that was given, all parameters, or those of the blocks and the final norm."""
@@ -144,6 +146,12 @@ def make_guideline(
     factor = FACTOR if factor is None else factor
     if model is None:
         model = nearest_model(parameters, vocab_size)
+    if tokens > MOST_TOKENS:
+        in_flops = tokens / (6 * (parameters or count_parameters(model)))
+        raise ValueError(
+            f"{power(tokens)} tokens are more text than there is; give at most {power(MOST_TOKENS)}. If these are "
+            f"FLOPs, they pay for C / 6 N = {power(in_flops)} tokens of this model"
+        )
     known = {} if parameters is None else {"given": float(parameters)}
     known |= {"total": float(count_parameters(model)), "non-embedding": float(count_non_embedding(model))}
     count = count or next(iter(known))
@@ -169,6 +177,10 @@ def make_guideline(
 
 def _base(model: Config, factor: float) -> Config:
     """The shallow model whose tower, repeated a whole number of times, is nearest to the wanted factor."""
+    if model.n_layer == 1:
+        raise ValueError(
+            "a model of one layer has no shallower base; give it more layers, or grow it in width (grow operators)"
+        )
     if not 1 < factor <= model.n_layer:
         raise ValueError(
             f"factor={factor:g} must be above 1 and at most {model.n_layer}, the layers of the model: the base is that "

@@ -32,7 +32,7 @@ def build_charts(gathered: Gathered, comparisons: Comparisons, styles: dict[str,
     flops, tokens, seconds = (
         _training_chart(gathered, comparisons, styles, quantity) for quantity in ("flops", "tokens", "seconds")
     )
-    zoomed = _zoom(flops)
+    zoomed = _zoom(flops, comparisons)
     flops = {**flops, "arrows": flops["arrows"][:1], "inset": zoomed[0] if zoomed else None}
     charts = [flops, *zoomed, _validation_chart(gathered, comparisons, styles), tokens, seconds]
     return [drawn if "x" in drawn else with_axes(drawn) for drawn in charts if _is_extended(drawn)]
@@ -198,12 +198,16 @@ def _arrows(comparisons: Comparisons, curve: str) -> list[dict[str, Any]]:
     ]
 
 
-def _zoom(drawn: dict[str, Any]) -> list[dict[str, Any]]:
+def _zoom(drawn: dict[str, Any], comparisons: Comparisons) -> list[dict[str, Any]]:
     """The part of a chart around its arrows, where the curves lie close together; nothing if it has no arrow."""
     if not drawn["arrows"]:
         return []
     ends = [arrow[end] for arrow in drawn["arrows"] for end in ("x_from", "x_to")]
     from_x, to_x = 0.8 * min(ends), 1.15 * max(ends)
+    pair = comparisons.pairs[0]
+    which = (
+        f" The arrows are those of {pair.grown.name} and {pair.baseline.name}." if len(comparisons.pairs) > 1 else ""
+    )
     series = [
         {**series, "points": [point for point in series["points"] if from_x <= point[0] <= to_x]}
         for series in drawn["series"]
@@ -217,7 +221,7 @@ def _zoom(drawn: dict[str, Any]) -> list[dict[str, Any]]:
             "caption": (
                 "Arrows go from the FLOPs of training from scratch to those of growing, at equal loss: the last one, "
                 f"and where there is room that from scratch at {' and '.join(f'{share:.0%}' for share in ALONG)} "
-                "of its FLOPs."
+                f"of its FLOPs.{which}"
             ),
             "series": [series for series in series if series["points"]],
             "spikes": [],

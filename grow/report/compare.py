@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import sqrt
+from statistics import fmean, stdev
 from typing import Any
 
 from grow.curves import (
@@ -48,15 +50,28 @@ class Comparisons:
     reason: str | None
     """Why there is no pair."""
 
+    @property
+    def groups(self) -> list[tuple[Comparison, ...]]:
+        """Pairs that differ in their seed alone, together; the headline's first."""
+        groups: list[list[Comparison]] = []
+        for pair in self.pairs:
+            fitting = [group for group in groups if all(differ_in_seed(pair, other) for other in group)]
+            if fitting:
+                fitting[0].append(pair)
+            else:
+                groups.append([pair])
+        return [tuple(group) for group in groups]
+
     def smoothed(self, model: TrainedModel) -> Curve:
         """A model's training losses in the common window; a shorter curve in one of its whole length."""
         return smooth(model.curve, min(self.window_tokens, model.curve.length_tokens))
 
 
 def compare(gathered: Gathered) -> Comparisons:
-    """Every grown model against the first baseline of its size, or the first. The headline is the first run's growth.
+    """Every grown model against the first baseline of its size, of its seed where there is one, or the first of all.
 
-    A model that continued a checkpoint is no baseline: it did not train from scratch.
+    The headline is the first run's growth, over all the seeds that it was repeated with. A model that continued a
+    checkpoint is no baseline: it did not train from scratch.
     """
     grown, baselines = _headline_first(gathered.of_role("grown")), gathered.of_role("baseline")
     compared = [*grown, *baselines] or list(gathered.models)
@@ -72,7 +87,65 @@ def compare(gathered: Gathered) -> Comparisons:
 
 
 def _baseline_of(grown: TrainedModel, baselines: Sequence[TrainedModel]) -> TrainedModel:
-    return next((model for model in baselines if model.parameters == grown.parameters), baselines[0])
+    """The first of its size, of its seed if there is one."""
+    of_size = [model for model in baselines if model.parameters == grown.parameters] or baselines[:1]
+    return next((model for model in of_size if grown.seed is not None and model.seed == grown.seed), of_size[0])
+
+
+def differ_in_seed(one: Comparison, other: Comparison) -> bool:
+    """Whether two comparisons are one experiment with two seeds, each between runs of its own seed."""
+    seeds = [(pair.grown.seed, pair.baseline.seed) for pair in (one, other)]
+    if None in seeds[0] or any(grown != baseline for grown, baseline in seeds) or seeds[0] == seeds[1]:
+        return False
+    pairs = ((one.grown, other.grown), (one.baseline, other.baseline))
+    return all(_recipe(a) == _recipe(b) and have_same_data(a, b) for a, b in pairs)
+
+
+def _recipe(model: TrainedModel) -> dict[str, Any]:
+    """What made it, but for the seed and where it lies."""
+    settings = {key: model.run_config[key] for key in model.run_config if key not in ("seed", "out_dir", "init_from")}
+    grown = {"operator": model.operator, "factor": model.growth_factor, "after_tokens": model.grown_after_tokens}
+    sizes = {"parameters": model.parameters, "tokens": model.tokens, "behind": model.behind.tokens}
+    return {"settings": settings, "stage": model.stage, **grown, **sizes}
+
+
+@dataclass(frozen=True)
+class OverSeeds:
+    """The speed-up of one experiment over several seeds."""
+
+    seeds: tuple[int, ...]
+    speedups: tuple[float | None, ...]
+    """Of each; None where there is none."""
+    mean: float
+    """Of those that there are, two at least."""
+    stderr: float
+    """Standard error of the mean."""
+    flops_saved: float
+    """The mean share of the FLOPs from scratch."""
+    lower_bound: bool
+    """Whether one of them is a lower bound."""
+
+    @property
+    def n(self) -> int:
+        """How many seeds have a speed-up."""
+        return sum(each is not None for each in self.speedups)
+
+
+def over_seeds(group: Sequence[Comparison], curve: str) -> OverSeeds | None:
+    """Mean and standard error of a group's speed-ups on a curve, "train" or "validation"; None for fewer than two."""
+    results = [getattr(pair, curve) for pair in group]
+    known = [result for result in results if result["speedup"] is not None]
+    if len(known) < 2:
+        return None
+    values = [result["speedup"] for result in known]
+    return OverSeeds(
+        seeds=tuple(pair.grown.seed or 0 for pair in group),
+        speedups=tuple(result["speedup"] for result in results),
+        mean=fmean(values),
+        stderr=stdev(values) / sqrt(len(values)),
+        flops_saved=fmean(result["flops_saved"] for result in known),
+        lower_bound=any(result["lower_bound"] for result in known),
+    )
 
 
 def _headline_first(grown: Sequence[TrainedModel]) -> list[TrainedModel]:

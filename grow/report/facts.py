@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timezone
@@ -11,7 +12,7 @@ from typing import Any
 from grow.layer_map import format_layer_map, is_connected, layer_texts
 from grow.plan import MARKS
 from grow.report.charts import build_charts, line_styles
-from grow.report.compare import Comparisons
+from grow.report.compare import Comparisons, over_seeds
 from grow.report.headline import claim, definitions, headline, notes
 from grow.report.isoflop import isoflop_charts
 from grow.report.law_charts import law_charts
@@ -29,6 +30,10 @@ def build_report(gathered: Gathered, comparisons: Comparisons, samples: Mapping[
     """Everything the report says; JSON values only."""
     pair = comparisons.pairs[0] if comparisons.pairs else None
     primary = getattr(pair, comparisons.primary_curve) if pair else {}
+    group = comparisons.groups[0] if pair else ()
+    seeds = over_seeds(group, comparisons.primary_curve)
+    claimed = [model for each in group for model in (each.grown, each.baseline)] if seeds else []
+    claimed = claimed or ([pair.grown, pair.baseline] if pair else gathered.models[::-1])
     styles = line_styles(gathered.models, gathered.external)
     rows = _of_one_kind([_row(model, comparisons, styles[model.name]) for model in gathered.models])
     scores, no_scores = score_charts(gathered, styles)
@@ -38,8 +43,9 @@ def build_report(gathered: Gathered, comparisons: Comparisons, samples: Mapping[
     return {
         "format": FORMAT,
         "headline": headline(comparisons),
-        "target_loss": primary.get("target_loss"),
-        "speedup_at_equal_loss": primary.get("speedup"),
+        "target_loss": None if seeds else primary.get("target_loss"),
+        "speedup_at_equal_loss": seeds.mean if seeds else primary.get("speedup"),
+        "over_seeds": dataclasses.asdict(seeds) if seeds else None,
         "reason": primary.get("reason") if pair else comparisons.reason,
         "primary_curve": comparisons.primary_curve,
         "pair": {"grown": pair.grown.name, "scratch": pair.baseline.name} if pair else None,
@@ -47,7 +53,7 @@ def build_report(gathered: Gathered, comparisons: Comparisons, samples: Mapping[
         "speedup_validation": pair.validation if pair else None,
         "window_tokens": comparisons.window_tokens,
         "unit": gathered.unit,
-        "claim": claim([pair.grown, pair.baseline] if pair else gathered.models[::-1]),
+        "claim": claim(claimed, repeated=seeds is not None),
         "runs": rows,
         "external": [
             {"name": model.name, "file": str(model.path), "style": styles[model.name], "points": len(model.points)}

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from grow.report import text
-from grow.report.compare import Comparison, Comparisons
+from grow.report.compare import Comparison, Comparisons, OverSeeds, over_seeds
 from grow.runs.gather import Gathered, TrainedModel
 from lit_gpt.packed_dataset import source_of
 
@@ -17,8 +17,16 @@ CURVE_NAMES = {"train": "training", "validation": "validation"}
 def headline(comparisons: Comparisons) -> dict[str, Any]:
     """The number, the sentence that says it, and what lies behind it. The same place for good and for bad news."""
     curve = CURVE_NAMES[comparisons.primary_curve]
+    group = comparisons.groups[0] if comparisons.pairs else ()
+    found = over_seeds(group, comparisons.primary_curve)
+    if found is not None:
+        return _seeds_headline(comparisons, group, found)
     pair = comparisons.pairs[0] if comparisons.pairs else None
     result = getattr(pair, comparisons.primary_curve) if pair else {"speedup": None, "reason": comparisons.reason}
+    more = [_other_curve(pair, comparisons.primary_curve), *_differences(pair)] if pair else []
+    if len(comparisons.pairs) > 1:
+        which = f"{pair.grown.name} against {pair.baseline.name}"
+        more = [f"This is {which}, the first of {len(comparisons.pairs)} pairs; the others are in the tables.", *more]
     if result["speedup"] is None:
         return {
             "verdict": "none",
@@ -26,7 +34,7 @@ def headline(comparisons: Comparisons) -> dict[str, Any]:
             "label": f"speed-up at equal {curve} loss",
             "sentence": "There is no speed-up to report.",
             "detail": _as_sentence(result["reason"]),
-            "more": [_other_curve(pair, comparisons.primary_curve), *_differences(pair)] if pair else [],
+            "more": more,
         }
     verdict = "even" if abs(result["speedup"]) < EVEN else "won" if result["speedup"] > 0 else "lost"
     return {
@@ -38,8 +46,53 @@ def headline(comparisons: Comparisons) -> dict[str, Any]:
             f"Loss {text.loss(result['target_loss'])} took {text.flops(result['flops_scratch'])} FLOPs from scratch "
             f"and {text.flops(result['flops_grown'])} by growing, the base model's included."
         ),
-        "more": [*_spread(result), _other_curve(pair, comparisons.primary_curve), *_differences(pair)],
+        "more": [*_spread(result), *more],
     }
+
+
+def _seeds_headline(comparisons: Comparisons, group: Sequence[Comparison], found: OverSeeds) -> dict[str, Any]:
+    """That of one experiment with several seeds: no pair stands for the others."""
+    name, curve = comparisons.primary_curve, CURVE_NAMES[comparisons.primary_curve]
+    known = [each for each in found.speedups if each is not None]
+    is_split = min(known) < 0 < max(known)
+    verdict = "even" if is_split or abs(found.mean) < EVEN else "won" if found.mean > 0 else "lost"
+    share = text.percent(abs(found.flops_saved), signed=False)
+    sentences = {
+        "won": f"Growing reached equal loss with {share} fewer FLOPs than training from scratch.",
+        "lost": f"Growing did not help here: equal loss took {share} more FLOPs than training from scratch.",
+        "even": "Growing made no difference here that all seeds share: equal loss took about as many FLOPs.",
+    }
+    each = [f"{text.percent(value)} with seed {seed}" for seed, value in zip(found.seeds, found.speedups, strict=True)]
+    missing = [
+        f"None with seed {pair.grown.seed}: {reason}."
+        for pair in group
+        if getattr(pair, name)["speedup"] is None and (reason := getattr(pair, name)["reason"])
+    ]
+    others = len(comparisons.pairs) - len(group)
+    left = f"{others} more pair{'s' * (others != 1)} of other settings or seeds are in the tables."
+    other_curve = "validation" if name == "train" else "train"
+    return {
+        "verdict": verdict,
+        "number": f"{'≥ ' if found.lower_bound else ''}{text.percent(found.mean)} "
+        f"± {text.percent(found.stderr, signed=False)}",
+        "label": f"speed-up at equal {curve} loss, mean ± standard error over {found.n} seeds",
+        "sentence": sentences[verdict],
+        "detail": f"Each {group[0].grown.operator or 'grown'} run against the one from scratch of its seed, the base "
+        f"model's FLOPs included: {', '.join(each)}.",
+        "more": [*missing, _other_curve_over_seeds(group, other_curve), *([left] if others else [])],
+    }
+
+
+def _other_curve_over_seeds(group: Sequence[Comparison], name: str) -> str:
+    found = over_seeds(group, name)
+    if found is None:
+        reason = next(
+            (reason for pair in group if (reason := getattr(pair, name)["reason"])), "fewer than two have one"
+        )
+        return f"At equal {CURVE_NAMES[name]} loss: no mean, because {reason}."
+    at_least = "at least " if found.lower_bound else ""
+    number = f"{text.percent(found.mean)} ± {text.percent(found.stderr, signed=False)}"
+    return f"At equal {CURVE_NAMES[name]} loss: {at_least}{number} over {found.n} seeds."
 
 
 def _sentence(verdict: str, result: Mapping[str, Any]) -> str:
@@ -106,14 +159,16 @@ def _as_sentence(reason: str) -> str:
     return f"{reason[:1].upper()}{reason[1:]}."
 
 
-def claim(models: Sequence[TrainedModel]) -> str:
-    """What the result does not show."""
+def claim(models: Sequence[TrainedModel], *, repeated: bool = False) -> str:
+    """What the result does not show; `repeated`: it is a mean over the seeds of these models."""
     if not models:
         return "Points of others are drawn as they are; nothing is claimed about them."
     seeds = sorted({str(model.state["seed"]) for model in models if model.state.get("seed") is not None})
     corpora = sorted({source_of(said) or name for model in models for name, said in model.corpora.items()})
     sizes = list(dict.fromkeys(text.count(model.parameters) for model in models if model.parameters))
     seed = f"One seed ({seeds[0]})" if len(seeds) == 1 else "One run of each"
+    if repeated:
+        seed = f"{len(seeds)} seeds ({', '.join(seeds)})"
     corpus = f"one corpus ({', '.join(corpora)})" if corpora else "one corpus"
     size = f"one size ({sizes[0]} parameters)" if sizes else "one size"
     if len(sizes) > 1:

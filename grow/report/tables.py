@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from grow.report import text
-from grow.report.compare import Comparisons, have_same_data
+from grow.report.compare import Comparison, Comparisons, have_same_data, over_seeds
 from grow.report.paper import models_like, speedups_like
 from grow.report.score_charts import HOW_TO_SCORE
 from grow.runs.gather import NATS_PER_TOKEN, Gathered, TrainedModel
@@ -189,6 +189,7 @@ def _speedup_tables(gathered: Gathered, comparisons: Comparisons) -> list[dict[s
                 rows.append(_speedup_row(f"{pair.grown.name} over {pair.baseline.name}", "run", result))
     if not rows:
         return []
+    rows += [row for group in comparisons.groups for row in _mean_rows(group)]
     sizes = {pair.grown.parameters for pair in comparisons.pairs if pair.grown.parameters}
     for printed in speedups_like(sizes):
         name = f"paper, {printed.where}: {text.count(printed.tokens)} tokens"
@@ -198,6 +199,20 @@ def _speedup_tables(gathered: Gathered, comparisons: Comparisons) -> list[dict[s
     title = "Speed-up at equal loss"
     table = {"id": "speedups", "title": title, "caption": caption, "first": "Pair", "columns": columns, "rows": rows}
     return [{**table, "page": True}]
+
+
+def _mean_rows(group: Sequence[Comparison]) -> list[Row]:
+    """One for an experiment with several seeds."""
+    found = over_seeds(group, "train")
+    if found is None:
+        return []
+    name = group[0].grown.end.stage_name
+    row = _speedup_row(f"{name}, mean over seeds {', '.join(map(str, found.seeds))}", "run", {"speedup": found.mean})
+    row["cells"][-1] |= {
+        "stderr": found.stderr,
+        "text": f"{text.percent(found.mean)} ± {text.percent(found.stderr, signed=False)}",
+    }
+    return [row]
 
 
 def _speedup_row(name: str, kind: str, result: Mapping[str, Any]) -> Row:

@@ -1,8 +1,8 @@
-"""Families of runs, scratch and one per growth operator, and the budgets and losses that a law is fitted to."""
+"""Families of runs that began alike, and the budgets and losses that a law is fitted to."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from grow.curves import Curve, default_window, smooth, validation_curve
 from grow.runs.gather import Gathered, TrainedModel
 
-SCRATCH = "scratch"
+SCRATCH, CONTINUED = "scratch", "continued"
 POINTS = ("final", "every")
 LOSSES = ("train", "validation")
 
@@ -20,7 +20,7 @@ class Family:
     """Runs that began in the same way."""
 
     name: str
-    """`scratch`, or the growth operator."""
+    """`scratch`, the growth operator, or `continued`: a checkpoint's weights without growth."""
     models: tuple[str, ...]
     flops: np.ndarray
     """(n,) budgets, base models included."""
@@ -29,10 +29,30 @@ class Family:
 
 
 def family_of(model: TrainedModel) -> str | None:
-    """Its family; None for bases, whose training was cut short, and for what began with a checkpoint."""
-    if model.role == "grown" and not model.is_base:
+    """Its family; None for bases, whose training was cut short, and where FLOPs behind it are not counted."""
+    if model.is_base or not model.flops_are_whole:
+        return None
+    if model.role == "grown":
         return model.operator or "grown"
-    return SCRATCH if model.role == "baseline" else None
+    return CONTINUED if model.role == "continued" else SCRATCH
+
+
+def left_out(gathered: Gathered, found: Sequence[Family]) -> list[str]:
+    """A sentence for each reason for which models are no points of a law."""
+    fitted = {name for family in found for name in family.models}
+    reasons: dict[str, list[str]] = {}
+    for model in gathered.models:
+        if model.name not in fitted:
+            reasons.setdefault(_why_left_out(model), []).append(model.name)
+    return [f"Left out, because {reason}: {', '.join(names)}." for reason, names in reasons.items()]
+
+
+def _why_left_out(model: TrainedModel) -> str:
+    if model.is_base:
+        return "a base's training is cut short"
+    if not model.flops_are_whole:
+        return "nobody wrote down the FLOPs behind the checkpoint that the run began with"
+    return "there is no such loss"
 
 
 def over_last_tenth(model: TrainedModel) -> Curve:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,7 +40,7 @@ class TrainedModel:
     """One model: a stage of a run."""
 
     name: str
-    """Unique in the report: the stage's name, with the run's before it where two runs use the same."""
+    """Unique in the report: the stage's name; where two runs use the same, the run's, with it unless it ends so."""
     run: str
     run_dir: Path
     stage: int
@@ -71,6 +72,15 @@ class TrainedModel:
         if self.is_base:
             return "base"
         return "continued" if self.began_from_checkpoint else "baseline"
+
+    @property
+    def flops_are_whole(self) -> bool:
+        """Whether its FLOPs hold those behind the checkpoint its run began with; a foreign one tells none."""
+        return not self.began_from_checkpoint or bool(self.state.get("parent_tokens"))
+
+    @property
+    def seed(self) -> int | None:
+        return self.state.get("seed", self.run_config.get("seed"))
 
     @property
     def end(self) -> Metric:
@@ -295,7 +305,7 @@ def _models_of_run(run_dir: Path, run: str, log: RunLog, notes: list[str]) -> li
                 state=state,
                 checkpoint=checkpoint,
                 growth=history[-1] if history else {} if before else None,
-                is_base=stage != stages[-1] or len(stages) < planned,
+                is_base=stage != stages[-1] or stage < planned,
                 began_from_checkpoint=from_checkpoint,
                 run_config=run_config,
                 scores=of_stage(scored, stage),
@@ -351,15 +361,26 @@ def _with_parents(models: list[TrainedModel]) -> list[TrainedModel]:
     """Link each grown model to the one it grew from: the stage before, or a checkpoint of another run."""
     by_stage = {(model.run_dir, model.stage): model for model in models}
     by_digest = {digest: model for model in models for digest in _manifest_digests(model)}
+    last_of_run = {model.run_dir.resolve(): model for model in models}
     linked = []
     for model in models:
         parent = by_stage.get((model.run_dir, model.stage - 1))
         if parent is None and model.growth is not None:
-            parent = by_digest.get(model.growth.get("parent", ""))
+            parent = by_digest.get(model.growth.get("parent", "")) or last_of_run.get(_origin_run(model))
             model = dataclasses.replace(model, behind=Behind(model.behind.tokens, _seconds_behind(model, parent)))
         linked.append(dataclasses.replace(model, parent=None if parent is None else parent.name))
     parents = {model.parent for model in linked}
     return [dataclasses.replace(model, is_base=model.is_base or model.name in parents) for model in linked]
+
+
+def _origin_run(model: TrainedModel) -> Path | None:
+    """Folder of the run whose checkpoint a run began with; seen from its own, as both may have been moved since."""
+    start, out_dir = (model.run_config.get(key) for key in ("init_from", "out_dir"))
+    if start is None or out_dir is None:
+        return None
+    parts = Path(start).parts
+    folder = parts[: parts.index("checkpoints")] if "checkpoints" in parts else parts
+    return (model.run_dir / os.path.relpath(Path(*folder), out_dir)).resolve()
 
 
 def _seconds_behind(model: TrainedModel, parent: TrainedModel | None) -> float | None:
@@ -376,7 +397,9 @@ def _manifest_digests(model: TrainedModel) -> list[str]:
 
 def _with_unique_names(models: list[TrainedModel]) -> list[TrainedModel]:
     used = Counter(model.name for model in models)
-    return [
-        dataclasses.replace(model, name=f"{model.run}/{model.name}") if used[model.name] > 1 else model
-        for model in models
-    ]
+    return [dataclasses.replace(m, name=_name_with_run(m)) if used[m.name] > 1 else m for m in models]
+
+
+def _name_with_run(model: TrainedModel) -> str:
+    """seed-1/stack for the stage `stack` of that run, as `grow compare` names them; two/grown for the others."""
+    return model.run if model.run.rpartition("/")[2] == model.name else f"{model.run}/{model.name}"

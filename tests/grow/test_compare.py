@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from grow.compare.plan import Origin, arm_steps
 from grow.compare.ranking import estimate, rank
-from grow.compare.runs import Origin, arm_steps
 from grow.compare.settings import CompareConfig, read_settings
 from grow.compare.text import sentences, table
 from lit_gpt.config import Config
@@ -220,6 +220,26 @@ def test_a_run_that_has_not_come_to_its_end_is_an_error(tmp_path):
     for seed, name in ((1, "scratch"), (1, "stack"), (2, "scratch"), (2, "stack")):
         write_run(tmp_path / "out" / f"seed-{seed}" / name, name, 3.0, ended=(seed, name) != (2, "stack"))
     with pytest.raises(DataError, match="seed-2/stack has not come to its end"):
+        rank(config)
+
+
+def test_half_a_last_line_is_said_and_damage_or_other_data_is_an_error(ranked, tmp_path):
+    losses = {"scratch": [4.0, 4.2], "stack": [3.5, 3.7]}
+    folder, config = tmp_path / "out" / "seed-2" / "stack", comparison(tmp_path, seeds=[1, 2])
+    ranked(**losses)
+    with (folder / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 21, "lo')
+    assert sentences(rank(config))[-1] == "stack/metrics.jsonl: the last line is incomplete and was left out."
+
+    evals = (folder / "evals.jsonl").read_text()
+    (folder / "evals.jsonl").write_text(evals.replace('"metric"', '"data": "decafe", "metric"'))
+    with pytest.raises(DataError, match="measured on 2 different sets called text: data was changed"):
+        rank(config)
+    (folder / "evals.jsonl").write_text(evals.replace("3.7", "NaN"))
+    with pytest.raises(DataError, match="the loss of step 0 is nan; the run diverged"):
+        rank(config)
+    (folder / "metrics.jsonl").unlink()
+    with pytest.raises(DataError, match=r"has no metrics\.jsonl"):
         rank(config)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -273,6 +274,90 @@ def test_too_few_runs_are_bad_usage_and_one_family_of_them_is_left_out(runs, cap
     (lone / "metrics.jsonl").write_text("".join(line for line in lines if '"stage": 1' in line))
     code, _, err = fit(capsys, lone)
     assert code == 2 and "no run here has a train loss to fit" in err
+
+
+def from_checkpoint(path: Path, n_layer: int, steps: int, **beginning: object) -> tuple[Path, Path]:
+    """The base and the arm of a comparison: another run that begins with the base's checkpoint and grows from it."""
+    both = grown_power_law(path / "both", n_layer, steps)
+    base, arm = path / "base", path / "stack"
+    for folder, stage in ((base, 1), (arm, 2)):
+        shutil.copytree(both / "checkpoints" / f"stage-{stage:02d}", folder / "checkpoints" / f"stage-{stage:02d}")
+        for name in ("metrics.jsonl", "evals.jsonl"):
+            lines = [json.loads(line) for line in (both / name).read_text().splitlines()]
+            lines = [line | {"stage_name": folder.name} for line in lines if line["stage"] == stage]
+            for line in lines if stage == 2 else []:
+                line |= {"step": line["step"] - 50, "tokens": line["tokens"] - 50 * 2048}
+            (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    origin = {"init_from": "out/base/checkpoints/stage-01/step-0000000050", "out_dir": "out/stack"}
+    stages = [{"name": "base", "max_steps": 0}, {"name": "stack", "operator": "stack"}]
+    (base / "config.yaml").write_text(json.dumps({"out_dir": "out/base", "stages": stages[:1]}))
+    (arm / "config.yaml").write_text(json.dumps({**origin, "stages": stages}))
+    (state,) = arm.glob("checkpoints/*/*/state.json")
+    known = {"parent_tokens": 50 * 2048, "run_config": origin}
+    state.write_text(json.dumps(json.loads(state.read_text()) | known | beginning))
+    return base, arm
+
+
+def test_what_grew_from_a_checkpoint_of_known_cost_is_a_point_and_its_base_is_none(runs, capsys, tmp_path):
+    scratch = [run for run in runs if run.name.startswith("scratch")]
+    arms = [from_checkpoint(tmp_path / str(n), n, steps) for n, steps in ((8, 300), (16, 400), (24, 600))]
+    _, out, _ = fit(capsys, *runs, "--json")
+    together = {family["name"]: family for family in json.loads(out)["families"]}
+
+    code, out, err = fit(capsys, *scratch, *(run for pair in arms for run in pair), "--json")
+
+    assert code == 0, err
+    apart = {family["name"]: family for family in json.loads(out)["families"]}
+    assert apart["stack"]["flops"] == together["stack"]["flops"]
+    assert apart["stack"]["losses"] == pytest.approx(together["stack"]["losses"])
+    assert apart["scratch"] == together["scratch"]
+    assert "Left out, because a base's training is cut short: 8/base, 16/base, 24/base." in json.loads(out)["notes"]
+
+
+def test_what_began_with_a_checkpoint_is_left_out_where_its_cost_is_unknown_and_is_a_family_without_growth(
+    runs, capsys, tmp_path
+):
+    scratch = [run for run in runs if run.name.startswith("scratch")]
+    _, foreign = from_checkpoint(tmp_path / "foreign", 8, 300, parent_tokens=0)
+    continued = [
+        SyntheticRun(
+            tmp_path / f"more{n}", [Stage(f"more{n}", sized(n), 60, power_law_loss(sized(n)))], **begun
+        ).write()
+        for n, begun in ((4, {"parent_tokens": 9}), (8, {"parent_tokens": 9}), (16, {"init_from": "out/published"}))
+    ]
+
+    code, out, _ = fit(capsys, *scratch, foreign, *continued, "--json")
+
+    found = json.loads(out)
+    assert code == 0
+    assert {family["name"]: family["runs"] for family in found["families"]} == {
+        "scratch": [run.name for run in scratch],
+        "continued": ["more4", "more8"],
+    }
+    unknown = "nobody wrote down the FLOPs behind the checkpoint that the run began with"
+    assert f"Left out, because {unknown}: stack, more16." in found["notes"]
+
+
+def test_half_a_last_line_and_other_tokenizers_are_said_and_damage_is_bad_data(runs, capsys, tmp_path):
+    def copied(name: str) -> Path:
+        return shutil.copytree(runs[0], tmp_path / name)
+
+    torn, other, empty = copied("torn"), copied("other"), copied("empty")
+    with (torn / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 201, "lo')
+    code, out, _ = fit(capsys, torn, runs[1])
+    assert code == 0 and "torn/metrics.jsonl: the last line is incomplete and was left out." in out
+
+    (state,) = other.glob("checkpoints/*/*/state.json")
+    state.write_text(state.read_text().replace("c0ffee", "decafe"))
+    code, out, _ = fit(capsys, other, runs[1], "--json")
+    found = json.loads(out)
+    assert code == 0 and found["unit"] == "bits per byte" and "2 different tokenizers" in " ".join(found["notes"])
+    assert max(found["families"][0]["losses"]) < 3  # a byte has fewer bits than a token nats, here
+
+    (empty / "metrics.jsonl").unlink()
+    code, _, err = fit(capsys, empty, runs[1])
+    assert code == 3 and "has no metrics.jsonl" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("option", [["--at", "soon"], ["--at", "-1"], ["--at", "inf"], ["--resamples", "0"]])

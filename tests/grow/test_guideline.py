@@ -165,6 +165,28 @@ def test_outside_the_domain_a_plan_says_what_is_not_known(capsys, case):
     assert out.count("\nwarning ") == len(warnings)
 
 
+def documented_inputs(root) -> list[tuple[str, int, str]]:
+    """Arguments, exit code and words of the table in docs/planning.md."""
+    page = (root / "docs" / "planning.md").read_text(encoding="utf-8")
+    return [(a, int(code), says) for a, code, says in re.findall(r"^\| `(--.+)` \| (\d) \| `(.+)` \|$", page, re.M)]
+
+
+def test_the_table_of_inputs_outside_the_domain_is_true(capsys, root):
+    found = documented_inputs(root)
+
+    assert len(found) >= 10
+    for arguments, code, says in found:
+        ended, out, err = plan(capsys, *arguments.split())
+        assert ended == code and err.count("\n") == int(code != 0), (arguments, out, err)
+        assert f"{'error:' if code else 'warning'} {says}" in " ".join((err or out).split()), (arguments, out, err)
+
+
+def test_a_rate_may_be_written_as_a_count(capsys):
+    base = ("--params", "7B", "--tokens", "1T", "--tokens-per-sec")
+    hours = [plan_json(capsys, *base, rate)["device_hours"] for rate in ("10k", "1e4", "10000.0")]
+    assert hours[0] == hours[1] == hours[2]
+
+
 def test_inside_the_domain_nothing_is_warned_of(capsys):
     assert plan_json(capsys, "--model", "24L2048H", "--tokens", "100B")["warnings"] == []
 
@@ -182,6 +204,12 @@ def test_inside_the_domain_nothing_is_warned_of(capsys):
         (("--depth", 12, "--tokens", "1T"), "go together"),
         (("--params", "seven", "--tokens", "1T"), "'seven' is not a number of parameters"),
         (("--params", "7B", "--tokens", "1.5"), "not a whole, positive number of tokens"),
+        *((("--params", "7B", "--tokens", words), f"'{words}' is not a number") for words in ("nan", "inf", "-1e9")),
+        (("--depth", 0, "--width", 512, "--tokens", "10B"), "--depth 0 --width 512: layers must be from 1 to 1024"),
+        (("--depth", -3, "--width", 512, "--tokens", "10B"), "--depth -3 --width 512: layers must be from 1"),
+        (("--depth", 1200, "--width", 512, "--tokens", "1T"), "as grow apply makes them"),
+        (("--params", "7B", "--tokens", "1T", "--tokens-per-sec", "fast"), "'fast' is not a number of tokens a second"),
+        (("--params", "7B", "--tokens", "1T", "--tokens-per-sec", "-4"), "must be above 0"),
         (("--model", "24L2048", "--tokens", "1T"), "unknown model name"),
         (("--model", "24L2048H", "--tokens", "1T", "--factor", 1), "factor=1 must be above 1 and at most 24"),
         (("--model", "24L2048H", "--tokens", "1T", "--factor", "nan"), "factor=nan must be above 1"),

@@ -146,6 +146,74 @@ def test_every_further_grown_run_has_a_speedup_of_its_own(tmp_path):
     assert len({row["style"] for row in report["runs"]}) == 5
 
 
+def runs_of_seeds(root: Path, *losses, **changes: Any) -> list[Path]:
+    """As `grow report seed-*/stack seed-*/scratch` is given them; a loss of the grown model for each seed."""
+    stacks = [
+        stacked_run(root / f"seed-{n}" / "stack", loss=loss, seed=n, noise=0.0, **changes).write()
+        for n, loss in enumerate(losses, 1)
+    ]
+    scratch = [scratch_run(root / f"seed-{n}" / "scratch", seed=n, noise=0.0) for n in range(1, len(losses) + 1)]
+    return [*stacks, *(run.write() for run in scratch)]
+
+
+def ahead_by(tokens_ahead: int):
+    return lambda tokens: scratch_loss(tokens + tokens_ahead)
+
+
+def test_several_seeds_have_one_headline_their_mean_with_its_error_and_pairs_of_one_seed(tmp_path):
+    runs = runs_of_seeds(tmp_path, ahead_by(380_000), ahead_by(330_000), ahead_by(280_000))
+
+    report = facts_on(*runs)
+
+    rows = {name.removesuffix("/grown"): row["speedup"] for name, row in by_name(report).items()}
+    each = [rows[f"seed-{n}/stack"] for n in (1, 2, 3)]
+    assert each[0] > each[1] > each[2] > 0
+    assert report["over_seeds"]["speedups"] == each and report["over_seeds"]["seeds"] == [1, 2, 3]
+    mean, stderr = np.mean(each), np.std(each, ddof=1) / np.sqrt(3)
+    assert report["speedup_at_equal_loss"] == pytest.approx(mean)
+    assert report["over_seeds"]["stderr"] == pytest.approx(stderr)
+    headline = report["headline"]
+    assert headline["number"] == f"{text.percent(mean)} ± {text.percent(stderr, signed=False)}"
+    assert headline["label"].endswith("mean ± standard error over 3 seeds")
+    assert all(f"{text.percent(value)} with seed {n}" in headline["detail"] for n, value in enumerate(each, 1))
+    assert report["claim"].startswith("3 seeds (1, 2, 3), ")
+    (speedups,) = [table for table in report["tables"] if table["id"] == "speedups"]
+    names = [row["name"] for row in speedups["rows"]]
+    assert {f"seed-{n}/stack/grown over seed-{n}/scratch" for n in (1, 2, 3)} < set(names)
+    assert "grown, mean over seeds 1, 2, 3" in names
+
+
+def test_seeds_that_disagree_have_made_no_difference(tmp_path):
+    report = facts_on(*runs_of_seeds(tmp_path, ahead_by(300_000), useless_growth_loss))
+
+    assert report["headline"]["verdict"] == "even"
+    assert min(report["over_seeds"]["speedups"]) < 0 < max(report["over_seeds"]["speedups"])
+    assert "no difference here that all seeds share" in report["headline"]["sentence"]
+
+
+def test_a_seed_without_a_speed_up_is_named_beside_the_mean_of_the_others(tmp_path):
+    far = runs_of_seeds(tmp_path, ahead_by(300_000), ahead_by(200_000), lambda tokens: scratch_loss(tokens) + 9)
+
+    report = facts_on(*far)
+
+    assert report["over_seeds"]["speedups"][2] is None
+    assert "over 2 seeds" in report["headline"]["label"]
+    assert any(line.startswith("None with seed 3: the loss ranges") for line in report["headline"]["more"])
+
+
+def test_pairs_of_other_settings_or_of_two_seeds_are_no_repetition_and_the_headline_names_its_pair(tmp_path):
+    stacks = runs_of_seeds(tmp_path, ahead_by(300_000), ahead_by(200_000))[:2]
+    lone = scratch_run(tmp_path / "scratch", seed=1).write()
+
+    report = facts_on(*stacks, lone)  # the second seed has no run from scratch
+
+    assert report["over_seeds"] is None
+    said = "This is seed-1/stack/grown against scratch, the first of 2 pairs; the others are in the tables."
+    assert said in report["headline"]["more"]
+    other = runs_of_seeds(tmp_path / "other", ahead_by(300_000), ahead_by(200_000), fingerprint="0b" * 32)[:2]
+    assert facts_on(stacks[0], other[1], lone)["over_seeds"] is None
+
+
 def test_a_run_that_grew_twice_is_represented_by_its_last_model(tmp_path):
     middle = Stage("middle", SMALL, 100, lambda tokens: scratch_loss(tokens + 200_000), operator="stack")
     run_of_three = stacked_run(tmp_path / "three")

@@ -141,7 +141,7 @@ def test_models_of_two_sizes_share_no_axis_of_tokens_and_meet_the_baseline_of_th
 
     assert chart_of(report, "train-flops")["top"] is None
     names = [row["name"] for row in table_of(report, "speedups")["rows"]]
-    assert all(name.endswith("over scratch/scratch") for name in names)
+    assert all(name.endswith("over scratch") for name in names)
 
 
 def test_the_loss_difference_is_that_of_the_curves_and_its_fit_runs_on(tmp_path):
@@ -243,7 +243,7 @@ def test_the_scaling_law_has_a_line_for_each_family_and_stars_ahead(everything):
     star = next(series for series in chart["series"] if series["kind"] == "stars")["points"][0]
     assert star[0] == pytest.approx(10 * max(row["flops_total"] for row in everything[0]["runs"]), rel=1e-4)
     marks = next(series for series in chart["series"] if series["kind"] == "marks")["points"]
-    scratch = [by_name(everything[0])[name] for name in ("scratch/scratch", "larger/scratch")]
+    scratch = [by_name(everything[0])[name] for name in ("scratch", "larger/scratch")]
     assert marks == [
         [pytest.approx(run["flops_total"], rel=1e-4), pytest.approx(run["final_train_loss"], rel=1e-4)]
         for run in scratch
@@ -260,7 +260,7 @@ def test_scores_have_standard_errors_and_limited_ones_a_mark(everything):
     assert limited["text"].endswith("*") and limited["limit"] == 50
     assert "* Limited" in table["caption"]
     assert "inter/grown" in chart_of(report, "score-piqa")["caption"]
-    line = next(series for series in chart_of(report, "score-piqa")["series"] if series["name"] == "scratch/scratch")
+    line = next(series for series in chart_of(report, "score-piqa")["series"] if series["name"] == "scratch")
     low, high = line["intervals"][-1]
     assert (low + high) / 2 == pytest.approx(line["points"][-1][1]) and high - low == pytest.approx(2 * 1.58, abs=0.01)
 
@@ -282,7 +282,7 @@ def test_operators_are_shaded_from_the_worst_to_the_best_of_every_column_at_equa
     assert (best["shade"], worst["shade"]) == (1, 0)
     scores = [row["cells"][table["columns"].index("SciQ")] for row in table["rows"] if row["name"] in shaded]
     assert max((cell for cell in scores if cell["value"]), key=lambda cell: cell["value"])["shade"] == 1
-    assert {"inter/grown: interpolate", "d120/grown: stack", "scratch/scratch"} < {row["name"] for row in table["rows"]}
+    assert {"inter/grown: interpolate", "d120/grown: stack", "scratch"} < {row["name"] for row in table["rows"]}
 
 
 def test_operators_on_other_data_are_marked_and_not_shaded(tmp_path):
