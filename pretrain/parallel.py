@@ -320,4 +320,4 @@ def _compile(model: GPT, compute: Compute) -> None:
         # block by block: the graphs of one depth serve every other depth, so growth compiles nothing new
         for block in model.transformer.h:
             block.compile(dynamic=False)
-        model.loss_kernel = torch.compile(model.loss_kernel, dynamic=False)
+        model.use_kernels(model.kernels.with_compiled_loss())
