@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -27,8 +28,10 @@ class Situation:
     """Whether torch.compile sees the blocks."""
     masked: bool = False
     """Whether attention is asked for more than causality: documents kept apart, or a window."""
-    head_size: int = 64
+    head_sizes: tuple[int, ...] = (64,)
+    """Of all models of a run."""
     n_embd: int = 2048
+    """The largest one."""
     capability: tuple[int, int] | None = None
     """Of the CUDA device: (9, 0) is sm_90."""
     cudnn: int | None = None
@@ -97,9 +100,8 @@ def no_mask(situation: Situation) -> str | None:
 
 def head_size(largest: int) -> Need:
     def need(situation: Situation) -> str | None:
-        if situation.head_size % 8 == 0 and situation.head_size <= largest:
-            return None
-        return f"needs a head_size that 8 divides, {largest} at most; this model has {situation.head_size}"
+        odd = [size for size in situation.head_sizes if size % 8 or size > largest]
+        return f"needs a head_size that 8 divides, {largest} at most; this model has {odd[0]}" if odd else None
 
     return need
 
@@ -129,6 +131,13 @@ def triton_runs(situation: Situation) -> str | None:
     if not interprets_triton() and (reason := cuda((8, 0))(situation)):
         return reason
     return package("triton", "it comes with torch's CUDA builds, elsewhere: pip install 'lit-grow[triton]'")(situation)
+
+
+def find_cpp_compiler() -> str | None:
+    """The C++ compiler that torch.compile would use on a CPU."""
+    return next(
+        (found for name in (os.environ.get("CXX"), "g++", "clang++") if name and (found := shutil.which(name))), None
+    )
 
 
 def dtype_name(dtype: torch.dtype) -> str:

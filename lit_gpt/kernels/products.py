@@ -16,6 +16,11 @@ def cpu_multiplies_bf16() -> bool:
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether a device has instructions for it."""
+    return torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_multiplies_bf16()
+
+
 def product_dtype(x: Tensor, cpu_has_bf16: bool) -> torch.dtype:
     """The dtype to widen the factors of a product to: x's own, or fp32 for bf16 on a CPU that would emulate it."""
     emulated = x.dtype == torch.bfloat16 and x.device.type == "cpu" and not cpu_has_bf16

@@ -87,7 +87,7 @@ def _cases(
     def stored(*shape: int) -> Tensor:  # weights are wider than what blocks compute with
         return torch.randn(shape, generator=generator).to(device, torch.promote_types(situation.dtype, torch.float32))
 
-    D, C = situation.head_size, CHANNELS
+    D, C = max(situation.head_sizes), CHANNELS
     q, k, v = random(ROWS, HEADS, TOKENS, D), random(ROWS, GROUPS, TOKENS, D), random(ROWS, GROUPS, TOKENS, D)
     x, delta, weight = random(ROWS, TOKENS, C), random(ROWS, TOKENS, C), stored(C)
     hidden, head = random(ROWS * TOKENS, C), stored(VOCAB, C)

@@ -61,7 +61,6 @@ def norm_backward(
     grad_weight_ptr: tl.tensor,
     n_rows: int,
     n_cols: int,
-    n_elements: int,
     ROWS: tl.constexpr,
     ADDS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -75,18 +74,18 @@ def norm_backward(
     first = program.to(tl.int64) * ROWS
     for i in range(ROWS):
         row = first + i
-        at = row * n_cols + cols
-        mask = in_row & (at < n_elements)
-        total = tl.load(total_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        grad_y = tl.load(grad_y_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        mask = cols < tl.where(row < n_rows, n_cols, 0)
+        start = row * n_cols  # added to pointers as a scalar, which takes fewer registers
+        total = tl.load(total_ptr + start + cols, mask=mask, other=0.0).to(tl.float32)
+        grad_y = tl.load(grad_y_ptr + start + cols, mask=mask, other=0.0).to(tl.float32)
         scale = tl.load(scale_ptr + row, mask=row < n_rows, other=0.0)
         unit = total * scale
         weighted = weight * grad_y
         mean = tl.sum(unit * weighted, axis=0) / n_cols
         grad_x = (weighted - unit * mean) * scale
         if ADDS:
-            grad_x += tl.load(grad_total_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        tl.store(grad_x_ptr + at, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
+            grad_x += tl.load(grad_total_ptr + start + cols, mask=mask, other=0.0).to(tl.float32)
+        tl.store(grad_x_ptr + start + cols, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
         grad_weight += grad_y * unit
     tl.store(grad_weight_ptr + program * n_cols + cols, grad_weight, mask=in_row)
 

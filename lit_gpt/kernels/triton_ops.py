@@ -31,34 +31,34 @@ def norm_warps(block: int) -> int:
 
 @custom_op("lit_grow::rms_norm", mutates_args=())
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x (rows, C), contiguous. Returns y (rows, C), and what the rows were scaled by, (rows,) fp32."""
-    y, scale = torch.empty_like(x), x.new_empty(len(x), dtype=torch.float32)
+    """x (..., C), contiguous. Returns y (..., C), and what its rows were scaled by, (...) fp32."""
+    y, scale = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
     _launch_norm(x, x, weight, x, y, scale, eps, adds=False)
     return y, scale
 
 
 @_rms_norm.register_fake
 def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(x.size(0), dtype=torch.float32)
+    return torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
 @custom_op("lit_grow::add_rms_norm", mutates_args=())
 def _add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """x, delta (rows, C), contiguous, of one dtype. Returns x + delta, y and the scales."""
-    total, y, scale = torch.empty_like(x), torch.empty_like(x), x.new_empty(len(x), dtype=torch.float32)
+    """x, delta (..., C), contiguous, of one dtype. Returns x + delta, y and the scales."""
+    total, y, scale = torch.empty_like(x), torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
     _launch_norm(x, delta, weight, total, y, scale, eps, adds=True)
     return total, y, scale
 
 
 @_add_rms_norm.register_fake
 def _(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(x), x.new_empty(x.size(0), dtype=torch.float32)
+    return torch.empty_like(x), torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
 def _launch_norm(
     x: Tensor, delta: Tensor, weight: Tensor, total: Tensor, y: Tensor, scale: Tensor, eps: float, *, adds: bool
 ) -> None:
-    rows, cols = x.shape
+    rows, cols = scale.numel(), x.size(-1)
     block = power_of_2(cols)
     with torch.cuda.device_of(x):
         kernels.norm_forward[(rows,)](
@@ -70,8 +70,8 @@ def _launch_norm(
 def _rms_norm_backward(
     grad_y: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """grad_y, grad_total, total (rows, C), contiguous. Returns the gradients of total (rows, C) and of weight (C,)."""
-    rows, cols = total.shape
+    """grad_y, grad_total, total (..., C), contiguous. Returns the gradients of total (..., C) and of weight (C,)."""
+    rows, cols = scale.numel(), total.size(-1)
     programs = min(rows, PROGRAMS_PER_SM * _multiprocessors(total.device))
     rows_each = -(-rows // programs)
     grad_x = torch.empty_like(total)
@@ -80,7 +80,7 @@ def _rms_norm_backward(
     adds = grad_total is not None
     with torch.cuda.device_of(total):
         kernels.norm_backward[(programs,)](
-            *(grad_y, grad_total if adds else grad_y, total, weight, scale, grad_x, parts, rows, cols, rows * cols),
+            *(grad_y, grad_total if adds else grad_y, total, weight, scale, grad_x, parts, rows, cols),
             **{"ROWS": rows_each, "ADDS": adds, "BLOCK": block, "num_warps": norm_warps(block)},
         )
     return grad_x, parts.sum(0).to(weight.dtype)
@@ -122,17 +122,13 @@ _add_rms_norm.register_autograd(_add_norm_gradients, setup_context=_keep_add_nor
 
 def triton_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As `lit_gpt.kernels.reference.rms_norm`."""
-    return _rms_norm(_rows(x), weight, eps)[0].view(x.shape)
+    return _rms_norm(x.contiguous(), weight, eps)[0]
 
 
 def triton_add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """As `lit_gpt.kernels.reference.add_rms_norm`, in one pass over memory."""
-    total, y, _ = _add_rms_norm(_rows(x), _rows(delta.to(x.dtype)), weight, eps)
-    return total.view(x.shape), y.view(x.shape)
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.size(-1)).contiguous()
+    total, y, _ = _add_rms_norm(x.contiguous(), delta.to(x.dtype).contiguous(), weight, eps)
+    return total, y
 
 
 @custom_op("lit_grow::gated", mutates_args=())
