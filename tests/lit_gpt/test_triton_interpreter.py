@@ -223,6 +223,21 @@ def test_a_block_of_triton_kernels_is_one_graph_to_the_compiler():
         assert relative_error(one, other) < 1e-6
 
 
+@pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")  # dynamo does
+def test_a_whole_compiled_model_whose_loss_overwrites_its_logits_is_the_plain_one():
+    config = toy_config()
+    model, tokens = toy_model(config), toy_tokens(config)
+    expected = model(tokens[:, :-1], tokens[:, 1:])
+    gradients = torch.autograd.grad(expected, list(model.parameters()))
+    model.use_kernels(resolve(TRITON, Situation(compiled=True)))
+
+    found = torch.compile(model, backend="aot_eager", dynamic=False)(tokens[:, :-1], tokens[:, 1:])
+
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+    for ours, plain in zip(torch.autograd.grad(found, list(model.parameters())), gradients, strict=True):
+        assert relative_error(ours, plain) < 5e-6
+
+
 def test_sharded_triton_kernels_compute_what_one_process_does(tmp_path):
     from pretrain.config import ParallelConfig
     from pretrain.parallel import Compute, build_model, whole

@@ -8,6 +8,7 @@ import statistics
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.kill_sweep import cut_back
 from lit_gpt.checkpoint import latest
@@ -18,12 +19,14 @@ from lit_gpt.kernels.settings import BackendUnavailable, KernelConfig
 from lit_gpt.settings_files import merge
 from pretrain.changed_settings import changed_settings
 from pretrain.command_line import config_of, parse
-from pretrain.config import to_plain
-from pretrain.parallel import find_cpp_compiler
+from pretrain.config import ParallelConfig, to_plain
+from pretrain.parallel import Compute, build_model, find_cpp_compiler
 from pretrain.run import run
 from pretrain.validate_command import validate
+from pretrain.world import ALONE
 from tests.pretrain.conftest import command_for, two_stages
 from tests.pretrain.runs import records
+from tests.toys import toy_config, toy_tokens, toy_weights
 
 CHOSEN = {"attention": "math", "norm": "reference", "mlp": "reference", "rope": "reference", "loss": "torch"}
 
@@ -107,6 +110,21 @@ def test_all_models_of_a_run_compute_with_what_was_chosen(settings, tmp_path, mo
     monkeypatch.setitem(BACKENDS["mlp"], "reference", choice.Backend(lambda *inputs: own(*inputs)))
     monkeypatch.setattr("lit_gpt.model.Kernels", lambda: dataclasses.replace(choice.Kernels(), mlp=forbidden))
     train({**settings, "stages": stages, "kernels": {"mlp": "reference"}}, tmp_path / "settings")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_cpp_compiler() is None, reason="no C++ compiler to compile with")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo looks
+def test_a_compiled_model_that_grew_in_depth_compiles_nothing_new():
+    graphs = []
+    for n_layer in (2, 4, 6):
+        config = toy_config(n_layer=n_layer)
+        parts = Compute("fp32", "block", ""), ParallelConfig(), ALONE
+        model = build_model(config, toy_weights(config), *parts, device=torch.device("cpu"))
+        tokens = toy_tokens(config)
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert 0 < graphs[0] == graphs[1] == graphs[2]
 
 
 WAYS = {
