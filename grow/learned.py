@@ -55,7 +55,7 @@ class LearnedGrowth(nn.Module):
 
     @property
     def model(self) -> GPT:
-        """The model that computes; its own weights are on no device. For compute_dtype, loss_kernel and compiling."""
+        """The model that computes; its own weights are on no device. For compute_dtype, kernels and compiling."""
         return self._grown[0]
 
     def forward(

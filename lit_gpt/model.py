@@ -24,16 +24,16 @@ from typing import Protocol
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from lit_gpt.axes import EMBEDDING, WRITERS, name_in_block, parameter_shapes
 from lit_gpt.config import Config, RopeScaling
-from lit_gpt.kernels.loss import ChunkLoss, chunk_loss, linear_cross_entropy, token_scores
-from lit_gpt.kernels.norm import rms_norm
-from lit_gpt.kernels.products import causal_attention, cpu_multiplies_bf16, document_mask, linear, product_dtype
+from lit_gpt.kernels.attention import causal_attention, document_mask
+from lit_gpt.kernels.choice import Kernels
+from lit_gpt.kernels.loss import token_scores
+from lit_gpt.kernels.products import cpu_multiplies_bf16, linear, product_dtype
 from lit_gpt.kernels.recompute import recomputed
-from lit_gpt.kernels.rope import apply_rope, cos_sin
+from lit_gpt.kernels.rope import cos_sin
 
 
 class KVStore(Protocol):
@@ -82,12 +82,19 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
         self.plus_one = plus_one
+        self.kernels = Kernels()
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        if self.plus_one:
-            weight = 1 + weight.to(torch.promote_types(weight.dtype, torch.float32))
-        return rms_norm(x, weight, self.eps)
+        return self.kernels.norm.alone(x, self._factor(), self.eps)
+
+    def after_adding(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """x + delta, and the norm of that."""
+        return self.kernels.norm.after_adding(x, delta, self._factor(), self.eps)
+
+    def _factor(self) -> Tensor:
+        if not self.plus_one:
+            return self.weight
+        return 1 + self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
 
 
 class CausalSelfAttention(nn.Module):
@@ -98,6 +105,7 @@ class CausalSelfAttention(nn.Module):
         self.config = config
         self.layer = layer
         self.cpu_has_bf16 = cpu_multiplies_bf16()
+        self.kernels = Kernels()
         self.rotates = config.rotates(layer)
         self.attn = Linear(config.n_embd, config.qkv_size, config.qkv_bias)
         self.proj = Linear(config.n_head * config.head_size, config.n_embd, config.proj_bias)
@@ -119,13 +127,11 @@ class CausalSelfAttention(nn.Module):
         if self.norm_q is not None and self.norm_k is not None:
             q, k = _norm_heads(self.norm_q, q), _norm_heads(self.norm_k, k)
         if self.rotates:
-            q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+            q, k = self.kernels.rope(q, cos, sin), self.kernels.rope(k, cos, sin)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D), (B, G, T, D), (B, G, T, D)
         if kv_store is not None:
             k, v = kv_store.extend(self.layer, k, v)
-        if config.q_per_kv > 1:
-            k, v = (t.repeat_interleave(config.q_per_kv, dim=1) for t in (k, v))  # (B, H, T, D)
-        y = causal_attention(q, k, v, cpu_has_bf16=self.cpu_has_bf16, mask=mask)
+        y = causal_attention(q, k, v, cpu_has_bf16=self.cpu_has_bf16, mask=mask, by=self.kernels.attention)
         return self.proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -140,15 +146,14 @@ class SwiGLU(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.gelu = config.activation == "gelu_tanh"
+        self.kernels = Kernels()
         self.w1 = Linear(config.n_embd, config.intermediate_size, config.mlp_bias)
         self.w2 = Linear(config.n_embd, config.intermediate_size, config.mlp_bias)
         self.w3 = Linear(config.intermediate_size, config.n_embd, config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, C). Returns (B, T, C)."""
-        gate = self.w1(x)
-        gate = F.gelu(gate, approximate="tanh") if self.gelu else F.silu(gate)
-        return self.w3(gate * self.w2(x))
+        return self.w3(self.kernels.mlp(self.w1(x), self.w2(x), self.gelu))
 
 
 class LLaMAMLP(nn.Module):
@@ -188,8 +193,8 @@ class Block(nn.Module):
         if self.norms_after:
             x = x + self.norm_1(self.attn(x, cos, sin, kv_store, mask))
             return x + self.norm_2(self.mlp(x))
-        x = x + self.attn(self.norm_1(x), cos, sin, kv_store, mask)
-        return x + self.mlp(self.norm_2(x))
+        x, normed = self.norm_2.after_adding(x, self.attn(self.norm_1(x), cos, sin, kv_store, mask))
+        return x + self.mlp(normed)
 
 
 class Embedding(nn.Embedding):
@@ -223,6 +228,8 @@ class GPT(nn.Module):
     Args:
         config: its sizes.
         compute_dtype: dtype of the residual stream and of all products; None is the weights' own.
+
+    It computes with what runs everywhere until `use_kernels` chooses something else.
     """
 
     def __init__(self, config: Config, compute_dtype: torch.dtype | None = None) -> None:
@@ -231,11 +238,17 @@ class GPT(nn.Module):
         self.compute_dtype = compute_dtype
         self.transformer = Transformer(config)
         self.lm_head = Linear(config.n_embd, config.padded_vocab_size)
-        self.loss_kernel: ChunkLoss = chunk_loss
+        self.kernels = Kernels()
         if config.tie_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
             self._register_load_state_dict_pre_hook(_tie_in_state_dict)
             self._register_state_dict_hook(_untie_in_state_dict)
+
+    def use_kernels(self, kernels: Kernels) -> None:
+        """Compute with these from now on; see docs/kernels.md."""
+        for module in self.modules():
+            if isinstance(module, GPT | CausalSelfAttention | SwiGLU | RMSNorm):
+                module.kernels = kernels
 
     def forward(
         self,
@@ -270,12 +283,11 @@ class GPT(nn.Module):
             return self.lm_head(x)
         if reduction == "scores":
             return token_scores(x, targets, self.lm_head)
-        loss = linear_cross_entropy(
+        loss = self.kernels.loss(
             x.reshape(-1, x.size(-1)).to(product_dtype(x, self.lm_head.cpu_has_bf16)),
             self.lm_head.weight,
             targets.reshape(-1),
             reduction=reduction,
-            kernel=self.loss_kernel,
         )
         return loss if reduction == "mean" else loss.view(targets.shape)
 

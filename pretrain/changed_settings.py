@@ -14,6 +14,7 @@ FREE_TO_CHANGE = (
     "checkpoints",
     "parallel",
     "activation_checkpointing",
+    "kernels",
     "guards",
     "stop",
     "batch.micro_batch_size",

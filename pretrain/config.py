@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lit_gpt.config import Config, unknown_key
+from lit_gpt.kernels.settings import KernelConfig
 from pretrain.data_config import DataConfig, SegmentConfig
 from pretrain.zero_shot.task import names_in
 
@@ -289,6 +290,7 @@ class RunConfig:
     parallel: ParallelConfig = ParallelConfig()
     guards: GuardConfig = GuardConfig()
     stop: StopConfig = StopConfig()
+    kernels: KernelConfig = KernelConfig()
     seed: int = 3407
     """Of the initial weights, the data order and growth."""
     precision: Literal["auto", "fp32", "bf16", "bf16-true"] = "auto"
@@ -322,6 +324,7 @@ def known_keys(section: type) -> dict[str, type | None]:
         "parallel": ParallelConfig,
         "guards": GuardConfig,
         "stop": StopConfig,
+        "kernels": KernelConfig,
     }
     return {f.name: sections.get(f.name) if section is RunConfig else None for f in dataclasses.fields(section)}
 

@@ -93,6 +93,7 @@ def learn_to_grow(run: Run, stage: Stage, trained: Trained, state: TrainState) -
     """The mixing matrices of a stage's growth as what trains, from where a checkpoint of it stands."""
     growth = LearnedGrowth(stage.plan, _read_parent(run, _parent(run, stage, state)).model)
     growth.model.compute_dtype = run.compute.compute_dtype
+    growth.model.use_kernels(run.compute.kernels)
     module = run.fabric.setup_module(growth)
     optimizer = torch.optim.AdamW(
         growth.parameters(), lr=stage.learning.rate, betas=BETAS, weight_decay=0.0, fused=True

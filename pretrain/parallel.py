@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -14,7 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from lit_gpt.config import Config
-from lit_gpt.kernels.products import cpu_multiplies_bf16
+from lit_gpt.kernels.backend import Situation, find_cpp_compiler
+from lit_gpt.kernels.choice import Kernels, resolve
+from lit_gpt.kernels.products import multiplies_bf16
+from lit_gpt.kernels.self_check import self_check
 from lit_gpt.lazy_tensors import fill_from, is_shared
 from lit_gpt.model import GPT, RMSNorm
 from pretrain.config import ParallelConfig, RunConfig
@@ -41,6 +43,8 @@ class Compute:
     """For the log: what decided."""
     recompute: str = "none"
     """none, selective or full: activation checkpointing."""
+    kernels: Kernels = Kernels()
+    """What the operations are computed by."""
 
     @property
     def compute_dtype(self) -> torch.dtype | None:
@@ -129,13 +133,6 @@ def describe_world(parallel: ParallelConfig, world: World) -> str:
     return f"{world.size} on {world.n_nodes} node(s), started by {world.launcher}, {how}"
 
 
-def find_cpp_compiler() -> str | None:
-    """The C++ compiler that torch.compile would use on a CPU."""
-    return next(
-        (found for name in (os.environ.get("CXX"), "g++", "clang++") if name and (found := shutil.which(name))), None
-    )
-
-
 def choose_compute(config: RunConfig, device: torch.device, total_tokens: int) -> Compute:
     """Resolve `precision` and `compile`.
 
@@ -147,7 +144,7 @@ def choose_compute(config: RunConfig, device: torch.device, total_tokens: int) -
 
 
 def _choose_compute(config: RunConfig, device: torch.device, total_tokens: int) -> Compute:
-    has_bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_multiplies_bf16()
+    has_bf16 = multiplies_bf16(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
     hardware = f"{name} {'multiplies' if has_bf16 else 'does not multiply'} bf16"
     precision = config.precision if config.precision != "auto" else "bf16" if has_bf16 else "fp32"
@@ -165,6 +162,27 @@ def _choose_compute(config: RunConfig, device: torch.device, total_tokens: int) 
     if total_tokens < REPAID_AFTER_TOKENS:
         return Compute(precision, "none", f"{hardware}, {total_tokens:,} tokens do not repay compiling")
     return Compute(precision, "block", f"{hardware}, compiled with {os.path.basename(compiler)}")
+
+
+def with_kernels(
+    compute: Compute, config: RunConfig, device: torch.device, models: Sequence[Config], separator_id: int | None
+) -> Compute:
+    """Resolve `kernels` for all models of a run, and see that what was chosen computes as it should.
+
+    Raises:
+        BackendUnavailable: one that was named cannot run here, or is wrong.
+    """
+    situation = Situation.on(
+        device,
+        dtype=torch.float32 if compute.precision == "fp32" else torch.bfloat16,
+        compiled=compute.compile != "none",
+        masked=separator_id is not None or any(m.slides(layer) for m in models for layer in range(m.n_layer)),
+        head_sizes=tuple(sorted({model.head_size for model in models})),
+        n_embd=max(model.n_embd for model in models),
+    )
+    kernels = resolve(config.kernels, situation)
+    self_check(kernels, situation, device)
+    return dataclasses.replace(compute, kernels=kernels)
 
 
 def build_model(
@@ -198,6 +216,7 @@ def build_model(
     model.compute_dtype = compute.compute_dtype
     for block in model.transformer.h:
         block.recompute = compute.recompute
+    model.use_kernels(compute.kernels)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
     _compile(model, compute)
@@ -320,4 +339,4 @@ def _compile(model: GPT, compute: Compute) -> None:
         # block by block: the graphs of one depth serve every other depth, so growth compiles nothing new
         for block in model.transformer.h:
             block.compile(dynamic=False)
-        model.loss_kernel = torch.compile(model.loss_kernel, dynamic=False)
+        model.use_kernels(model.kernels.with_compiled_loss())

@@ -45,7 +45,16 @@ from pretrain.origin import (
     continued_position,
     inherit_history,
 )
-from pretrain.parallel import Compute, check_alike, choose_compute, describe_world, device_type, is_sharded, launch
+from pretrain.parallel import (
+    Compute,
+    check_alike,
+    choose_compute,
+    describe_world,
+    device_type,
+    is_sharded,
+    launch,
+    with_kernels,
+)
 from pretrain.preflight import Plan, describe, preflight, tell
 from pretrain.run_lock import run_lock
 from pretrain.signals import SAVING, StopRequested, StopSignal, marked
@@ -124,11 +133,13 @@ class Ready:
         """A plan on the device of this process.
 
         Raises:
-            ValueError: the device is not there, or cannot compute as asked.
+            ValueError: the device is not there, or cannot compute as asked, or not by the kernels asked for.
         """
         fabric = launch(plan.config, world)
         tokens = plan.samples * plan.stages[-1].config.block_size
-        return cls(plan, fabric, choose_compute(plan.config, fabric.device, tokens))
+        compute = choose_compute(plan.config, fabric.device, tokens)
+        models = [stage.config for stage in plan.stages]
+        return cls(plan, fabric, with_kernels(compute, plan.config, fabric.device, models, plan.train.separator_id))
 
 
 def as_started(invocation: Invocation, world: World) -> Invocation:
@@ -194,6 +205,7 @@ def train(ready: Ready, world: World, command: list[str], stop: StopSignal) -> N
         "separator_id": plan.train.separator_id,
         "auto_skips": [list(skip) for skip in plan.auto_skips],
         "compute": {"precision": compute.precision, "compile": compute.compile, "reason": compute.reason},
+        "kernels": dataclasses.asdict(compute.kernels.names),
     }
     checkpoints = RunCheckpoints(out_dir, config.checkpoints, metadata, world, fabric.device.type)
     checkpoint = checkpoints.resume()
@@ -213,6 +225,7 @@ def train(ready: Ready, world: World, command: list[str], stop: StopSignal) -> N
     if world.is_first:
         describe(plan)
     say(f"compute: {compute.precision}, compile {compute.compile} ({compute.reason})")
+    say(f"kernels: {compute.kernels}")
     if world.size > 1:
         say(f"processes: {describe_world(config.parallel, world)}")
     stage = stages[state.grown_into_stage - 1]  # the one whose model there is: the next may still learn to grow

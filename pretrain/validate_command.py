@@ -98,6 +98,7 @@ def _settings(state: Mapping[str, Any], flags: Sequence[str]) -> RunConfig:
         sizes = {"name": FROM_CHECKPOINT}
         own = {"out_dir": ".", "model": sizes, "stages": [{"name": "none", "max_steps": 1}]}
         own |= {"data": {"train": measured_on}}
+    own = {key: value for key, value in own.items() if key != "kernels"}  # they were for the machine that trained it
     return config_of(merge(own, given))
 
 
@@ -109,7 +110,7 @@ def _measure(
     from pretrain.corpus import read_corpus
     from pretrain.data import open_validation_sets
     from pretrain.evaluate import evaluate
-    from pretrain.parallel import build_model, choose_compute, launch
+    from pretrain.parallel import build_model, choose_compute, launch, with_kernels
     from pretrain.world import ALONE
 
     config = _settings(state, flags)
@@ -119,6 +120,7 @@ def _measure(
         raise ValueError("there is no validation data beside the training data; give --data.validation DIR")
     device = launch(config, ALONE).device
     compute = choose_compute(config, device, total_tokens=0)  # nothing is trained that would repay compiling
+    compute = with_kernels(compute, config, device, [model_config], state.get("separator_id"))
     model = build_model(model_config, weights, compute, ParallelConfig(), ALONE, device=device)
     limit = config.validation.max_tokens
     max_tokens = None if limit is None else parse_token_count(limit)

@@ -39,7 +39,7 @@ WITHOUT_TORCH = [
     *("lit_gpt.token_source", "lit_gpt.legacy_order", "lit_gpt.prefetch", "lit_gpt.inspect_data"),
     *("grow.layer_map", "grow.plan", "grow.depth", "grow.operators", "grow.curves", "grow.__main__"),
     *("grow.planning.guideline", "grow.planning.command", "grow.planning.plot", "grow.planning.memory"),
-    *("grow.runs.gather", "lit_gpt.counts"),
+    *("grow.runs.gather", "lit_gpt.counts", "lit_gpt.kernels.settings"),
     *("grow.fit", "grow.fit_command", "grow.scores", "grow.report.command", "grow.report.tables"),
     *("grow.compare.command", "grow.compare.settings", "grow.compare.text"),
     *("pretrain.config", "pretrain.command_line", "pretrain.data_command", "pretrain.__main__"),

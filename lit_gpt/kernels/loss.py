@@ -6,16 +6,23 @@ Legend: N rows (tokens), n rows of one chunk, C n_embd, V padded_vocab_size.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_gpt.kernels import reference
+from lit_gpt.kernels.backend import Backend, at_most_fp32, triton_runs
+from lit_gpt.kernels.triton_ops import triton_chunk_loss
+
 CHUNK_ROWS = 1024  # 125 MiB of logits at V=32000 in fp32; larger outputs are bound by page faults on a CPU
 CPU_CHUNK_ROWS = 128  # at V=4096 2 MiB, which a cache holds: benchmarks/cpu_training.py
 IGNORE_INDEX = -100
 ChunkLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+LinearCrossEntropy = Callable[..., Tensor]
+"""hidden (N, C), weight (V, C), targets (N,), and by keyword `reduction` -> a loss, see `linear_cross_entropy`."""
 
 
 def loss_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -108,7 +115,7 @@ def linear_cross_entropy(
         targets: (N,) int64; -100 is left out of the loss, a batch of nothing else has loss 0.
         reduction: "mean" over the targets that count, differentiable; or "none", (N,) losses without gradients.
         chunk_rows: rows of logits that exist at a time. Default: `default_chunk_rows`.
-        kernel: `chunk_loss`, or a compiled form of it. It must not return its first argument, which is used again.
+        kernel: `chunk_loss`, or another form of it. It may return the gradients in the memory of the logits.
 
     Returns:
         fp32 (float64 for float64 inputs).
@@ -153,7 +160,17 @@ def token_scores(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tenso
     return torch.cat(scores)
 
 
-def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The same mean loss the plain way: all logits at once. The oracle of the tests."""
-    logits = F.linear(hidden, weight.to(hidden.dtype)).to(loss_dtype(hidden.dtype))
-    return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX)
+def compiled(loss: LinearCrossEntropy) -> LinearCrossEntropy:
+    """The same loss with what torch.compile can fuse compiled: of the chunked one what happens to a chunk's logits."""
+    if loss is linear_cross_entropy:
+        return partial(loss, kernel=torch.compile(chunk_loss, dynamic=False))
+    if loss is reference.linear_cross_entropy:
+        return torch.compile(loss, dynamic=False)
+    return loss
+
+
+BACKENDS: dict[str, Backend[LinearCrossEntropy]] = {
+    "chunked": Backend(linear_cross_entropy),
+    "torch": Backend(reference.linear_cross_entropy),
+    "triton": Backend(partial(linear_cross_entropy, kernel=triton_chunk_loss), (at_most_fp32, triton_runs)),
+}

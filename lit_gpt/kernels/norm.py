@@ -5,11 +5,25 @@ Legend: C channels, the last dimension of x.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lit_gpt.kernels import reference
+from lit_gpt.kernels.backend import Backend, Situation, at_most_fp32, triton_runs
+from lit_gpt.kernels.triton_ops import MAX_COLS, triton_add_rms_norm, triton_rms_norm
+
+
+class Norm(NamedTuple):
+    """A norm, and the same after adding to the residual stream."""
+
+    alone: Callable[[Tensor, Tensor, float], Tensor]
+    """x (..., C), weight (C,), eps -> (..., C)."""
+    after_adding: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    """x, delta (..., C), weight (C,), eps -> x + delta and the norm of that."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -18,6 +32,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return _RMSNorm.apply(x, weight, eps)
     # fused by torch on CUDA, and everywhere when compiled; it wants the weight in x's dtype and computes in fp32 inside
     return F.rms_norm(x, (x.size(-1),), weight.to(x.dtype), eps)
+
+
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + delta, and the norm of that. x, delta (..., C), weight (C,). Returns both, (..., C)."""
+    total = x + delta
+    return total, rms_norm(total, weight, eps)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -39,3 +59,16 @@ class _RMSNorm(torch.autograd.Function):
         mean = (along @ weight).div_(weight.numel()).view(scale.shape)
         grad_x = (wide * weight).addcmul_(unit, mean, value=-1).mul_(scale)
         return grad_x.to(grad.dtype), along.sum(0), None
+
+
+def _not_too_wide(situation: Situation) -> str | None:
+    if situation.n_embd <= MAX_COLS:
+        return None
+    return f"norms at most {MAX_COLS} channels together, this model has {situation.n_embd}"
+
+
+BACKENDS: dict[str, Backend[Norm]] = {
+    "torch": Backend(Norm(rms_norm, add_rms_norm)),
+    "triton": Backend(Norm(triton_rms_norm, triton_add_rms_norm), (at_most_fp32, _not_too_wide, triton_runs)),
+    "reference": Backend(Norm(reference.rms_norm, reference.add_rms_norm)),
+}

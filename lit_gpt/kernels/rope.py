@@ -5,10 +5,18 @@ Legend: B batch, T tokens, H heads, D head size, n rotated channels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from lit_gpt.kernels import reference
+from lit_gpt.kernels.backend import Backend, at_most_fp32, triton_runs
+from lit_gpt.kernels.triton_ops import triton_rope
+
+Rope = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""x (B, T, H, D), cos and sin (T, 1, n) -> (B, T, H, D)."""
 
 
 def cos_sin(angles: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,3 +52,10 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     wide = x.to(cos.dtype)
     partner = wide.roll(cos.size(-1) // 2, dims=-1)
     return (wide * cos).addcmul_(partner, sin).to(x.dtype)
+
+
+BACKENDS: dict[str, Backend[Rope]] = {
+    "torch": Backend(apply_rope),
+    "triton": Backend(triton_rope, (at_most_fp32, triton_runs)),
+    "reference": Backend(reference.rope),
+}

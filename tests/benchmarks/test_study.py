@@ -62,7 +62,9 @@ def test_the_page_has_the_tables_of_the_results():
 
 def test_a_table_of_other_numbers_is_noticed(tmp_path, monkeypatch, capsys):
     page = tmp_path / "study.md"
-    page.write_text(study.PAGE.read_text(encoding="utf-8").replace("| stack, 4e-3 |", "| stuck, 4e-3 |"), encoding="utf-8")
+    page.write_text(
+        study.PAGE.read_text(encoding="utf-8").replace("| stack, 4e-3 |", "| stuck, 4e-3 |"), encoding="utf-8"
+    )
     monkeypatch.setattr(study, "PAGE", page)
     assert study.main(["--check"]) == 1
     assert "python -m benchmarks.study" in capsys.readouterr().out

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lit_gpt.kernels.attention import causal_attention
 from lit_gpt.kernels.norm import rms_norm
-from lit_gpt.kernels.products import causal_attention, linear, product_dtype
+from lit_gpt.kernels.products import linear, product_dtype
 from lit_gpt.kernels.rope import apply_rope, cos_sin
 from lit_gpt.model import GPT, CausalSelfAttention, Linear
 from tests.toys import toy_config, toy_tokens, toy_weights

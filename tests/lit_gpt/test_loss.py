@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_gpt.kernels.loss import chunk_loss, linear_cross_entropy, linear_cross_entropy_reference
+from lit_gpt.kernels import reference
+from lit_gpt.kernels.loss import chunk_loss, linear_cross_entropy
 
 
 def inputs(n: int = 13, width: int = 8, vocab: int = 11, *, dtype=torch.float64, ignored: int = 3, seed: int = 0):
@@ -37,10 +38,10 @@ def test_any_chunking_gives_the_plain_loss_and_gradients(n, vocab, chunk_rows, s
     tensors = inputs(n, 6, vocab, ignored=int(share * n), seed=seed)
 
     chunked = value_and_gradients(linear_cross_entropy, *tensors, chunk_rows=chunk_rows)
-    plain = value_and_gradients(linear_cross_entropy_reference, *tensors)
+    plain = value_and_gradients(reference.linear_cross_entropy, *tensors)
 
-    for ours, reference in zip(chunked, plain, strict=True):
-        torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-13)
+    for ours, expected in zip(chunked, plain, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 5, 13, 64])
@@ -64,7 +65,7 @@ def test_each_dtype_is_as_exact_as_it_can_be(dtype, loss_dtype, tolerance):
     exact = [tensor.detach().double().requires_grad_() for tensor in tensors[:2]]
 
     ours = value_and_gradients(linear_cross_entropy, *tensors, chunk_rows=64)
-    truth = value_and_gradients(linear_cross_entropy_reference, *exact, tensors[2])
+    truth = value_and_gradients(reference.linear_cross_entropy, *exact, tensors[2])
 
     assert ours[0].dtype == loss_dtype and ours[1].dtype == ours[2].dtype == dtype
     for found, expected in zip(ours, truth, strict=True):
@@ -78,7 +79,7 @@ def test_bf16_activations_over_fp32_weights_give_an_fp32_weight_gradient():
         lambda h, w, t: linear_cross_entropy(h.bfloat16(), w, t, chunk_rows=64), hidden, weight, targets
     )
 
-    expected = value_and_gradients(linear_cross_entropy_reference, hidden, weight, targets)
+    expected = value_and_gradients(reference.linear_cross_entropy, hidden, weight, targets)
     assert loss.dtype == grad_weight.dtype == torch.float32
     assert (grad_weight - expected[2]).norm() <= 2e-2 * expected[2].norm()
 
@@ -107,7 +108,7 @@ def test_the_loss_can_be_scaled_before_backward():
 
 def test_a_frozen_head_still_passes_the_gradient_on():
     hidden, weight, targets = inputs()
-    (expected,) = torch.autograd.grad(linear_cross_entropy_reference(hidden, weight, targets), hidden)
+    (expected,) = torch.autograd.grad(reference.linear_cross_entropy(hidden, weight, targets), hidden)
     (found,) = torch.autograd.grad(linear_cross_entropy(hidden, weight.detach(), targets), hidden)
     torch.testing.assert_close(found, expected)
 

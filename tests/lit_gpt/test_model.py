@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lit_gpt.axes import layer_of, name_in_block, parameter_shapes
 from lit_gpt.config import Config
-from lit_gpt.model import GPT, RMSNorm, apply_rope, init_tensor, init_weights, rope_cos_sin
+from lit_gpt.kernels.rope import apply_rope
+from lit_gpt.model import GPT, RMSNorm, init_tensor, init_weights, rope_cos_sin
 from tests.toys import toy_config, toy_model, toy_tokens, toy_weights
 
 GROUPS = pytest.mark.parametrize("n_query_groups", [1, 2, 4])

@@ -237,7 +237,7 @@ def test_a_batch_that_does_not_divide_is_refused_once_with_what_does(settings_of
 
 
 def without_bf16(on_rank: int) -> None:
-    parallel.cpu_multiplies_bf16 = lambda: int(os.environ["RANK"]) != on_rank
+    parallel.multiplies_bf16 = lambda _: int(os.environ["RANK"]) != on_rank
 
 
 def without_compiler(on_rank: int) -> None:

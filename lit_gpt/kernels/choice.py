@@ -1,0 +1,80 @@
+"""From settings to the functions that a model computes with: once, when it is built."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lit_gpt.kernels import attention, loss, mlp, norm, rope
+from lit_gpt.kernels.backend import Backend, Situation
+from lit_gpt.kernels.settings import DOCTOR, BackendUnavailable, KernelConfig
+
+BACKENDS: Mapping[str, Mapping[str, Backend[Any]]] = {
+    "attention": attention.BACKENDS,
+    "norm": norm.BACKENDS,
+    "mlp": mlp.BACKENDS,
+    "rope": rope.BACKENDS,
+    "loss": loss.BACKENDS,
+}
+"""Operation -> name -> backend, both as in KernelConfig."""
+PLAIN = KernelConfig(attention="sdpa", norm="torch", mlp="torch", rope="torch", loss="chunked")
+"""Runs everywhere."""
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What a model computes with; by default what runs everywhere."""
+
+    attention: attention.Attention = attention.sdpa
+    norm: norm.Norm = norm.BACKENDS["torch"].op
+    mlp: mlp.Gate = mlp.gated
+    rope: rope.Rope = rope.apply_rope
+    loss: loss.LinearCrossEntropy = loss.linear_cross_entropy
+    names: KernelConfig = PLAIN
+    """How they are called; none of them auto."""
+
+    def with_compiled_loss(self) -> Kernels:
+        return dataclasses.replace(self, loss=loss.compiled(self.loss))
+
+    def __str__(self) -> str:
+        return " ".join(f"{operation}={name}" for operation, name in dataclasses.asdict(self.names).items())
+
+
+def auto(operation: str, situation: Situation) -> str:
+    """What `auto` means: the fastest that torch brings along and that can run. On a CPU always that of PLAIN."""
+    plain = getattr(PLAIN, operation)
+    if situation.device_type != "cuda":
+        return plain
+    by_preference = {
+        # torch itself prefers cuDNN from sm_90 on
+        "attention": [*(["cudnn"] if (situation.capability or (0, 0)) >= (9, 0) else []), "flash", "sdpa"],
+        "loss": ["chunked"],
+    }.get(operation, ["torch"] if situation.compiled else ["triton", "torch"])  # a compiler fuses torch's own as well
+    return next(name for name in by_preference if BACKENDS[operation][name].missing(situation) is None)
+
+
+def resolve(wanted: KernelConfig, situation: Situation) -> Kernels:
+    """The chosen functions, ready to run.
+
+    Raises:
+        BackendUnavailable: one that was named cannot run; a line for each, with what it needs.
+    """
+    names = {
+        operation: auto(operation, situation) if name == "auto" else name
+        for operation, name in dataclasses.asdict(wanted).items()
+    }
+    chosen = {operation: BACKENDS[operation][name] for operation, name in names.items()}
+    problems = [
+        f"kernels.{operation}={names[operation]!r} cannot be used: {reason}. Use kernels.{operation}=auto, or run "
+        f"{DOCTOR} to see what can be used here"
+        for operation, backend in chosen.items()
+        if (reason := backend.missing(situation))
+    ]
+    if problems:
+        raise BackendUnavailable("\n".join(problems))
+    for backend in chosen.values():
+        if backend.prepare is not None:
+            backend.prepare()
+    return Kernels(**{operation: backend.op for operation, backend in chosen.items()}, names=KernelConfig(**names))
