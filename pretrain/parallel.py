@@ -17,6 +17,7 @@ from lit_gpt.config import Config
 from lit_gpt.kernels.products import cpu_multiplies_bf16
 from lit_gpt.lazy_tensors import fill_from, is_shared
 from lit_gpt.model import GPT, RMSNorm
+from pretrain.compilation import compile_model
 from pretrain.config import ParallelConfig, RunConfig
 from pretrain.world import World, device_index
 
@@ -200,7 +201,7 @@ def build_model(
         block.recompute = compute.recompute
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
-    _compile(model, compute)
+    compile_model(model, compute.compile)
     if is_sharded(parallel, world):
         _shard(model, compute, parallel, world, device)
     model.to_empty(device=device)
@@ -310,14 +311,3 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 def whole(tensor: Tensor) -> Tensor:
     """A tensor of which every process holds a part, gathered; any other one as it is."""
     return tensor.full_tensor() if is_shared(tensor) else tensor
-
-
-def _compile(model: GPT, compute: Compute) -> None:
-    """In place: the keys of the state dict stay as they are."""
-    if compute.compile == "model":
-        model.compile(dynamic=False)
-    elif compute.compile == "block":
-        # block by block: the graphs of one depth serve every other depth, so growth compiles nothing new
-        for block in model.transformer.h:
-            block.compile(dynamic=False)
-        model.loss_kernel = torch.compile(model.loss_kernel, dynamic=False)
