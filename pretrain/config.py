@@ -94,13 +94,16 @@ def _any_of(numbers: list[int]) -> str:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (arXiv 1711.05101)."""
+    """AdamW (arXiv 1711.05101), or Muon for the matrices of blocks and AdamW for the rest."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: orthogonalised momentum, scaled so that AdamW's rates serve (arXiv 2502.16982). Not for a sharded model."""
     learning_rate: float = 3e-4
     """Peak learning rate."""
     min_learning_rate: float = 3e-5
     """Where the schedule ends."""
     beta1: float = 0.9
+    """Of AdamW. Muon's momentum is 0.95."""
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1

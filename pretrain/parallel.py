@@ -110,6 +110,11 @@ def check_world(config: RunConfig, world: World) -> None:
         ValueError: with the values that can be.
     """
     config.batch.iters_per_step(world.size)
+    if config.optimizer.name == "muon" and is_sharded(config.parallel, world):
+        raise ValueError(
+            "optimizer.name=muon needs whole matrices, and here every process holds a part of each; use "
+            "--parallel.strategy ddp, or optimizer.name=adamw"
+        )
     replicas = config.parallel.replicas
     if replicas is not None and (replicas < 1 or world.size % replicas):
         fits = [n for n in range(1, world.size + 1) if world.size % n == 0]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import yaml
 
 from lit_gpt.atomic import remove_directory, write_atomically
@@ -34,6 +35,7 @@ from pretrain.checkpointing import LAST_SAVED_FILE, RunCheckpoints, restore_rand
 from pretrain.command_line import Invocation
 from pretrain.config import RunConfig, to_plain
 from pretrain.data import TrainData
+from pretrain.footprint import memory_lines
 from pretrain.growth import load_trainable_state, set_up
 from pretrain.guards import Diverged, GivenUp
 from pretrain.heartbeat import HEARTBEAT_FILE
@@ -92,6 +94,7 @@ def run(invocation: Invocation, command: list[str], stop: StopSignal | None = No
             if world.is_first:
                 describe(plan)
                 tell(notes)
+                describe_memory(plan, world)
             return None
         is_early = world.any(stop.requested())  # the checks may take longer than there is time left
         ready = None if is_early else in_turn(world, lambda: Ready.of(preflight(invocation, world, meant=meant), world))
@@ -143,6 +146,13 @@ def as_started(invocation: Invocation, world: World) -> Invocation:
             f"or SLURM the job\n"
         )
     return dataclasses.replace(invocation, **dict.fromkeys(once, False))
+
+
+def describe_memory(plan: Plan, world: World) -> None:
+    """What the run would take of a device like this process's, for a dry run."""
+    device = torch.device(device_type(plan.config))
+    compute = choose_compute(plan.config, device, plan.samples * plan.stages[-1].config.block_size)
+    tell(memory_lines(plan.config, plan.stages, compute, world, device))
 
 
 @contextmanager
