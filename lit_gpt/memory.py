@@ -16,10 +16,11 @@ RECOMPUTE = ("none", "selective", "full")
 """Values of pretrain's activation_checkpointing."""
 CHUNK_ROWS, CPU_CHUNK_ROWS = 1024, 128  # rows of logits that exist at a time, see lit_gpt/kernels/loss.py
 FP32, BF16 = 4, 2
-HEAP = 0.3
+HEAP_SHARE, HEAP_BYTES = 0.15, 48e6
 """What the heap of a CPU process (glibc 2.36) takes beyond the tensors in it. A hole that an aligned block leaves does
 not take an aligned block of the same size, so holes stay. Measured: with every block mapped on its own
-(MALLOC_MMAP_THRESHOLD_=131072) peaks are the sum of the tensors to 3 %, without it 1.2 to 1.45 times that."""
+(MALLOC_MMAP_THRESHOLD_=131072, which costs half a second of system time per GB) peaks are the sum of the tensors to
+5 %; in the heap they are 60 MB more at 0.1 GB of tensors and 120 MB more at 0.5 GB, give or take 40 MB."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Computation:
     """Whether processes with whole models average gradients (DDP), in buckets that are copies of them."""
     muon: bool = False
     """Whether matrices of blocks have one moment instead of two."""
-    frozen: Collection[str] = ()
+    frozen: Collection[str] = frozenset()
     """Parameters that do not train."""
 
     @property
@@ -129,9 +130,15 @@ def memory_per_device(config: Config, how: Computation) -> Memory:
         above + new + in_first_layer + passing,  # in that of the first
         gradients + (embedding if how.accumulates or config.tie_embeddings else 0),  # at its end
     )
-    activations = kept + max(passing, into_head)
+    activations = kept + max(passing + new, into_head)
     live = weights + moments + at_peak
-    heap = HEAP * live if how.device == "cpu" else 0.0
+    heap = 0.0
+    if how.device == "cpu":
+        heap = HEAP_SHARE * live + HEAP_BYTES
+        if how.recompute == "selective":  # what is made again leaves holes between what is kept
+            heap += n_tokens * config.n_layer * (_kept(config, how, "none") - _kept(config, how, "selective"))
+        if how.recompute == "full":  # and the layer that is made again, one where it was made first
+            heap += passing
     reused = weights + gradients + moments + copies + activations + logits - live
     return Memory(weights, gradients, moments, copies, activations, logits, heap, reused)
 

@@ -17,6 +17,7 @@ FREE_TO_CHANGE = (
     "guards",
     "stop",
     "batch.micro_batch_size",
+    "batch.auto",
     "validation",
     "out_dir",
     "data.train",

@@ -61,6 +61,8 @@ class BatchConfig:
     """Sequences per optimizer step, over all devices."""
     micro_batch_size: int = 8
     """Sequences per forward pass on one device."""
+    auto: bool = False
+    """Choose micro_batch_size: the largest that divides the batch and fits the memory of every device."""
 
     def iters_per_step(self, n_devices: int) -> int:
         """Forward passes each device makes before one optimizer update.
@@ -70,11 +72,11 @@ class BatchConfig:
         """
         per_iter = self.micro_batch_size * n_devices
         if self.global_batch_size % per_iter:
-            fits = _divisors(self.global_batch_size // n_devices) if self.global_batch_size % n_devices == 0 else []
+            fits = divisors(self.global_batch_size // n_devices) if self.global_batch_size % n_devices == 0 else []
             if not fits:
                 raise ValueError(
                     f"{n_devices} processes do not divide batch.global_batch_size={self.global_batch_size}; use "
-                    f"{_any_of(_divisors(self.global_batch_size))} processes"
+                    f"{_any_of(divisors(self.global_batch_size))} processes"
                 )
             raise ValueError(
                 f"batch.global_batch_size={self.global_batch_size} must be a multiple of micro_batch_size * devices = "
@@ -83,7 +85,8 @@ class BatchConfig:
         return self.global_batch_size // per_iter
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """Ascending."""
     return [each for each in range(1, number + 1) if number % each == 0]
 
 

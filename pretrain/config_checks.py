@@ -13,7 +13,7 @@ from pretrain.time_limit import parse_duration
 def config_problems(config: RunConfig) -> list[str]:
     """Everything that is wrong with a run's settings on their own, one line each."""
     problems = [*_number_problems(config), *_stage_problems(config), *data_problems(config.data)]
-    if min(config.batch.global_batch_size, config.batch.micro_batch_size) >= 1:
+    if min(config.batch.global_batch_size, config.batch.micro_batch_size) >= 1 and not config.batch.auto:
         try:
             config.batch.iters_per_step(1)
         except ValueError as error:

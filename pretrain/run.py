@@ -41,6 +41,7 @@ from pretrain.guards import Diverged, GivenUp
 from pretrain.heartbeat import HEARTBEAT_FILE
 from pretrain.loggers import EVALS_FILE, METRICS_FILE, TENSORBOARD_FOLDER, Log, NoLog, RunLog, say
 from pretrain.loop import describe_divergence, skip_on_return, train_in_stages
+from pretrain.micro_batch import choose_micro_batch, decided, with_micro_batch
 from pretrain.origin import (
     check_separator,
     checkpoints_meant,
@@ -91,16 +92,17 @@ def run(invocation: Invocation, command: list[str], stop: StopSignal | None = No
             _, notes = (None, []) if plan.own is None else resumed_state(plan.own, plan.config, plan.train)
             with told_once(world):
                 stop.obey(world)
+            memory = memory_found(plan, world)
             if world.is_first:
                 describe(plan)
-                tell(notes)
-                describe_memory(plan, world)
+                tell([*notes, *memory])
             return None
         is_early = world.any(stop.requested())  # the checks may take longer than there is time left
         ready = None if is_early else in_turn(world, lambda: Ready.of(preflight(invocation, world, meant=meant), world))
         if ready is not None:
             alike = world.gather(f"{ready.compute.precision} on {ready.fabric.device.type}")
             in_turn(world, lambda: check_alike(alike))
+            ready = ready.with_micro_batch(world)
         out_dir, fresh = Path(invocation.config.out_dir), invocation.fresh and not is_early
 
         def hold() -> None:
@@ -133,6 +135,12 @@ class Ready:
         tokens = plan.samples * plan.stages[-1].config.block_size
         return cls(plan, fabric, choose_compute(plan.config, fabric.device, tokens))
 
+    def with_micro_batch(self, world: World) -> Ready:
+        """With the micro-batch chosen, if the settings leave it open; every process calls this."""
+        plan = self.plan
+        config = decided(plan.config, plan.stages, self.compute, world, self.fabric.device, plan.own)
+        return dataclasses.replace(self, plan=dataclasses.replace(plan, config=config))
+
 
 def as_started(invocation: Invocation, world: World) -> Invocation:
     """What is asked for, without what was meant for the first start alone where a launcher repeats the command."""
@@ -148,11 +156,14 @@ def as_started(invocation: Invocation, world: World) -> Invocation:
     return dataclasses.replace(invocation, **dict.fromkeys(once, False))
 
 
-def describe_memory(plan: Plan, world: World) -> None:
-    """What the run would take of a device like this process's, for a dry run."""
-    device = torch.device(device_type(plan.config))
-    compute = choose_compute(plan.config, device, plan.samples * plan.stages[-1].config.block_size)
-    tell(memory_lines(plan.config, plan.stages, compute, world, device))
+def memory_found(plan: Plan, world: World) -> list[str]:
+    """What the run would take of a device like this process's, for a dry run; every process calls this."""
+    config, device = plan.config, torch.device(device_type(plan.config))
+    compute = choose_compute(config, device, plan.samples * plan.stages[-1].config.block_size)
+    if config.batch.auto:
+        size = choose_micro_batch(config, plan.stages, compute, world, device, may_try=False)
+        config = with_micro_batch(config, max(1, size))
+    return memory_lines(config, plan.stages, compute, world, device)
 
 
 @contextmanager
@@ -183,7 +194,9 @@ def train_until_done(
                 raise
             say(f"warning: {end}\nback to the last checkpoint, without these samples")
             again, skips = dataclasses.replace(invocation, fresh=False), (*plan.auto_skips, end.skip)
+            batch = plan.config.batch  # what was chosen stays
             plan = in_turn(world, lambda again=again, skips=skips: preflight(again, world, skips, meant))
+            plan = dataclasses.replace(plan, config=dataclasses.replace(plan.config, batch=batch))
             ready = dataclasses.replace(ready, plan=plan)
 
 
@@ -203,7 +216,13 @@ def train(ready: Ready, world: World, command: list[str], stop: StopSignal) -> N
         "tokenizer": plan.corpus.tokenizer_entry,
         "separator_id": plan.train.separator_id,
         "auto_skips": [list(skip) for skip in plan.auto_skips],
-        "compute": {"precision": compute.precision, "compile": compute.compile, "reason": compute.reason},
+        "compute": {
+            "precision": compute.precision,
+            "compile": compute.compile,
+            "reason": compute.reason,
+            "device": fabric.device.type,
+            "processes": world.size,
+        },
     }
     checkpoints = RunCheckpoints(out_dir, config.checkpoints, metadata, world, fabric.device.type)
     checkpoint = checkpoints.resume()
