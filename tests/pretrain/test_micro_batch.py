@@ -114,6 +114,16 @@ def test_a_run_keeps_its_choice_when_it_goes_on_although_there_is_less_memory(go
     assert "(batch.auto)" not in capsys.readouterr().out
 
 
+def test_a_run_may_go_on_with_it_that_began_without(go, capsys):
+    stages = [{"name": "base", "n_layer": 1, "max_steps": 3}]
+    folder = go("run", stages=stages)
+    for path in folder.glob("checkpoints/stage-*/step-0000000003"):
+        path.rename(path.with_name("gone"))
+    capsys.readouterr()
+    go("run", "--batch.auto", "true", stages=stages)
+    assert "micro-batch: 4 of 4 sequences (batch.auto)" in capsys.readouterr().out
+
+
 def test_numbers_do_not_depend_on_it(go):
     auto, plain = go("auto", batch={"auto": True}), go("plain", batch={"micro_batch_size": 1})
     losses = [[line["loss"] for line in records(folder)] for folder in (auto, plain)]

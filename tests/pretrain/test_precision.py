@@ -60,9 +60,7 @@ def test_gradients_of_processes_are_summed_in_fp32(precision):
     with connected(ALONE, "cpu", alone_too=True):
         model = model_of(precision, "fsdp")
         units = [model, *model.transformer.h]
-        groups = [group for unit in units for group in unit._get_fsdp_state()._fsdp_param_groups]
-        assert len(groups) == len(units)
-        assert {group.mp_policy.reduce_dtype for group in groups} == {torch.float32}
+        assert {unit._get_fsdp_state()._mp_policy.reduce_dtype for unit in units} == {torch.float32}
 
 
 def test_bf16_updates_what_bf16_weights_would_lose():
