@@ -203,8 +203,8 @@ def kept_by_layer(config: Config, how: Computation, layer: int = 0) -> float:
 def _kept(config: Config, how: Computation, recompute: str) -> float:
     """none: of each norm what went in (on a CPU the normed values, in fp32) and its scale; what goes into products;
     q, k and v as attention takes them (and as they were made, where they are views of one product), its result and a
-    number per head; gate, silu of it, up projection. Compiled, silu, the norms' results and q, k, v as they were made
-    are made again. full: the layer's input. selective: that, and the results of products and of attention.
+    number per head; gate, silu of it, up projection. Compiled, silu and normed values are made again. full: the
+    layer's input. selective: that, and the results of products and of attention.
     """
     r, p = how.residual, how.product
     heads = config.n_head * config.head_size
@@ -215,16 +215,16 @@ def _kept(config: Config, how: Computation, recompute: str) -> float:
         products = 2 * config.n_embd + config.qkv_size + 2 * config.intermediate_size
         return r * config.n_embd + p * products + of_attention
     scales = 2 * FP32
-    if how.compiled:
-        attention = 3 * p * heads + of_attention + (p * heads if how.widens else 0)
-        channels = (2 * r + 2 * p) * config.n_embd
-        return channels + scales + attention + (2 * r + p) * config.intermediate_size
-    norm = FP32 if how.device == "cpu" else r
-    qk_norms = 0 if config.qk_norm == "none" else norm * (config.n_head + config.n_query_groups) * config.head_size
     if how.widens or config.q_per_kv > 1:
         attention = 3 * p * heads
     else:
         attention = r * (config.qkv_size + 2 * heads)
+    if how.compiled:
+        into_proj = p * heads if how.widens else 0
+        channels = (2 * r + 2 * p) * config.n_embd
+        return channels + scales + attention + of_attention + into_proj + (2 * r + p) * config.intermediate_size
+    norm = FP32 if how.device == "cpu" else r
+    qk_norms = 0 if config.qk_norm == "none" else norm * (config.n_head + config.n_query_groups) * config.head_size
     neurons = 3 * r * config.intermediate_size
     into = _into_products(config, how)
     return 2 * norm * config.n_embd + scales + qk_norms + into + attention + of_attention + neurons

@@ -179,6 +179,44 @@ def test_a_layer_keeps_just_what_is_said(precision, has_bf16, recompute, n_query
     assert (kept(6) - kept(2)) / 4 == 64 * kept_by_layer(config, how) + copies
 
 
+def saved_for_backward(loss: torch.Tensor, model: nn.Module) -> int:
+    """Bytes that the graph of a loss holds beside parameters, in nodes of whole compiled blocks too."""
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    storages: dict[int, int] = {}
+    todo, done = [loss.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in done:
+            continue
+        done.add(node)
+        todo += [following for following, _ in node.next_functions]
+        for tensor in getattr(node, "saved_tensors", ()):
+            if tensor is not None and tensor.untyped_storage()._cdata not in own:
+                storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo looks
+@pytest.mark.parametrize(("precision", "has_bf16"), [("fp32", True), ("bf16", False), ("bf16", True)])
+def test_a_compiled_layer_keeps_just_what_is_said(precision, has_bf16):
+    """By torch's own choice of what to make again (its min-cut partitioner), the graphs then run eagerly."""
+    sizes = {"n_query_groups": 4, "block_size": 64, "n_embd": 64, "intermediate_size": 96}
+    how = Computation(1, precision, compiled=True, device="cpu", cpu_has_bf16=has_bf16)
+
+    def kept(n_layer: int) -> int:
+        torch._dynamo.reset()
+        config = toy_config(n_layer=n_layer, **sizes)
+        model = model_of(config, how)
+        for block in model.transformer.h:
+            block.compile(backend="aot_eager_decomp_partition", dynamic=False)
+        tokens = toy_tokens(config, n_rows=1)
+        return saved_for_backward(model(tokens[:, :-1], tokens[:, 1:]), model)
+
+    config = toy_config(n_layer=1, **sizes)
+    matrices = sum(rows[0] * rows[1] for name, rows in parameter_shapes(config).items() if ".h." in name and rows[1:])
+    assert (kept(4) - kept(2)) / 2 == 64 * kept_by_layer(config, how) + how.copied * matrices
+
+
 def test_the_chunks_of_logits_are_the_losss():
     assert (CHUNK_ROWS, CPU_CHUNK_ROWS) == (loss.CHUNK_ROWS, loss.CPU_CHUNK_ROWS)
     assert tuple(RECOMPUTE_OF_KERNELS) == RECOMPUTE

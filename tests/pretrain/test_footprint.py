@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lit_gpt.memory import Computation, memory_per_device
+from lit_gpt.tokenizer import Tokenizer
 from pretrain.config import BatchConfig, OptimizerConfig, ParallelConfig, StageConfig
 from pretrain.footprint import computation, stage_memory
 from pretrain.micro_batch import choose_micro_batch
@@ -19,7 +20,7 @@ from pretrain.optim import build_optimizer
 from pretrain.parallel import Compute, build_model, clip_gradients
 from pretrain.stages import Teaching, plan_stages
 from pretrain.world import ALONE, World
-from tests.pretrain.conftest import command_for, two_stages
+from tests.pretrain.conftest import command_for, two_stages, write_prepared
 from tests.pretrain.test_stages import MODEL, run_config
 from tests.toys import toy_config, toy_tokens, toy_weights
 
@@ -47,14 +48,21 @@ CASES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def much_data(tmp_path_factory, root):
+    """The licence many times, so that a long block fits into what is held out."""
+    text = (root / "LICENSE").read_text(encoding="utf-8")
+    return write_prepared(tmp_path_factory.mktemp("much"), Tokenizer.load("bytes").encode(20 * text))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the estimate of the heap is glibc's; the measurement reads /proc")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(map(str, case)))
-def test_the_estimate_is_what_a_run_takes_on_a_cpu_to_a_quarter(case, tmp_path, prepared, root):
+def test_the_estimate_is_what_a_run_takes_on_a_cpu_to_a_quarter(case, tmp_path, much_data, root):
     shape, precision, recompute, iters = case
     sizes, micro_batch_size = SHAPES[shape]
     settings = {
-        **two_stages(tmp_path / "run", prepared),
+        **two_stages(tmp_path / "run", much_data),
         "model": sizes,
         "stages": [{"name": "main", "max_steps": 6}],
         "batch": {"global_batch_size": micro_batch_size * iters, "micro_batch_size": micro_batch_size},
