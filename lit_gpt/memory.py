@@ -16,11 +16,13 @@ RECOMPUTE = ("none", "selective", "full")
 """Values of pretrain's activation_checkpointing."""
 CHUNK_ROWS, CPU_CHUNK_ROWS = 1024, 128  # rows of logits that exist at a time, see lit_gpt/kernels/loss.py
 FP32, BF16 = 4, 2
-HEAP_SHARE, HEAP_BYTES = 0.15, 48e6
-"""What the heap of a CPU process (glibc 2.36) takes beyond the tensors in it. A hole that an aligned block leaves does
-not take an aligned block of the same size, so holes stay. Measured: with every block mapped on its own
-(MALLOC_MMAP_THRESHOLD_=131072, which costs half a second of system time per GB) peaks are the sum of the tensors to
-5 %; in the heap they are 60 MB more at 0.1 GB of tensors and 120 MB more at 0.5 GB, give or take 40 MB."""
+HEAP_TOP = 64 * 2**20
+"""Bytes that glibc keeps free at the top of a heap: twice the largest block that it puts there, which is 32 MiB."""
+HOLES = 4
+"""Of a layer's results of the residual stream's width, those whose place between tensors that stay is left empty (glibc
+2.36): a hole that an aligned block leaves does not take an aligned block of the same size. With every block mapped on
+its own (MALLOC_MMAP_THRESHOLD_=131072, half a second of system time per GB) peaks are the sum of the tensors to 5 %;
+what they are more without it was 60 MB at two layers and 4 results per layer more at sixteen."""
 
 
 @dataclass(frozen=True)
@@ -132,13 +134,7 @@ def memory_per_device(config: Config, how: Computation) -> Memory:
     )
     activations = kept + max(passing + new, into_head)
     live = weights + moments + at_peak
-    heap = 0.0
-    if how.device == "cpu":
-        heap = HEAP_SHARE * live + HEAP_BYTES
-        if how.recompute == "selective":  # what is made again leaves holes between what is kept
-            heap += n_tokens * config.n_layer * (_kept(config, how, "none") - _kept(config, how, "selective"))
-        if how.recompute == "full":  # and the layer that is made again, one where it was made first
-            heap += passing
+    heap = HEAP_TOP + n_tokens * config.n_layer * _holes(config, how) if how.device == "cpu" else 0.0
     reused = weights + gradients + moments + copies + activations + logits - live
     return Memory(weights, gradients, moments, copies, activations, logits, heap, reused)
 
@@ -236,6 +232,13 @@ def _into_products(config: Config, how: Computation) -> float:
     if how.widens:  # the two products of the MLP's input each widen it, and the last one of attention its result
         return p * (3 * config.n_embd + heads + config.intermediate_size)
     return p * (2 * config.n_embd + config.intermediate_size)
+
+
+def _holes(config: Config, how: Computation) -> float:
+    """Bytes per token and layer that a heap does not fill again."""
+    if how.recompute == "selective":  # what is made again lay between what is kept
+        return _kept(config, how, "none") - _kept(config, how, "selective")
+    return HOLES * FP32 * config.n_embd
 
 
 def _made_in_backward(config: Config, how: Computation) -> float:

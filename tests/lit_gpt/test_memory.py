@@ -19,8 +19,7 @@ from lit_gpt.kernels.recompute import RECOMPUTE as RECOMPUTE_OF_KERNELS
 from lit_gpt.memory import (
     CHUNK_ROWS,
     CPU_CHUNK_ROWS,
-    HEAP_BYTES,
-    HEAP_SHARE,
+    HEAP_TOP,
     RECOMPUTE,
     Computation,
     Memory,
@@ -242,7 +241,7 @@ def test_what_else_a_setting_changes():
     assert memory_per_device(config, Computation(8, "bf16-true")).weights == plain.weights / 2
     on_cpu = memory_per_device(config, Computation(8, device="cpu"))
     assert plain.heap == 0
-    assert on_cpu.heap == pytest.approx(HEAP_SHARE * (on_cpu.total - on_cpu.heap) + HEAP_BYTES)
+    assert on_cpu.heap > HEAP_TOP
     with pytest.raises(ValueError, match="recompute='some' must be one of none, selective, full"):
         memory_per_device(config, Computation(8, recompute="some"))
 
