@@ -238,7 +238,11 @@ def _holes(config: Config, how: Computation) -> float:
     """Bytes per token and layer that a heap does not fill again."""
     if how.recompute == "selective":  # what is made again lay between what is kept
         return _kept(config, how, "none") - _kept(config, how, "selective")
-    return HOLES * FP32 * config.n_embd
+    holes = HOLES * FP32 * config.n_embd
+    if how.accumulates and how.recompute == "none":
+        # gradients of the first micro-batch come to lie where its activations were: seen, half of the places are lost
+        holes += _kept(config, how, "none") / 2
+    return holes
 
 
 def _made_in_backward(config: Config, how: Computation) -> float:

@@ -34,6 +34,7 @@ SHAPES = {
 # shape, precision, recompute, micro-batches of a step
 CASES = [
     ("deep", "fp32", "none", 1),
+    ("deep", "fp32", "none", 2),
     ("deep", "bf16", "none", 2),
     ("deep", "fp32", "selective", 2),
     ("deep", "bf16", "full", 1),
