@@ -11,7 +11,7 @@ from torch import Tensor
 from grow.fused import FusedLayers
 from grow.operators import is_learned, needs_data
 from grow.plan import OPTIMIZER_POLICIES, GrowthPlan
-from grow.tensors import grown_moments, grown_weight
+from grow.tensors import grown_moments, grown_weight, state_like
 from lit_gpt.axes import EMBEDDING, parameter_shapes
 from lit_gpt.errors import DataError
 from lit_gpt.lazy_tensors import CastWeights, LazyTensors, Renamed, TensorSpec, fill_from, spec_of
@@ -145,7 +145,7 @@ class GrownSlots(LazyTensors):
         self._name = name
         self._state = state
         self._options = {"from_zero": from_zero, "first_copies": first_copies}
-        self._like = next(iter(state.values()))
+        self._like = state_like(state, name, plan.source_of(name))
         self._copied = copied
         """The parameter of the source whose state this is, bit for bit, if it is one's."""
 

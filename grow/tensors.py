@@ -10,7 +10,7 @@ from torch import Tensor
 from grow.fused import FusedLayers
 from grow.plan import GrowthPlan
 from grow.width_tensors import compute_dtype, generator, widened_moment, widened_weight, widening
-from lit_gpt.axes import EMBEDDING, layer_of, parameter_shapes, with_layer
+from lit_gpt.axes import EMBEDDING, layer_of, name_in_block, parameter_shapes, with_layer
 from lit_gpt.lazy_tensors import LazyTensors, TensorSpec, spec_of
 from lit_gpt.model import init_std, init_tensor
 
@@ -107,6 +107,15 @@ def _following(plan: GrowthPlan, source: str) -> str | None:
     return with_layer(source, layer + 1) if layer + 1 < plan.src.n_layer else None
 
 
+def state_like(moments: Mapping[str, Mapping[str, Tensor]], name: str, source: str | None) -> Mapping[str, Tensor]:
+    """The state whose slots the parameter `name` will have: that of its source, or of one of the same kind, as an
+    optimizer may keep other slots for matrices than for the rest."""
+    if source in moments:
+        return moments[source]
+    alike = (each for each in moments if name_in_block(each) == name_in_block(name))
+    return moments[next(alike, next(iter(moments)))]
+
+
 def grown_moments(
     plan: GrowthPlan,
     name: str,
@@ -131,8 +140,8 @@ def grown_moments(
     source = plan.source_of(name)
     shape = parameter_shapes(plan.dst)[name]
     if source not in moments or from_zero:
-        any_state = next(iter(moments.values()))
-        like = {slot: spec_of(any_state, slot) for slot in any_state}
+        state = state_like(moments, name, source)
+        like = {slot: spec_of(state, slot) for slot in state}
         return {
             slot: torch.zeros(shape if spec.shape else (), dtype=spec.dtype, device=spec.device)
             for slot, spec in like.items()

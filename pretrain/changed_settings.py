@@ -18,6 +18,7 @@ FREE_TO_CHANGE = (
     "guards",
     "stop",
     "batch.micro_batch_size",
+    "batch.auto",
     "validation",
     "zero_shot",
     "out_dir",

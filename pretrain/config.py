@@ -63,6 +63,8 @@ class BatchConfig:
     """Sequences per optimizer step, over all devices."""
     micro_batch_size: int = 8
     """Sequences per forward pass on one device."""
+    auto: bool = False
+    """Choose micro_batch_size: the largest that divides the batch and fits the memory of every device."""
 
     def iters_per_step(self, n_devices: int) -> int:
         """Forward passes each device makes before one optimizer update.
@@ -72,11 +74,11 @@ class BatchConfig:
         """
         per_iter = self.micro_batch_size * n_devices
         if self.global_batch_size % per_iter:
-            fits = _divisors(self.global_batch_size // n_devices) if self.global_batch_size % n_devices == 0 else []
+            fits = divisors(self.global_batch_size // n_devices) if self.global_batch_size % n_devices == 0 else []
             if not fits:
                 raise ValueError(
                     f"{n_devices} processes do not divide batch.global_batch_size={self.global_batch_size}; use "
-                    f"{_any_of(_divisors(self.global_batch_size))} processes"
+                    f"{_any_of(divisors(self.global_batch_size))} processes"
                 )
             raise ValueError(
                 f"batch.global_batch_size={self.global_batch_size} must be a multiple of micro_batch_size * devices = "
@@ -85,7 +87,8 @@ class BatchConfig:
         return self.global_batch_size // per_iter
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """Ascending."""
     return [each for each in range(1, number + 1) if number % each == 0]
 
 
@@ -96,13 +99,16 @@ def _any_of(numbers: list[int]) -> str:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (arXiv 1711.05101)."""
+    """AdamW (arXiv 1711.05101), or Muon for the matrices of blocks and AdamW for the rest."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: orthogonalised momentum, scaled so that AdamW's rates serve (arXiv 2502.16982). Not for a sharded model."""
     learning_rate: float = 3e-4
     """Peak learning rate."""
     min_learning_rate: float = 3e-5
     """Where the schedule ends."""
     beta1: float = 0.9
+    """Of AdamW. Muon's momentum is 0.95."""
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1

@@ -19,7 +19,7 @@ def config_problems(config: RunConfig) -> list[str]:
         *data_problems(config.data),
         *_zero_shot_problems(config.zero_shot),
     ]
-    if min(config.batch.global_batch_size, config.batch.micro_batch_size) >= 1:
+    if min(config.batch.global_batch_size, config.batch.micro_batch_size) >= 1 and not config.batch.auto:
         try:
             config.batch.iters_per_step(1)
         except ValueError as error:

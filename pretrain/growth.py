@@ -189,13 +189,12 @@ def _taken_over(run: Run, stage: Stage, state: TrainState) -> Trained:
 
 
 def load_trainable_state(trained: Trained, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Moments of the parameters that train; those of frozen ones are dropped."""
+    """Moments of the parameters that train; those of frozen ones, and those of another optimizer, are dropped."""
     trains = {name for name, parameter in trained.model.named_parameters() if parameter.requires_grad}
-    load_named_state(
-        trained.model,
-        trained.optimizer.optimizer,
-        {name: moments[name] for name in moments if name in trains},
-    )
+    own = {name: moments[name] for name in moments if name in trains}
+    n_without = load_named_state(trained.model, trained.optimizer.optimizer, own)
+    if n_without:
+        say(f"{n_without} parameters start without moments: those of the checkpoint are another optimizer's")
 
 
 def closed_parts(stage: Stage, done_steps: int) -> dict[str, float] | None:

@@ -196,13 +196,16 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._task, completed=stage_step)
 
-    def status(self, stage_step: int, loss: float | None, tokens_per_sec: float, flops_per_sec: float) -> None:
-        """After every log line."""
+    def status(
+        self, stage_step: int, loss: float | None, tokens_per_sec: float, flops_per_sec: float, compile_secs: float = 0
+    ) -> None:
+        """After every log line. compile_secs: what went into compiling since the last one."""
         previous = self._flops_per_sec or flops_per_sec
         self._flops_per_sec = 0.7 * previous + 0.3 * flops_per_sec
         left = format_seconds(self.flops_left / self._flops_per_sec) if self._flops_per_sec else "?"
         shown = "every step skipped" if loss is None else f"loss {loss:.4f}"
-        status = f"{shown}  {tokens_per_sec:,.0f} tokens/s  {left} left in this run"
+        compiling = f"  {compile_secs:.1f} s of compiling" if compile_secs else ""
+        status = f"{shown}  {tokens_per_sec:,.0f} tokens/s{compiling}  {left} left in this run"
         if self._bar is not None:
             self._bar.update(self._task, status=status)
         else:

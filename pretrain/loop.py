@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lit_gpt.flops import flops_per_token
 from lit_gpt.prefetch import WaitInterrupted
+from pretrain.compilation import compile_secs
 from pretrain.config import RunConfig
 from pretrain.growth import closed_parts, enter_stage, learn_to_grow, learned_so_far, set_masks
 from pretrain.guards import Diverged
@@ -261,6 +262,7 @@ def log_step(
     seconds, tokens = state.seconds - last_log[0], state.tokens - last_log[1]
     tokens_per_sec = tokens / seconds if seconds else 0.0
     bytes_per_token, total = run.train.bytes_per_token(state.position), state.total_flops
+    compiling, trained.compile_secs_told = compile_secs() - trained.compile_secs_told, compile_secs()
     run.log.metrics(
         {
             "step": state.step_count,
@@ -278,6 +280,7 @@ def log_step(
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
             "skipped_steps": trained.guard.total,
             "tokens_per_sec": tokens_per_sec,
+            "compile_secs": trained.compile_secs_told,
             "mfu": None,  # no peak rate is known for a CPU, and GPUs are not trained on yet
             "position": state.position,
             "seconds": state.seconds,
@@ -285,7 +288,7 @@ def log_step(
         }
     )
     flops_per_sec = tokens_per_sec * flops_per_token(stage.config).paper
-    progress.status(state.stage_step, loss, tokens_per_sec, flops_per_sec)
+    progress.status(state.stage_step, loss, tokens_per_sec, flops_per_sec, compiling)
 
 
 def validate(run: Run, stage: Stage, trained: Trained, state: TrainState, when: str) -> None:

@@ -19,6 +19,7 @@ from lit_gpt.kernels.products import multiplies_bf16
 from lit_gpt.kernels.self_check import self_check
 from lit_gpt.lazy_tensors import fill_from, is_shared
 from lit_gpt.model import GPT, RMSNorm
+from pretrain.compilation import compile_model
 from pretrain.config import ParallelConfig, RunConfig
 from pretrain.world import World, device_index
 
@@ -113,6 +114,11 @@ def check_world(config: RunConfig, world: World) -> None:
         ValueError: with the values that can be.
     """
     config.batch.iters_per_step(world.size)
+    if config.optimizer.name == "muon" and is_sharded(config.parallel, world):
+        raise ValueError(
+            "optimizer.name=muon needs whole matrices, and here every process holds a part of each; use "
+            "--parallel.strategy ddp, or optimizer.name=adamw"
+        )
     replicas = config.parallel.replicas
     if replicas is not None and (replicas < 1 or world.size % replicas):
         fits = [n for n in range(1, world.size + 1) if world.size % n == 0]
@@ -219,7 +225,7 @@ def build_model(
     model.use_kernels(compute.kernels)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
-    _compile(model, compute)
+    compile_model(model, compute.compile)
     if is_sharded(parallel, world):
         _shard(model, compute, parallel, world, device)
     model.to_empty(device=device)
@@ -329,14 +335,3 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 def whole(tensor: Tensor) -> Tensor:
     """A tensor of which every process holds a part, gathered; any other one as it is."""
     return tensor.full_tensor() if is_shared(tensor) else tensor
-
-
-def _compile(model: GPT, compute: Compute) -> None:
-    """In place: the keys of the state dict stay as they are."""
-    if compute.compile == "model":
-        model.compile(dynamic=False)
-    elif compute.compile == "block":
-        # block by block: the graphs of one depth serve every other depth, so growth compiles nothing new
-        for block in model.transformer.h:
-            block.compile(dynamic=False)
-        model.use_kernels(model.kernels.with_compiled_loss())

@@ -22,6 +22,7 @@ from pretrain.held_out import ValidationSet
 from pretrain.loggers import say
 from pretrain.loop import describe_stages
 from pretrain.loss_slope import MIN_BINS
+from pretrain.micro_batch import as_before, undecided
 from pretrain.origin import (
     check_tokenizer,
     checkpoints_meant,
@@ -88,10 +89,12 @@ def preflight(
     """
     given = invocation.config
     config = naming_checkpoints(given, checkpoints_meant(given) if meant is None else meant)
+    config = undecided(config)
     check_world(config, world)
     check_device(config)
     corpus = read_corpus(config.data, look_beside=config.model.vocab_size is None)
     own = None if invocation.fresh else own_state(Path(config.out_dir))
+    config = as_before(config, own, world)
     model_config = model_config_for(corpus, config.model, origin_model(config, own))
     known = tuple((start, stop) for start, stop in ({} if own is None else own).get("auto_skips", []))
     auto_skips = (*known, *(skip for skip in auto_skips if skip not in known))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import yaml
 
 from lit_gpt.atomic import remove_directory, write_atomically
@@ -34,11 +35,13 @@ from pretrain.checkpointing import LAST_SAVED_FILE, RunCheckpoints, restore_rand
 from pretrain.command_line import Invocation
 from pretrain.config import RunConfig, to_plain
 from pretrain.data import TrainData
+from pretrain.footprint import memory_lines
 from pretrain.growth import load_trainable_state, set_up
 from pretrain.guards import Diverged, GivenUp
 from pretrain.heartbeat import HEARTBEAT_FILE
 from pretrain.loggers import EVALS_FILE, METRICS_FILE, TENSORBOARD_FOLDER, Log, NoLog, RunLog, say
 from pretrain.loop import describe_divergence, skip_on_return, train_in_stages
+from pretrain.micro_batch import choose_micro_batch, decided, with_micro_batch
 from pretrain.origin import (
     check_separator,
     checkpoints_meant,
@@ -98,15 +101,17 @@ def run(invocation: Invocation, command: list[str], stop: StopSignal | None = No
             _, notes = (None, []) if plan.own is None else resumed_state(plan.own, plan.config, plan.train)
             with told_once(world):
                 stop.obey(world)
+            memory = memory_found(plan, world)
             if world.is_first:
                 describe(plan)
-                tell(notes)
+                tell([*notes, *memory])
             return None
         is_early = world.any(stop.requested())  # the checks may take longer than there is time left
         ready = None if is_early else in_turn(world, lambda: Ready.of(preflight(invocation, world, meant=meant), world))
         if ready is not None:
             alike = world.gather(f"{ready.compute.precision} on {ready.fabric.device.type}")
             in_turn(world, lambda: check_alike(alike))
+            ready = ready.with_micro_batch(world)
         out_dir, fresh = Path(invocation.config.out_dir), invocation.fresh and not is_early
 
         def hold() -> None:
@@ -141,6 +146,12 @@ class Ready:
         models = [stage.config for stage in plan.stages]
         return cls(plan, fabric, with_kernels(compute, plan.config, fabric.device, models, plan.train.separator_id))
 
+    def with_micro_batch(self, world: World) -> Ready:
+        """With the micro-batch chosen, if the settings leave it open; every process calls this."""
+        plan = self.plan
+        config = decided(plan.config, plan.stages, self.compute, world, self.fabric.device, plan.own)
+        return dataclasses.replace(self, plan=dataclasses.replace(plan, config=config))
+
 
 def as_started(invocation: Invocation, world: World) -> Invocation:
     """What is asked for, without what was meant for the first start alone where a launcher repeats the command."""
@@ -154,6 +165,16 @@ def as_started(invocation: Invocation, world: World) -> Invocation:
             f"or SLURM the job\n"
         )
     return dataclasses.replace(invocation, **dict.fromkeys(once, False))
+
+
+def memory_found(plan: Plan, world: World) -> list[str]:
+    """What the run would take of a device like this process's, for a dry run; every process calls this."""
+    config, device = plan.config, torch.device(device_type(plan.config))
+    compute = choose_compute(config, device, plan.samples * plan.stages[-1].config.block_size)
+    if config.batch.auto:
+        size = choose_micro_batch(config, plan.stages, compute, world, device, may_try=False)
+        config = with_micro_batch(config, max(1, size))
+    return memory_lines(config, plan.stages, compute, world, device)
 
 
 @contextmanager
@@ -184,7 +205,9 @@ def train_until_done(
                 raise
             say(f"warning: {end}\nback to the last checkpoint, without these samples")
             again, skips = dataclasses.replace(invocation, fresh=False), (*plan.auto_skips, end.skip)
+            batch = plan.config.batch  # what was chosen stays
             plan = in_turn(world, lambda again=again, skips=skips: preflight(again, world, skips, meant))
+            plan = dataclasses.replace(plan, config=dataclasses.replace(plan.config, batch=batch))
             ready = dataclasses.replace(ready, plan=plan)
 
 
@@ -204,7 +227,13 @@ def train(ready: Ready, world: World, command: list[str], stop: StopSignal) -> N
         "tokenizer": plan.corpus.tokenizer_entry,
         "separator_id": plan.train.separator_id,
         "auto_skips": [list(skip) for skip in plan.auto_skips],
-        "compute": {"precision": compute.precision, "compile": compute.compile, "reason": compute.reason},
+        "compute": {
+            "precision": compute.precision,
+            "compile": compute.compile,
+            "reason": compute.reason,
+            "device": fabric.device.type,
+            "processes": world.size,
+        },
         "kernels": dataclasses.asdict(compute.kernels.names),
     }
     checkpoints = RunCheckpoints(out_dir, config.checkpoints, metadata, world, fabric.device.type)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -11,6 +11,7 @@ from grow.learned import LearnedGrowth
 from lit_gpt.flops import Flops, computed_share, flops_per_token
 from lit_gpt.model import GPT
 from pretrain.checkpointing import RunCheckpoints
+from pretrain.compilation import compile_secs
 from pretrain.config import RunConfig
 from pretrain.data import TrainData
 from pretrain.guards import Guard
@@ -64,6 +65,8 @@ class Trained:
     """The model beside its teacher: called instead of `module` in training steps as long as the teacher stays."""
     growth: LearnedGrowth | None = None
     """A growth that is being learned: its mixing matrices are what trains, and `model` is what it grows."""
+    compile_secs_told: float = field(default_factory=compile_secs)
+    """What the log has told of the seconds spent compiling."""
 
     @property
     def parameters(self) -> list[nn.Parameter]:

@@ -34,11 +34,11 @@ OPTIONAL = [
 
 # Plans, maps, settings and orders are data: reading them must not cost the seconds that torch takes.
 WITHOUT_TORCH = [
-    *("lit_gpt.errors", "lit_gpt.config", "lit_gpt.flops", "lit_gpt.axes", "lit_gpt.tokenizer"),
+    *("lit_gpt.errors", "lit_gpt.config", "lit_gpt.flops", "lit_gpt.memory", "lit_gpt.axes", "lit_gpt.tokenizer"),
     *("lit_gpt.data_order", "lit_gpt.packed_data", "lit_gpt.packed_dataset", "lit_gpt.token_files"),
     *("lit_gpt.token_source", "lit_gpt.legacy_order", "lit_gpt.prefetch", "lit_gpt.inspect_data"),
     *("grow.layer_map", "grow.plan", "grow.depth", "grow.operators", "grow.curves", "grow.__main__"),
-    *("grow.planning.guideline", "grow.planning.command", "grow.planning.plot", "grow.planning.memory"),
+    *("grow.planning.guideline", "grow.planning.command", "grow.planning.plot", "grow.planning.devices"),
     *("grow.runs.gather", "lit_gpt.counts", "lit_gpt.kernels.settings"),
     *("grow.fit", "grow.fit_command", "grow.scores", "grow.report.command", "grow.report.tables"),
     *("grow.compare.command", "grow.compare.settings", "grow.compare.text"),

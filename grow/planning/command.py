@@ -11,13 +11,14 @@ from textwrap import wrap
 from typing import Any
 
 from grow.layer_map import MAX_LAYERS
+from grow.planning.devices import DEVICES
 from grow.planning.guideline import COUNTS, Guideline, Phase, make_guideline, power, short
-from grow.planning.memory import DEVICES, RECOMPUTE, Memory, memory_per_device
 from grow.planning.model_sizes import named
 from grow.planning.rules import Expectation, Rule, expected_speedup, rules
 from lit_gpt.config import Config
 from lit_gpt.counts import parse_count, parse_token_count
 from lit_gpt.flops import count_non_embedding, count_parameters, flops_per_token
+from lit_gpt.memory import RECOMPUTE, Computation, Memory, memory_per_device, memory_text
 
 MICRO_BATCH_SIZE = 8
 RECOMPUTED = "none"
@@ -162,7 +163,8 @@ def _memory(plan: Guideline, args: argparse.Namespace) -> Memory | None:
         raise ValueError(f"--micro-batch-size {micro_batch_size} must be at least 1")
     if args.gpus is None and args.device is None:
         return None
-    return memory_per_device(plan.target.config, args.gpus or 1, micro_batch_size, recompute)
+    how = Computation(micro_batch_size, recompute=recompute, shards=args.gpus or 1)
+    return memory_per_device(plan.target.config, how)
 
 
 def _memory_settings(args: argparse.Namespace) -> tuple[int, str]:
@@ -302,13 +304,12 @@ def _expectation_lines(plan: Guideline, expected: Expectation) -> Iterator[str]:
 
 
 def _memory_lines(memory: Memory, args: argparse.Namespace) -> Iterator[str]:
-    parts = ", ".join(f"{name} {value / 1e9:.3g}" for name, value in dataclasses.asdict(memory).items())
     micro_batch_size, recompute = _memory_settings(args)
     yield (
         f"memory     about {memory.total / 1e9:.3g} GB a device after growth, sharded over {args.gpus or 1}, "
         f"micro-batch {micro_batch_size}, activation checkpointing {recompute}"
     )
-    yield f"           in GB: {parts}"
+    yield f"           {memory_text(memory)}"
 
 
 def _rule_lines(rule: Rule) -> Iterator[str]:

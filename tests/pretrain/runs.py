@@ -9,7 +9,7 @@ import torch
 
 from lit_gpt.checkpoint import latest, read_training
 
-TIMING = ("tokens_per_sec", "seconds", "time")
+TIMING = ("tokens_per_sec", "compile_secs", "seconds", "time")
 
 
 def records(folder: Path, name: str = "metrics.jsonl") -> list[dict]:

@@ -1,0 +1,94 @@
+"""What the stages of a run take of each device's memory, and how much of it there is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from lit_gpt.flops import count_parameters
+from lit_gpt.kernels.products import cpu_multiplies_bf16
+from lit_gpt.memory import Computation, Memory, memory_per_device, memory_text
+from pretrain.config import RunConfig
+from pretrain.parallel import Compute, is_sharded
+from pretrain.stages import Stage
+from pretrain.world import World
+
+MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+
+
+def computation(config: RunConfig, stage: Stage, compute: Compute, world: World, device_type: str) -> Computation:
+    """How a stage computes, as far as its memory depends on it."""
+    sharded = is_sharded(config.parallel, world)
+    return Computation(
+        micro_batch_size=config.batch.micro_batch_size,
+        precision=compute.precision,
+        recompute=compute.recompute,
+        compiled=compute.compile != "none",
+        accumulates=config.batch.iters_per_step(world.size) > 1,
+        device=device_type,
+        cpu_has_bf16=device_type != "cpu" or cpu_multiplies_bf16(),
+        shards=world.size // (config.parallel.replicas or 1) if sharded else 1,
+        stays_gathered=not config.parallel.reshard_after_forward,
+        replicated=config.parallel.strategy == "ddp" and world.size > 1,
+        muon=stage.optimizer.name == "muon",
+        frozen=stage.frozen,
+    )
+
+
+def stage_memory(config: RunConfig, stage: Stage, compute: Compute, world: World, device_type: str) -> Memory:
+    """Of a stage's training steps; a teacher counts by its weights. A growth that is learned is not in it."""
+    how = computation(config, stage, compute, world, device_type)
+    memory = memory_per_device(stage.config, how)
+    if stage.teaching is None:
+        return memory
+    return replace(memory, weights=memory.weights + how.stored * count_parameters(stage.teaching.config) / how.shards)
+
+
+def memory_lines(
+    config: RunConfig, stages: Sequence[Stage], compute: Compute, world: World, device: torch.device
+) -> list[str]:
+    """One line per stage, and what there is."""
+    lines = [f"compute: {compute.precision}, compile {compute.compile} ({compute.reason})"]
+    for stage in stages:
+        memory = stage_memory(config, stage, compute, world, device.type)
+        lines.append(
+            f"memory of stage {stage.index} {stage.name}: about {memory.total / 1e9:.3g} GB per device beside the "
+            f"process itself, micro-batch {config.batch.micro_batch_size}; {memory_text(memory)}"
+        )
+    free = available_bytes(device)
+    return lines if free is None else [*lines, f"memory that is free: {free / 1e9:.3g} GB"]
+
+
+def available_bytes(device: torch.device, meminfo: Path = MEMINFO, cgroup: Path = CGROUP) -> int | None:
+    """Free on a CUDA device; for a CPU process what the machine and its control group still have. None: not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found = [_machine_bytes(meminfo), _cgroup_bytes(cgroup)]
+    return min((each for each in found if each is not None), default=None)
+
+
+def _machine_bytes(meminfo: Path) -> int | None:
+    if not meminfo.is_file():
+        return None
+    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+    available = fields.get("MemAvailable")
+    return None if available is None else int(available.split()[0]) * 1024
+
+
+def _cgroup_bytes(cgroup: Path) -> int | None:
+    """Limit less use, in control groups of version 2 and 1; page cache that can be dropped is not counted as used."""
+    names = {"memory.max": "memory.current", "memory/memory.limit_in_bytes": "memory/memory.usage_in_bytes"}
+    for limit_name, used_name in names.items():
+        limit, used = cgroup / limit_name, cgroup / used_name
+        if not limit.is_file() or not used.is_file():
+            continue
+        text = limit.read_text().strip()
+        if text == "max" or int(text) >= 1 << 60:  # version 1 says so with a number near 2 ** 63
+            return None
+        stat = limit.with_name("memory.stat")
+        fields = dict(line.split() for line in stat.read_text().splitlines()) if stat.is_file() else {}
+        return int(text) - int(used.read_text()) + int(fields.get("inactive_file", 0))
+    return None
