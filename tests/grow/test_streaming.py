@@ -419,6 +419,7 @@ print(killed, status)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [TRAINING, "exchange"])
 def test_a_growth_killed_at_any_moment_leaves_nothing_or_a_whole_checkpoint_and_can_be_repeated(tmp_path, root, form):
     """Killed before every third call to the file system that Python makes, and at random moments, until one ends."""

@@ -195,6 +195,7 @@ def saved_for_backward(loss: torch.Tensor, model: nn.Module) -> int:
     return sum(storages.values())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo looks
 @pytest.mark.parametrize(("precision", "has_bf16"), [("fp32", True), ("bf16", False), ("bf16", True)])
 def test_a_compiled_layer_keeps_just_what_is_said(precision, has_bf16):

@@ -117,6 +117,7 @@ OWN_BASES = {
 }
 
 
+@pytest.mark.slow
 def test_arms_may_grow_in_hops_and_equal_bases_of_their_own_are_trained_once(compare_file, started, tmp_path, capsys):
     changed(compare_file, arms=OWN_BASES)
 
@@ -143,6 +144,7 @@ def as_it_was_called_once(folder: Path) -> None:
     (folder / "late, its base" / "done.json").write_text(json.dumps({"settings": done}))
 
 
+@pytest.mark.slow
 def test_what_is_done_is_found_after_a_move_under_the_old_name_of_its_base_and_without_it(
     compare_file, started, tmp_path, capsys
 ):
@@ -167,6 +169,7 @@ def test_what_is_done_is_found_after_a_move_under_the_old_name_of_its_base_and_w
     assert [(each["name"], each["cpu_seconds"]) for each in costs if each["name"] == "late"] == [("late", None)]
 
 
+@pytest.mark.slow
 def test_files_of_settings_that_share_a_folder_share_runs_and_write_pages_of_their_own(
     compare_file, started, tmp_path, capsys
 ):
@@ -188,6 +191,7 @@ def test_files_of_settings_that_share_a_folder_share_runs_and_write_pages_of_the
     assert (tmp_path / "out" / "compare.json").read_bytes() == first
 
 
+@pytest.mark.slow
 def test_a_dry_run_lists_what_would_be_made_and_what_is_done_and_leaves_nothing(
     compare_file, started, tmp_path, capsys
 ):
@@ -235,6 +239,7 @@ def test_settings_that_fit_no_arm_are_found_before_the_base_is_trained(compare_f
     assert trained(started) == [] and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_every_run_has_a_line_and_a_log_and_its_costs_add_up_over_starts(compare_file, started, tmp_path, capsys):
     compare = ["compare", "--config", str(changed(compare_file, arms={"scratch": {}, "stack": {"operator": "stack"}}))]
     assert grow(compare) == 0
@@ -270,6 +275,7 @@ def test_a_run_that_another_process_makes_is_left_to_it(compare_file, started, t
     assert trained(started) == []
 
 
+@pytest.mark.slow
 def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(compare_file, started, capsys):
     changed(compare_file, arms={"scratch": {}, "stack": {"operator": "stack"}})
     assert grow(["compare", "--config", str(compare_file)]) == 0

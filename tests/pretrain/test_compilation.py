@@ -104,6 +104,7 @@ def test_what_was_compiled_for_one_depth_serves_every_other(eagerly):
     assert made[0] > 0 and made[1:] == [0, 0]
 
 
+@pytest.mark.slow
 def test_a_schedule_of_many_widths_stays_compiled(eagerly):
     """torch's own limit is 8 graphs of one function, after which it computes eagerly."""
     made = []

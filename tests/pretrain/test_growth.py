@@ -232,6 +232,7 @@ def test_a_gradient_behind_new_neurons_is_charged_and_keeps_the_loss(finished):
     assert record["flops_total"] == pytest.approx(records(folder)[2]["flops_total"] + record["growth_flops"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", ["learn-depth", "gradmax"])
 def test_noise_of_a_stage_reaches_weights_that_are_made_from_data(operator, finish):
     sizes = {"n_layer": 1} if operator == "learn-depth" else {"intermediate_size": 16}
@@ -298,6 +299,7 @@ def test_block_expansion_between_runs_trains_the_new_layers_alone(finish, tmp_pa
     assert changed == {name for name in grown if layer_of(name) == 2}
 
 
+@pytest.mark.slow
 def test_a_first_stage_without_steps_hands_on_the_checkpoint_that_the_second_one_grows(finish, tmp_path):
     base = {"name": "base", "n_layer": 1}
     grown = {"name": "grown", "operator": "stack", "optimizer_policy": "map", "max_steps": 3}

@@ -151,6 +151,7 @@ def test_only_what_retention_names_stays(finish):
     assert steps == ["stage-01/5", "stage-01/6", "stage-02/10", "stage-02/13", "stage-02/14"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_was_grown_by_hand_is_trained_on_with_its_data_position(finish, tmp_path):
     from grow.apply import grow_checkpoint
     from grow.operators import plan_growth

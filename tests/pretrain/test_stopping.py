@@ -191,6 +191,7 @@ def test_while_data_does_not_come(sender, goes_on, monkeypatch):
     released.set()
 
 
+@pytest.mark.slow
 def test_while_a_growth_is_learned(settings, pretrain, sender):
     settings["stages"][1] = {"name": "grown", "operator": "ligo", "max_steps": 8, "options": {"learn_steps": 4}}
     sender.before(loop, "train_step", lambda run, stage, trained, state, rows: state.step_count == 7 and sender.send())

@@ -146,6 +146,7 @@ class Sender:
 BATCHES = 9  # of all tasks: each task's documents fit one
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("moment", "when"),
     [
