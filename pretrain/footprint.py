@@ -51,7 +51,7 @@ def memory_lines(
     config: RunConfig, stages: Sequence[Stage], compute: Compute, world: World, device: torch.device
 ) -> list[str]:
     """One line per stage, and what there is."""
-    lines = [f"compute: {compute.precision}, compile {compute.compile} ({compute.reason})"]
+    lines = [f"compute: {compute}"]
     for stage in stages:
         memory = stage_memory(config, stage, compute, world, device.type)
         lines.append(
