@@ -27,7 +27,7 @@ def missing(situation: Situation) -> str | None:
 
 
 def multiplies_in_fp8(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a parameter is the weight of a linear layer that `to_fp8` changes: of a block, its sizes multiples of 16."""
+    """Whether a parameter is the weight of a linear layer that `to_fp8` changes: of a block, in multiples of 16."""
     return layer_of(name) is not None and len(shape) == 2 and gcd(*shape, MULTIPLE) == MULTIPLE
 
 

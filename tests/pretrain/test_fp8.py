@@ -1,6 +1,6 @@
 """8-bit products in blocks: what they compute, what they leave as it is, what refuses them.
 
-A CPU makes them too, slowly, without any check of sizes: what is asked of a GPU is marked so, and no GPU has run it yet.
+A CPU makes them too, slowly and of any size. What is asked of a GPU is marked so, and no GPU has run it yet.
 """
 
 from __future__ import annotations
