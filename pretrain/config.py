@@ -99,10 +99,11 @@ def _any_of(numbers: list[int]) -> str:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (arXiv 1711.05101), or Muon for the matrices of blocks and AdamW for the rest."""
+    """AdamW (arXiv 1711.05101), also with 8-bit moments, or Muon for the matrices of blocks and AdamW for the rest."""
 
-    name: Literal["adamw", "muon"] = "adamw"
-    """muon: orthogonalised momentum, scaled so that AdamW's rates serve (arXiv 2502.16982). Not for a sharded model."""
+    name: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    """muon: orthogonalised momentum, scaled so that AdamW's rates serve (arXiv 2502.16982). Not for a sharded model.
+    adamw8bit: moments in a byte each, by torchao (arXiv 2110.02861)."""
     learning_rate: float = 3e-4
     """Peak learning rate."""
     min_learning_rate: float = 3e-5

@@ -34,6 +34,7 @@ def computation(config: RunConfig, stage: Stage, compute: Compute, world: World,
         stays_gathered=not config.parallel.reshard_after_forward,
         replicated=config.parallel.strategy == "ddp" and world.size > 1,
         muon=stage.optimizer.name == "muon",
+        eight_bit=stage.optimizer.name == "adamw8bit",
         frozen=stage.frozen,
     )
 

@@ -23,6 +23,7 @@ from lit_gpt.lazy_tensors import fill_from, is_shared
 from lit_gpt.model import GPT, RMSNorm
 from pretrain.compilation import compile_model
 from pretrain.config import ParallelConfig, RunConfig
+from pretrain.optimizers import adamw8bit_missing
 from pretrain.world import World, device_index
 
 if TYPE_CHECKING:
@@ -84,15 +85,18 @@ def device_type(config: RunConfig) -> str:
 
 
 def check_device(config: RunConfig) -> None:
-    """Refuse a device that this process does not have.
+    """Refuse a device that this process does not have, and an optimizer that cannot run on it.
 
     Raises:
-        ValueError: neither cuda nor cpu is asked for, or CUDA where there is none.
+        ValueError: neither cuda nor cpu is asked for, or CUDA where there is none, or what the optimizer needs is not.
     """
     if config.device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device={config.device!r} must be auto, cpu or cuda")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda, but torch sees no CUDA device; use device=auto or cpu")
+    reason = adamw8bit_missing(device_type(config)) if config.optimizer.name == "adamw8bit" else None
+    if reason:
+        raise ValueError(f"optimizer.name=adamw8bit {reason}; or use optimizer.name=adamw")
 
 
 def check_alike(found_by_rank: Sequence[str]) -> None:
