@@ -16,13 +16,14 @@ from grow.operators import plan_growth
 from lit_gpt.checkpoint import latest, read_training
 from lit_gpt.memory import Computation, memory_per_device
 from lit_gpt.settings_files import merge
-from pretrain import loop
+from pretrain import loop, parallel
 from pretrain.command_line import parse
 from pretrain.config import OptimizerConfig, ParallelConfig
 from pretrain.optim import build_optimizer, load_named_state, named_state, set_learning_rate
 from pretrain.optimizers import ADAMW_SLOTS, adamw8bit_missing
 from pretrain.parallel import Compute, build_model, check_device, whole
 from pretrain.run import run
+from pretrain.validate_command import validate
 from pretrain.world import ALONE, connected
 from tests.pretrain.conftest import two_stages
 from tests.pretrain.processes import run_on
@@ -244,6 +245,8 @@ def test_a_run_learns_with_it_and_resumes_to_the_bit(eager, go, monkeypatch, in_
         with pytest.raises(Stopped):
             go("stopped", **settings)
     assert_same_end(go("stopped", **settings), whole_run)
+    monkeypatch.setattr(parallel, "adamw8bit_missing", lambda _: "is missing")
+    assert validate(str(whole_run), [])  # where it cannot run
     stored = read_training(latest(whole_run / "checkpoints")).optimizer
     assert set(stored["transformer.h.0.attn.attn.weight"]) == ADAMW_SLOTS
     assert {slots[slot].dtype for slots in stored.values() for slot in slots} == {torch.float32}
