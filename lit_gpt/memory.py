@@ -51,6 +51,8 @@ class Computation:
     """Whether processes with whole models average gradients (DDP), in buckets that are copies of them."""
     muon: bool = False
     """Whether matrices of blocks have one moment instead of two."""
+    eight_bit: bool = False
+    """Whether moments take a byte per number, and a scale for 256 of them."""
     frozen: Collection[str] = frozenset()
     """Parameters that do not train."""
 
@@ -114,7 +116,11 @@ def memory_per_device(config: Config, how: Computation) -> Memory:
     n_tokens = how.micro_batch_size * config.block_size
     weights = how.stored * sizes.all / how.shards
     gradients = how.stored * sizes.trained / how.shards
-    moments = how.stored * (2 * sizes.trained - (sizes.muon if how.muon else 0)) / how.shards
+    moments = (
+        (1 + FP32 / 256 if how.eight_bit else how.stored)
+        * (2 * sizes.trained - (sizes.muon if how.muon else 0))
+        / how.shards
+    )
     copies, logits = _copies(sizes, how), _loss_bytes(config, how, n_tokens)
     kept = n_tokens * sum(kept_by_layer(config, how, layer) for layer in range(config.n_layer))
     passing = n_tokens * _made_in_backward(config, how)

@@ -279,7 +279,8 @@ class Staging:
 
     def copy(self, content: Content) -> Content:
         """The same content, which training does not change any more; until the next copy."""
-        tensors = self._stager.stage({"model": dict(content.model), "optimizer": dict(content.optimizer)})
+        moments = {name: dict(slots) for name, slots in content.optimizer.items()}
+        tensors = self._stager.stage({"model": dict(content.model), "optimizer": moments})
         return Content(tensors["model"], tensors["optimizer"], content.state, copy.deepcopy(content.rng))
 
 

@@ -99,10 +99,11 @@ def _any_of(numbers: list[int]) -> str:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (arXiv 1711.05101), or Muon for the matrices of blocks and AdamW for the rest."""
+    """AdamW (arXiv 1711.05101), also with 8-bit moments, or Muon for the matrices of blocks and AdamW for the rest."""
 
-    name: Literal["adamw", "muon"] = "adamw"
-    """muon: orthogonalised momentum, scaled so that AdamW's rates serve (arXiv 2502.16982). Not for a sharded model."""
+    name: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    """muon: orthogonalised momentum, scaled so that AdamW's rates serve (arXiv 2502.16982). Not for a sharded model.
+    adamw8bit: moments in a byte each, by torchao (arXiv 2110.02861)."""
     learning_rate: float = 3e-4
     """Peak learning rate."""
     min_learning_rate: float = 3e-5
@@ -303,6 +304,8 @@ class RunConfig:
     """bf16: fp32 weights and optimizer, bf16 computation. auto: bf16 where the hardware multiplies it, else fp32."""
     compile: Literal["auto", "none", "block", "model"] = "auto"
     """torch.compile. auto: block on CUDA, and on a bf16 CPU with a C++ compiler when the run repays it."""
+    fp8: Literal["none", "tensorwise", "rowwise"] = "none"
+    """8-bit products in blocks, by torchao: one scale per tensor, or one per row. Needs sm_89, bf16 and compile."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """Make activations of a block again in backward: all of them (full), or all but products and attention."""
     device: str = "auto"

@@ -18,6 +18,7 @@ def config_problems(config: RunConfig) -> list[str]:
         *_stage_problems(config),
         *data_problems(config.data),
         *_zero_shot_problems(config.zero_shot),
+        *_fp8_problems(config),
     ]
     if min(config.batch.global_batch_size, config.batch.micro_batch_size) >= 1 and not config.batch.auto:
         try:
@@ -41,6 +42,17 @@ def _zero_shot_problems(settings: ZeroShotConfig) -> list[str]:
         return []
     given = [key for key, value in asdict(settings).items() if value != getattr(ZeroShotConfig(), key)]
     return [f"zero_shot.{key} has no effect without zero_shot.tasks; name tasks, or remove it" for key in given]
+
+
+def _fp8_problems(config: RunConfig) -> list[str]:
+    if config.fp8 == "none":
+        return []
+    problems = []
+    if config.compile == "none":
+        problems.append(f"fp8={config.fp8} is slower than bf16 unless blocks are compiled; leave compile or fp8 out")
+    if config.precision == "fp32":
+        problems.append(f"fp8={config.fp8} multiplies what is bf16 otherwise, not fp32; leave precision or fp8 out")
+    return problems
 
 
 def _number_problems(config: RunConfig) -> list[str]:

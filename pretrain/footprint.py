@@ -34,6 +34,7 @@ def computation(config: RunConfig, stage: Stage, compute: Compute, world: World,
         stays_gathered=not config.parallel.reshard_after_forward,
         replicated=config.parallel.strategy == "ddp" and world.size > 1,
         muon=stage.optimizer.name == "muon",
+        eight_bit=stage.optimizer.name == "adamw8bit",
         frozen=stage.frozen,
     )
 
@@ -51,7 +52,7 @@ def memory_lines(
     config: RunConfig, stages: Sequence[Stage], compute: Compute, world: World, device: torch.device
 ) -> list[str]:
     """One line per stage, and what there is."""
-    lines = [f"compute: {compute.precision}, compile {compute.compile} ({compute.reason})"]
+    lines = [f"compute: {compute}"]
     for stage in stages:
         memory = stage_memory(config, stage, compute, world, device.type)
         lines.append(

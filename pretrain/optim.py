@@ -1,9 +1,10 @@
-"""AdamW or Muon over named parameters, and the learning rate as a pure function of the stage's step."""
+"""The optimizer of named parameters, and the learning rate as a pure function of the stage's step."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -12,10 +13,10 @@ from torch import Tensor
 from lit_gpt.axes import layer_of
 from lit_gpt.lazy_tensors import fill_from, is_shared, spec_of
 from pretrain.config import OptimizerConfig, ScheduleConfig
+from pretrain.optimizers import ADAMW_SLOTS, AdamW8bit, PlainMoments, SkippedByHost
 
-OptimizerState = dict[str, dict[str, Tensor]]
+OptimizerState = Mapping[str, Mapping[str, Tensor]]
 """Parameter name -> its slots: ADAMW_SLOTS or MUON_SLOTS."""
-ADAMW_SLOTS, MUON_SLOTS = frozenset({"exp_avg", "exp_avg_sq", "step"}), frozenset({"momentum_buffer"})
 
 
 def learning_rate(stage_step: int, total_steps: int, optimizer: OptimizerConfig, schedule: ScheduleConfig) -> float:
@@ -34,38 +35,12 @@ def learning_rate(stage_step: int, total_steps: int, optimizer: OptimizerConfig,
     return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-class MuonAndAdamW(torch.optim.Optimizer):
-    """Muon (torch.optim.Muon) for some parameters and fused AdamW for the others, with one state and one step.
-
-    Muon has no door like fused AdamW's `found_inf`, which skips a step on the device: the host reads whether a step is
-    to be skipped before it is made, and so waits for the device once a step.
-    """
-
-    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW | None) -> None:
-        groups = [*muon.param_groups, *(adamw.param_groups if adamw else [])]
-        super().__init__(groups, {})
-        self.param_groups = groups  # the same dicts: both parts see a new learning rate
-        self.muon, self.adamw = muon, adamw
-        for part in filter(None, (muon, adamw)):
-            part.state = self.state
-        self.found_inf: Tensor | None = None
-
-    def step(self, closure: None = None) -> None:
-        """One update, or none where `found_inf` says so."""
-        if self.found_inf is not None and bool(self.found_inf):
-            return
-        self.muon.step()
-        if self.adamw is not None:
-            self.adamw.step()
-
-    def is_muons(self, parameter: Tensor) -> bool:
-        return any(parameter is each for group in self.muon.param_groups for each in group["params"])
-
-
 def build_optimizer(model: nn.Module, settings: OptimizerConfig) -> torch.optim.Optimizer:
     """Over what trains, as the settings say; matrices are decayed, norm weights only with decay="all"."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices = {name: p for name, p in trained.items() if p.dim() == 2 and layer_of(name) is not None}
+    if settings.name == "adamw8bit":
+        return AdamW8bit(_groups(trained.values(), settings), settings)
     if settings.name == "adamw" or not matrices:
         return _adamw(trained.values(), settings)
     rest = [p for name, p in trained.items() if name not in matrices]
@@ -75,10 +50,20 @@ def build_optimizer(model: nn.Module, settings: OptimizerConfig) -> torch.optim.
         weight_decay=settings.weight_decay,
         adjust_lr_fn="match_rms_adamw",
     )
-    return MuonAndAdamW(muon, _adamw(rest, settings) if rest else None)
+    return SkippedByHost(muon, *([_adamw(rest, settings)] if rest else []))
 
 
 def _adamw(parameters: Iterable[nn.Parameter], settings: OptimizerConfig) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        _groups(parameters, settings),
+        lr=settings.learning_rate,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+        fused=True,
+    )
+
+
+def _groups(parameters: Iterable[nn.Parameter], settings: OptimizerConfig) -> list[dict[str, Any]]:
     trained = list(parameters)
     decayed = [p for p in trained if p.dim() >= 2 or settings.decay == "all"]
     plain = [p for p in trained if p.dim() < 2 and settings.decay != "all"]
@@ -87,23 +72,24 @@ def _adamw(parameters: Iterable[nn.Parameter], settings: OptimizerConfig) -> tor
         for parameters, decay in ((decayed, settings.weight_decay), (plain, 0.0))
         for shared in (True, False)
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=settings.learning_rate,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.eps,
-        fused=True,
-    )
+    return [group for group in groups if group["params"]]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = value
+        if isinstance(group["lr"], Tensor):  # what was compiled with it sees the same tensor
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = value
 
 
 def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> OptimizerState:
-    """The moments by parameter name; independent of group order and of the AdamW implementation."""
-    return {name: dict(optimizer.state[p]) for name, p in model.named_parameters() if p in optimizer.state}
+    """The moments by parameter name; independent of group order and of the AdamW implementation.
+
+    Those in 8 bits are made from them on every access, so that they are never there at once.
+    """
+    made = PlainMoments if isinstance(optimizer, AdamW8bit) else lambda _, slots: dict(slots)
+    return {name: made(p, optimizer.state[p]) for name, p in model.named_parameters() if p in optimizer.state}
 
 
 def load_named_state(
@@ -125,10 +111,12 @@ def load_named_state(
     for name in state:
         # fused AdamW wants its step counter as fp32 beside the parameter
         moments, parameter = state[name], parameters[name]
-        is_muons = isinstance(optimizer, MuonAndAdamW) and optimizer.is_muons(parameter)
-        slots = MUON_SLOTS if is_muons else ADAMW_SLOTS
+        slots = optimizer.slots(parameter) if isinstance(optimizer, SkippedByHost) else ADAMW_SLOTS
         if slots <= set(moments):
-            optimizer.state[parameter] = {slot: _slot(parameter, moments, slot) for slot in sorted(slots)}
+            made = optimizer.stored if isinstance(optimizer, AdamW8bit) else lambda _, __, moment: moment
+            optimizer.state[parameter] = {
+                slot: made(parameter, slot, _slot(parameter, moments, slot)) for slot in sorted(slots)
+            }
         else:
             n_without += 1
     return n_without

@@ -15,12 +15,15 @@ from torch import Tensor, nn
 from lit_gpt.config import Config
 from lit_gpt.kernels.backend import Situation, find_cpp_compiler
 from lit_gpt.kernels.choice import Kernels, resolve
+from lit_gpt.kernels.fp8 import missing, to_fp8
 from lit_gpt.kernels.products import multiplies_bf16
 from lit_gpt.kernels.self_check import self_check
+from lit_gpt.kernels.settings import BackendUnavailable
 from lit_gpt.lazy_tensors import fill_from, is_shared
 from lit_gpt.model import GPT, RMSNorm
 from pretrain.compilation import compile_model
 from pretrain.config import ParallelConfig, RunConfig
+from pretrain.optimizers import adamw8bit_missing
 from pretrain.world import World, device_index
 
 if TYPE_CHECKING:
@@ -46,6 +49,12 @@ class Compute:
     """none, selective or full: activation checkpointing."""
     kernels: Kernels = Kernels()
     """What the operations are computed by."""
+    fp8: str = "none"
+    """none, tensorwise or rowwise: scales of 8-bit products in blocks."""
+
+    def __str__(self) -> str:
+        fp8 = "" if self.fp8 == "none" else f", fp8 {self.fp8}"
+        return f"{self.precision}, compile {self.compile}{fp8} ({self.reason})"
 
     @property
     def compute_dtype(self) -> torch.dtype | None:
@@ -76,15 +85,18 @@ def device_type(config: RunConfig) -> str:
 
 
 def check_device(config: RunConfig) -> None:
-    """Refuse a device that this process does not have.
+    """Refuse a device that this process does not have, and an optimizer that cannot run on it.
 
     Raises:
-        ValueError: neither cuda nor cpu is asked for, or CUDA where there is none.
+        ValueError: neither cuda nor cpu is asked for, or CUDA where there is none, or what the optimizer needs is not.
     """
     if config.device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device={config.device!r} must be auto, cpu or cuda")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda, but torch sees no CUDA device; use device=auto or cpu")
+    reason = adamw8bit_missing(device_type(config)) if config.optimizer.name == "adamw8bit" else None
+    if reason:
+        raise ValueError(f"optimizer.name=adamw8bit {reason}; or use optimizer.name=adamw")
 
 
 def check_alike(found_by_rank: Sequence[str]) -> None:
@@ -146,7 +158,7 @@ def choose_compute(config: RunConfig, device: torch.device, total_tokens: int) -
         ValueError: compile was asked for on a CPU without a C++ compiler.
     """
     compute = _choose_compute(config, device, total_tokens)
-    return dataclasses.replace(compute, recompute=config.activation_checkpointing)
+    return dataclasses.replace(compute, recompute=config.activation_checkpointing, fp8=config.fp8)
 
 
 def _choose_compute(config: RunConfig, device: torch.device, total_tokens: int) -> Compute:
@@ -170,13 +182,19 @@ def _choose_compute(config: RunConfig, device: torch.device, total_tokens: int) 
     return Compute(precision, "block", f"{hardware}, compiled with {os.path.basename(compiler)}")
 
 
+def fp8_missing(compute: Compute, device: torch.device) -> str | None:
+    """Why 8-bit products that are asked for cannot be made on a device; None if they can, or are not asked for."""
+    reason = None if compute.fp8 == "none" else missing(Situation.on(device))
+    return reason and f"fp8={compute.fp8} cannot be used here: {reason}; or leave fp8 out"
+
+
 def with_kernels(
     compute: Compute, config: RunConfig, device: torch.device, models: Sequence[Config], separator_id: int | None
 ) -> Compute:
     """Resolve `kernels` for all models of a run, and see that what was chosen computes as it should.
 
     Raises:
-        BackendUnavailable: one that was named cannot run here, or is wrong.
+        BackendUnavailable: one that was named, or fp8, cannot run here, or is wrong.
     """
     situation = Situation.on(
         device,
@@ -186,6 +204,8 @@ def with_kernels(
         head_sizes=tuple(sorted({model.head_size for model in models})),
         n_embd=max(model.n_embd for model in models),
     )
+    if reason := fp8_missing(compute, device):
+        raise BackendUnavailable(reason)
     kernels = resolve(config.kernels, situation)
     self_check(kernels, situation, device)
     return dataclasses.replace(compute, kernels=kernels)
@@ -223,6 +243,8 @@ def build_model(
     for block in model.transformer.h:
         block.recompute = compute.recompute
     model.use_kernels(compute.kernels)
+    if compute.fp8 != "none":
+        to_fp8(model, compute.fp8)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
     compile_model(model, compute.compile)

@@ -14,6 +14,7 @@ from grow.registry import SIZES
 from lit_gpt.checkpoint import find_checkpoint, read_config
 from lit_gpt.config import Config
 from lit_gpt.flops import count_parameters, flops_per_token
+from lit_gpt.kernels.fp8 import count_fp8
 from pretrain.command_line import Invocation
 from pretrain.config import RunConfig, StageConfig
 from pretrain.corpus import Corpus, model_config_for, read_corpus
@@ -215,6 +216,8 @@ def describe(plan: Plan) -> None:
         say(f"{line}, {count_parameters(stage.config):,} parameters, {flops:.3g} FLOPs")
         for detail in stage_lines(stage):
             say(f"  {detail}")
+        if plan.config.fp8 != "none":
+            say("  {} of {} linear layers of blocks multiply in fp8".format(*count_fp8(stage.config)))
         if stage.plan is not None and stage.plan.stays_symmetric:
             sys.stderr.write(f"warning: stage {stage.name!r}: {SYMMETRY}; use other shares, or noise\n")
 

@@ -54,6 +54,7 @@ from pretrain.parallel import (
     choose_compute,
     describe_world,
     device_type,
+    fp8_missing,
     is_sharded,
     launch,
     with_kernels,
@@ -174,7 +175,9 @@ def memory_found(plan: Plan, world: World) -> list[str]:
     if config.batch.auto:
         size = choose_micro_batch(config, plan.stages, compute, world, device, may_try=False)
         config = with_micro_batch(config, max(1, size))
-    return memory_lines(config, plan.stages, compute, world, device)
+    lines = memory_lines(config, plan.stages, compute, world, device)
+    reason = fp8_missing(compute, device)
+    return [*lines, f"warning: {reason}"] if reason else lines
 
 
 @contextmanager
@@ -230,6 +233,7 @@ def train(ready: Ready, world: World, command: list[str], stop: StopSignal) -> N
         "compute": {
             "precision": compute.precision,
             "compile": compute.compile,
+            "fp8": compute.fp8,
             "reason": compute.reason,
             "device": fabric.device.type,
             "processes": world.size,
@@ -253,7 +257,7 @@ def train(ready: Ready, world: World, command: list[str], stop: StopSignal) -> N
     first(world, lambda: write_atomically(out_dir / CONFIG_FILE, settings))  # those of this sitting; some may change
     if world.is_first:
         describe(plan)
-    say(f"compute: {compute.precision}, compile {compute.compile} ({compute.reason})")
+    say(f"compute: {compute}")
     say(f"kernels: {compute.kernels}")
     if world.size > 1:
         say(f"processes: {describe_world(config.parallel, world)}")

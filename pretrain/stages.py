@@ -20,6 +20,7 @@ from lit_gpt.axes import parameter_shapes
 from lit_gpt.checkpoint import find_checkpoint, read_config
 from lit_gpt.config import Config
 from lit_gpt.counts import parse_token_count
+from lit_gpt.kernels.fp8 import MULTIPLE, count_fp8
 from pretrain.config import OptimizerConfig, RunConfig, ScheduleConfig, StageConfig
 from pretrain.loss_slope import DEFAULTS
 from pretrain.optim import learning_rate
@@ -167,6 +168,8 @@ def _stage(
         if plan is None or plan.reference is None
         else find_checkpoint(str(settings.options["reference"])),
     )
+    if run.fp8 != "none":
+        _check_fp8(stage)
     if stage.teaching is not None and not stage.taught_steps():
         raise ValueError(
             f"distill_steps={stage.teaching.steps} has no effect: they count from the beginning of the stage, whose "
@@ -285,6 +288,20 @@ def _mask(settings: StageConfig, plan: GrowthPlan | None, steps: int) -> MaskSch
             f"give mask_steps, e.g. {max(1, steps // (2 * mask.total_steps // mask.steps))}, or 0 to open at once"
         )
     return mask
+
+
+def _check_fp8(stage: Stage) -> None:
+    """Refuse a stage whose products cannot be made in 8 bits.
+
+    Raises:
+        ValueError: it masks weights, or its sizes do not fit.
+    """
+    if stage.mask is not None:
+        raise ValueError("the mask of a growth does not go with fp8: 8-bit products know none; give mask_steps: 0")
+    if stage.config.block_size % MULTIPLE:
+        raise ValueError(f"fp8 needs a block_size that is a multiple of {MULTIPLE}, not {stage.config.block_size}")
+    if not count_fp8(stage.config)[0]:
+        raise ValueError(f"fp8 has no effect: no linear layer of a block has sizes that are multiples of {MULTIPLE}")
 
 
 def _teaching(

@@ -98,7 +98,8 @@ def _settings(state: Mapping[str, Any], flags: Sequence[str]) -> RunConfig:
         sizes = {"name": FROM_CHECKPOINT}
         own = {"out_dir": ".", "model": sizes, "stages": [{"name": "none", "max_steps": 1}]}
         own |= {"data": {"train": measured_on}}
-    own = {key: value for key, value in own.items() if key != "kernels"}  # they were for the machine that trained it
+    of_training = ("kernels", "fp8", "optimizer")  # and of the machine that trained it
+    own = {key: value for key, value in own.items() if key not in of_training}
     return config_of(merge(own, given))
 
 

@@ -32,6 +32,7 @@ PACKAGES = {
     "flash-attn-3": "attention: fa3",
     "flash-attn-4": "attention: fa4",
     "xformers": "attention: xformers; nothing else is left to use, as since 0.0.34 its SwiGLU is plain torch",
+    "torchao": "fp8, and optimizer.name=adamw8bit",
 }
 """Distributions -> what they serve."""
 

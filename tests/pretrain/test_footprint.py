@@ -92,6 +92,8 @@ def test_what_a_run_sets_is_what_is_estimated():
     assert computation(config, planned, compute, ALONE, "cuda") == Computation(
         2, "bf16", "full", compiled=True, accumulates=True, device="cuda", muon=True
     )
+    eight_bit = dataclasses.replace(planned, optimizer=OptimizerConfig(name="adamw8bit"))
+    assert computation(config, eight_bit, compute, ALONE, "cuda").eight_bit
     sharded = dataclasses.replace(config, parallel=ParallelConfig(replicas=2, reshard_after_forward=False))
     found = computation(sharded, planned, compute, World(0, 4), "cuda")
     assert (found.shards, found.stays_gathered, found.replicated, found.accumulates) == (2, True, False, False)

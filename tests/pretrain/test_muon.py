@@ -17,13 +17,12 @@ from pretrain import loop
 from pretrain.command_line import parse
 from pretrain.config import BatchConfig, OptimizerConfig, ParallelConfig
 from pretrain.optim import (
-    ADAMW_SLOTS,
-    MUON_SLOTS,
     build_optimizer,
     load_named_state,
     named_state,
     set_learning_rate,
 )
+from pretrain.optimizers import ADAMW_SLOTS, MUON_SLOTS
 from pretrain.parallel import check_world
 from pretrain.run import run
 from pretrain.world import World
