@@ -296,7 +296,7 @@ def test_a_signal_to_the_command_alone_stops_and_saves_its_run(compare_file, tmp
     compare_file.write_text(yaml.safe_dump(settings))
     command = [sys.executable, "-m", "grow", "compare", "--config", str(compare_file), "--verbose"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as going:
-        next(line for line in going.stderr if "loss" in line)
+        next(line for line in going.stderr if "  loss " in line)  # of a step
         going.send_signal(number)
         rest = going.stderr.read()
 
