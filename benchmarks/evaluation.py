@@ -26,7 +26,8 @@ from typing import Any
 import torch
 
 from benchmarks.machine import describe
-from benchmarks.timing import add_result, clock, device_key, find_device, in_turns, spread, spread_of_ratios
+from benchmarks.result_files import RESULTS, add_result
+from benchmarks.timing import clock, device_key, find_device, in_turns, spread, spread_of_ratios
 from lit_gpt.checkpoint import write_exchange
 from lit_gpt.config import Config
 from lit_gpt.model import GPT, InitialWeights, init_weights
@@ -35,7 +36,7 @@ from pretrain.zero_shot.encoding import FirstToken, first_token
 from pretrain.zero_shot.evaluator import evaluate_tasks, prepare
 from pretrain.zero_shot.task import Task, data_file, data_folder, find_tasks
 
-RESULT = Path(__file__).parent / "results" / "evaluation.json"
+RESULT = RESULTS / "evaluation.json"
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 TASKS = ("lambada_openai", "arc_easy", "piqa", "sciq")
 SIZES = dict(n_layer=8, n_embd=256, n_head=4, n_query_groups=4, intermediate_size=704, block_size=1024)

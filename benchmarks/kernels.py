@@ -26,13 +26,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import describe
-from benchmarks.timing import add_result, clock, device_key, find_device, in_turns, say, spread, spread_of_ratios
+from benchmarks.result_files import RESULTS, add_result
+from benchmarks.timing import clock, device_key, find_device, in_turns, say, spread, spread_of_ratios
 from lit_gpt.kernels.backend import Situation, dtype_name, interprets_triton
 from lit_gpt.kernels.choice import BACKENDS, auto, resolve
 from lit_gpt.kernels.self_check import Case, Shape, cases, errors_of, values_and_gradients
 from lit_gpt.kernels.settings import KernelConfig
 
-RESULT = Path(__file__).parent / "results" / "kernels.json"
+RESULT = RESULTS / "kernels.json"
 PLAINEST = {"attention": "math", "norm": "reference", "mlp": "reference", "rope": "reference", "loss": "torch"}
 HEAD_SIZE = 64
 SHAPES = {

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -91,14 +89,6 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def spread_of_ratios(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
     """Of one turn's numbers each."""
     return spread([a / b for a, b in zip(above, below, strict=True)])
-
-
-def add_result(path: Path, key: str, result: Mapping[str, Any]) -> None:
-    """Replace the result of one kind of machine in a file, keep the others."""
-    runs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    runs[key] = result
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(dict(sorted(runs.items())), indent=1) + "\n", encoding="utf-8")
 
 
 def say(text: str) -> None:

@@ -32,9 +32,9 @@ from torch import Tensor
 
 from benchmarks import floor, peers
 from benchmarks.machine import describe
+from benchmarks.result_files import RESULTS, add_result
 from benchmarks.timing import (
     Sample,
-    add_result,
     clock,
     device_key,
     find_device,
@@ -53,7 +53,7 @@ from pretrain.optim import build_optimizer
 from pretrain.parallel import Compute, build_model, choose_compute, with_kernels
 from pretrain.world import ALONE
 
-RESULT = Path(__file__).parent / "results" / "training.json"
+RESULT = RESULTS / "training.json"
 SIZES = ("n_layer", "n_embd", "n_head", "intermediate_size", "vocab_size", "block_size", "batch_size")
 SHAPES = {"cpu": (8, 256, 4, 704, 4096, 256, 8), "cuda": (12, 1024, 16, 2816, 32000, 2048, 8)}
 """Device -> sizes, in the order of SIZES. Of all variants weights and moments are held at a time."""
