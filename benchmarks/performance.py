@@ -17,6 +17,8 @@ from benchmarks.variants import targets
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
 NOTHING = "Not measured yet."
 MISSING = "–"
+PEAK_BF16 = {"H100": 989.4e12, "H200": 989.4e12, "A100": 312e12}
+"""Part of a GPU's name -> FLOP/s of dense bf16 products in its data sheet, SXM form: what MFU is a share of."""
 
 Record = Mapping[str, Any]
 
@@ -57,7 +59,7 @@ def training(record: Record) -> str:
     medians = {each["name"]: each[rate]["median"] for each in record["variants"]}
     ratios = {(each["ours"], each["against"]): each for each in record[f"ratios_{record.get('clock', 'cpu_secs')}"]}
     head = ["variant", f"tokens per {'second' if is_gpu else 'CPU-second'}", "quartiles", "of transformers eager"]
-    head += ["MFLOP per token", "share of the floor's speed", *(["MiB beyond weights"] if is_gpu else [])]
+    head += ["MFLOP per token", "share of the floor's speed", *(["MFU", "MiB beyond weights"] if is_gpu else [])]
     rows = []
     for each in record["variants"]:
         name, precision = each["name"], each["name"].split()[1]
@@ -67,14 +69,20 @@ def training(record: Record) -> str:
         share = record.get("floors", {}).get(precision, {}).get("share_reached", {}).get(name)
         cells = [name, f"{medians[name]:,.0f}", quartiles(each[rate], ",.0f"), _number(ratio, ".2f")]
         cells += [_number(flops and flops / 1e6, ".1f"), _number(share and 100 * share["median"], ".0f", " %")]
-        rows.append([*cells, *([f"{each['peak_bytes'] / 2**20:,.0f}"] if is_gpu else [])])
+        rows.append([*cells, *([mfu(each, record), f"{each['peak_bytes'] / 2**20:,.0f}"] if is_gpu else [])])
     for precision, floor in record.get("floors", {}).items():
         spread = floor["tokens_per_sec"]
         cells = [f"floor {precision}", f"{spread['median']:,.0f}", quartiles(spread, ",.0f"), MISSING]
-        rows.append([*cells, MISSING, "100 %", *([MISSING] if is_gpu else [])])
+        rows.append([*cells, MISSING, "100 %", *([MISSING, MISSING] if is_gpu else [])])
     absent = [f"{family}: {why}." for family, why in record.get("absent", {}).items()]
     notes = [f"`{record['auto']['variant']}` is what `auto` gives here: {record['auto']['why']}.", *absent]
     return markdown(head, rows) + "\n\n" + " ".join(notes)
+
+
+def mfu(variant: Record, record: Record) -> str:
+    """Share of the GPU's peak by the convention of PaLM (lit_gpt/flops.py)."""
+    peak = next((peak for name, peak in PEAK_BF16.items() if name in record["gpu"]), None)
+    return _number(peak and 100 * variant["palm_flops_per_sec"] / peak, ".1f", " %")
 
 
 def _quotient(medians: Mapping[str, float], name: str, other: str) -> float | None:

@@ -214,6 +214,7 @@ def record(
         "command": shlex.join(["python", "-m", "benchmarks.training", *without_paths(sys.argv[1:])]),
         "what": "one training step: forward, backward, clipping, AdamW",
         "device": str(device),
+        "gpu": device_key(device) if device.type == "cuda" else None,
         "clock": by,
         "shape": asdict(config),
         "batch_size": arguments.batch_size,
