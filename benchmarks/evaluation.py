@@ -11,7 +11,6 @@ results/evaluation.json under their number of threads or their GPU.
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.util
 import json
 import os
@@ -21,6 +20,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ from pretrain.zero_shot.evaluator import evaluate_tasks, prepare
 from pretrain.zero_shot.task import Task, data_file, data_folder, find_tasks
 
 RESULT = RESULTS / "evaluation.json"
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+HARNESS = Path(__file__).resolve().parent.parent / "scripts" / "harness.py"
 TASKS = ("lambada_openai", "arc_easy", "piqa", "sciq")
 SIZES = dict(n_layer=8, n_embd=256, n_head=4, n_query_groups=4, intermediate_size=704, block_size=1024)
 TINY = {**SIZES, "n_layer": 1, "n_embd": 32, "intermediate_size": 48}
@@ -83,9 +83,7 @@ def ways(job: Job, tokenizer_path: str, folder: Path) -> tuple[dict[str, Callabl
         return found, {ADAPTED: why, ALONE: why}
     for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):  # the harness is to look for nothing on the net
         os.environ.setdefault(variable, "1")
-    if str(SCRIPTS) not in sys.path:
-        sys.path.append(str(SCRIPTS))
-    harness = importlib.import_module("harness")
+    harness = load_harness()
     adapted = harness.OwnModel(job.model, job.tokenizer, job.first, job.batch_size)
     found[ADAPTED] = lambda: _values(harness.run(adapted, job.tasks, job.data, limit=job.limit))
     if not (Path(tokenizer_path) / "tokenizer.json").is_file():
@@ -93,6 +91,16 @@ def ways(job: Job, tokenizer_path: str, folder: Path) -> tuple[dict[str, Callabl
     model = transformers_model(job, Path(tokenizer_path), folder)
     found[ALONE] = lambda: _values(harness.run(model, job.tasks, job.data, limit=job.limit))
     return found, {}
+
+
+def load_harness() -> ModuleType:
+    """The adapter behind `scripts/evaluate.py --harness`."""
+    spec = importlib.util.spec_from_file_location("harness", HARNESS)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["harness"] = module  # its dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module
 
 
 def transformers_model(job: Job, tokenizer: Path, folder: Path) -> Any:

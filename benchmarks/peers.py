@@ -12,8 +12,8 @@ import dataclasses
 import importlib
 import importlib.util
 import os
-import sys
-from collections.abc import Callable
+import site
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,23 +34,24 @@ MODULES = {"transformers": "transformers", "litgpt": "litgpt.model", "nanochat":
 SAME_FUNCTION = ("ours", "transformers", "litgpt", "naive")
 
 
-def find_peers(litgpt: Path | None = None, nanochat: Path | None = None) -> dict[str, str]:
+def find_peers(device: torch.device, litgpt: Path | None = None, nanochat: Path | None = None) -> dict[str, str]:
     """Make the peers importable; returns those that are not, with the reason.
 
     Args:
+        device: that they are to run on.
         litgpt: a site-packages folder with litgpt; it comes last on the path, so that everything else stays ours.
         nanochat: a checkout of nanochat.
     """
     for path in (litgpt, nanochat):
-        if path is not None and str(path) not in sys.path:
-            sys.path.append(str(path))
+        if path is not None:
+            site.addsitedir(str(path))  # at the end, once
     absent = {}
     for family, module in MODULES.items():
         if importlib.util.find_spec(module.split(".")[0]) is None:
             absent[family] = "not installed" if family == "transformers" else f"not there; name it by --{family} PATH"
             continue
         try:
-            with nanochat_dtype():
+            with nanochat_dtype(device):
                 importlib.import_module(module)
         except ImportError as error:
             absent[family] = f"cannot be imported: {error}"
@@ -58,10 +59,10 @@ def find_peers(litgpt: Path | None = None, nanochat: Path | None = None) -> dict
 
 
 @contextlib.contextmanager
-def nanochat_dtype() -> Any:
+def nanochat_dtype(device: torch.device) -> Iterator[None]:
     """nanochat decides when it is imported what it computes in; it is measured in that precision alone."""
     before = os.environ.get("NANOCHAT_DTYPE")
-    os.environ["NANOCHAT_DTYPE"] = "bfloat16" if nanochat_precision() == "bf16" else "float32"
+    os.environ["NANOCHAT_DTYPE"] = "bfloat16" if nanochat_precision(device) == "bf16" else "float32"
     try:
         yield
     finally:
@@ -70,8 +71,8 @@ def nanochat_dtype() -> Any:
             os.environ["NANOCHAT_DTYPE"] = before
 
 
-def nanochat_precision() -> str:
-    return "bf16" if torch.cuda.is_available() else "fp32"
+def nanochat_precision(device: torch.device) -> str:
+    return "bf16" if device.type == "cuda" else "fp32"
 
 
 def build_peer(

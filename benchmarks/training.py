@@ -321,7 +321,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def choose_variants(args: argparse.Namespace, config: Config, device: torch.device) -> tuple[list[Variant], dict]:
     """What to measure, and what is absent and why."""
-    absent = peers.find_peers(args.litgpt, args.nanochat)
+    absent = peers.find_peers(device, args.litgpt, args.nanochat)
     variants = [each for each in all_variants(config, device) if any(part in each.name for part in args.only)]
     if args.quick:
         variants = [each for each in variants if each.compile == "none"]

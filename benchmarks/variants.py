@@ -52,7 +52,7 @@ def all_variants(config: Config, device: torch.device) -> list[Variant]:
     found += [
         Variant("ours", precisions[0], kernels=kernels) for kernels in other_kernels(config, precisions[0], device)
     ]
-    return [each for each in found if each.family != "nanochat" or each.precision == peers.nanochat_precision()]
+    return [each for each in found if each.family != "nanochat" or each.precision == peers.nanochat_precision(device)]
 
 
 def other_kernels(config: Config, precision: str, device: torch.device) -> Iterator[KernelConfig]:
