@@ -119,7 +119,7 @@ def cases(kernels: Kernels, situation: Situation, device: torch.device, shape: S
     q, k, v = random(B, shape.heads, T, D), random(B, shape.groups, T, D), random(B, shape.groups, T, D)
     x, delta, weight = random(B, T, C), random(B, T, C), stored(C)
     gate, up = random(B, T, shape.intermediate_size), random(B, T, shape.intermediate_size)
-    hidden, head = random(n, C), stored(shape.vocab, C)
+    hidden, head = random(n, C), stored(shape.vocab, C) / C**0.5  # or its gradients would be subnormal numbers
     targets = torch.arange(n, device=device) % shape.vocab
     targets[0] = -100
     angles = torch.arange(T)[:, None] * torch.linspace(1.0, 0.1, D // 2)
