@@ -24,8 +24,9 @@ from typing import Any
 
 from benchmarks.grow_speed import RandomWeights, copy, report_goals
 from benchmarks.machine import describe
+from benchmarks.result_files import RESULTS, write_result
 
-RESULT = Path(__file__).parent / "results" / "convert_speed.json"
+RESULT = RESULTS / "convert_speed.json"
 MODEL = "tiny_LLaMA_1b"
 LITGPT_MODEL = "tiny-llama-1.1b"
 LIMIT_OVER_CP = 1.5
@@ -113,20 +114,20 @@ def remove(path: Path) -> None:
 # The whole
 
 
-def make_source(folder: Path, n_layer: int | None) -> Path:
+def make_source(folder: Path, model: str, n_layer: int | None) -> Path:
     """Dense random fp32 weights as Hugging Face has them."""
     from lit_gpt.checkpoint import write_exchange
     from lit_gpt.config import Config
 
-    config = Config.from_name(MODEL, **({} if n_layer is None else {"n_layer": n_layer}))
+    config = Config.from_name(model, **({} if n_layer is None else {"n_layer": n_layer}))
     path = write_exchange(folder / "source", config, RandomWeights(config))
     for name in ("MANIFEST.json", "lit_config.json"):
         (path / name).unlink()
     return path
 
 
-def run_all(folder: Path, n_layer: int | None, repeats: int, litgpt_python: str | None) -> dict[str, Any]:
-    source = make_source(folder, n_layer)
+def run_all(folder: Path, model: str, n_layer: int | None, repeats: int, litgpt_python: str | None) -> dict[str, Any]:
+    source = make_source(folder, model, n_layer)
     places = {
         CP: (source, folder / "copied"),
         EXCHANGE: (source, folder / "exchange"),
@@ -173,18 +174,20 @@ def _ratio(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> floa
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--n-layer", type=int, help="fewer of the 22 layers, for a small run")
+    parser.add_argument("--model", default=MODEL, help="name of the sizes (%(default)s); litgpt reads that one alone")
+    parser.add_argument("--n-layer", type=int, help="fewer of its layers, for a small run")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--litgpt-python", metavar="PATH", help="Python of an environment with litgpt")
     parser.add_argument("--directory", type=Path, help="for the checkpoints; a temporary one here by default")
     parser.add_argument("--measure", nargs=3, metavar=("NAME", "SRC", "DST"), help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, default=RESULT, help=f"file to write; default: {RESULT.name}")
     args = parser.parse_args()
     if args.measure:
         name, src, dst = args.measure
         measure_here(name, Path(src), Path(dst))
         return 0
     with tempfile.TemporaryDirectory(dir=args.directory or Path.cwd(), prefix=".convert_speed-") as folder:
-        measured = run_all(Path(folder), args.n_layer, args.repeats, args.litgpt_python)
+        measured = run_all(Path(folder), args.model, args.n_layer, args.repeats, args.litgpt_python)
     summary = summarise(measured["samples"])
     flags = [] if args.n_layer is None else [f"--n-layer {args.n_layer}"]
     flags += ["--litgpt-python PATH"] if args.litgpt_python else []
@@ -195,8 +198,7 @@ def main() -> int:
         **measured,
         "machine": describe(),
     }
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_result(args.out, record)
     report(summary)
     return 0 if all(summary["kept"].values()) else 1
 

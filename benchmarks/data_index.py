@@ -7,7 +7,7 @@ tokens each); our own writer makes 1 GB files.
 
 from __future__ import annotations
 
-import json
+import argparse
 import statistics
 import time
 import tracemalloc
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.machine import describe
+from benchmarks.result_files import RESULTS, write_result
 from lit_gpt.data_order import DataOrder
 from lit_gpt.file_names import FileNames
 from lit_gpt.packed_dataset import HEADER
@@ -30,7 +31,7 @@ FILES_PER_PROCESS = 8192
 LIMIT_SECS, LIMIT_BYTES = 1.0, 50_000_000
 REPEATS = 7
 JUMPS = 200
-RESULT = Path(__file__).parent / "results" / "data_index.json"
+RESULT = RESULTS / "data_index.json"
 
 
 def build(file_tokens: int) -> tuple[DataOrder, list[SampleIndex], dict[str, TokenFiles]]:
@@ -96,6 +97,9 @@ def timed(function: Any) -> float:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=RESULT, help=f"file to write; default: {RESULT.name}")
+    args = parser.parse_args()
     results = {name: measure(file_tokens) for name, file_tokens in FILE_TOKENS.items()}
     within = all(r["build_secs_max"] < LIMIT_SECS and r["memory_peak_bytes"] < LIMIT_BYTES for r in results.values())
     record = {
@@ -118,10 +122,9 @@ def main() -> int:
         f"a stored shuffle of a hundredth of it: {stored['secs']:.2f} s and {stored['bytes'] / 1e6:.0f} MB, "
         f"so {stored['secs_times_100']:.0f} s and {stored['bytes_times_100'] / 1e9:.1f} GB for all"
     )
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_result(args.out, record)
     print(
-        f"limits ({LIMIT_SECS} s, {LIMIT_BYTES / 1e6:.0f} MB) {'kept' if within else 'MISSED'}; {RESULT.name} written"
+        f"limits ({LIMIT_SECS} s, {LIMIT_BYTES / 1e6:.0f} MB) {'kept' if within else 'MISSED'}; {args.out.name} written"
     )
     return 0 if within else 1
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import random
 import statistics
 import tempfile
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.machine import describe
+from benchmarks.result_files import RESULTS, write_result
 from lit_gpt.data_order import DataOrder
 from lit_gpt.packed_data import PackedData
 from lit_gpt.packed_dataset import write_token_file
@@ -38,17 +38,18 @@ VOCAB_SIZE = 32_000
 SEED = 3407
 ROWS = 16_384  # per repeat: 34 million tokens
 REPEATS = 7
+QUICK = (16 * (BLOCK_SIZE + 1), 512, 1)  # file tokens, rows and repeats of a smoke run
 FLOORS = {8: 0.9, 64: 1.0}  # of TinyLlama's tokens per CPU-second, by micro-batch
 JUMP_TOKENS, JUMP_RANKS, JUMP_MICRO_BATCH = 10**12, 32, 8
-RESULT = Path(__file__).parent / "results" / "data_loader.json"
+RESULT = RESULTS / "data_loader.json"
 
 
-def write_files(folder: Path) -> None:
+def write_files(folder: Path, file_tokens: int) -> None:
     """Random tokens in the lineage's names: `{source}_{process}_{counter}.bin`."""
     generator = np.random.default_rng(0)
     for name, count in FILES.items():
         for number in range(count):
-            tokens = generator.integers(0, VOCAB_SIZE, FILE_TOKENS, dtype=np.uint16)
+            tokens = generator.integers(0, VOCAB_SIZE, file_tokens, dtype=np.uint16)
             write_token_file(folder / f"{name}_0_{number:010d}.bin", tokens, np.dtype("<u2"))
 
 
@@ -60,18 +61,18 @@ def our_data(folder: Path) -> PackedData:
     return PackedData(sources, order)
 
 
-def our_batches(packed: PackedData, micro_batch_size: int, start: int) -> Iterator[np.ndarray]:
+def our_batches(packed: PackedData, micro_batch_size: int, start: int, rows: int) -> Iterator[np.ndarray]:
     """What the training loop reads: with the prefetch thread."""
-    steps = ROWS // micro_batch_size
+    steps = rows // micro_batch_size
     with batches(
         packed, start=start, steps=steps, global_batch_size=micro_batch_size, micro_batch_size=micro_batch_size
     ) as stream:
         yield from stream
 
 
-def our_rows(packed: PackedData, rows_per_call: int, start: int) -> Iterator[np.ndarray]:
+def our_rows(packed: PackedData, rows_per_call: int, start: int, rows: int) -> Iterator[np.ndarray]:
     """Without a thread, so many rows per call."""
-    for position in range(start, start + ROWS, rows_per_call):
+    for position in range(start, start + rows, rows_per_call):
         yield packed.samples(position, rows_per_call)
 
 
@@ -104,39 +105,41 @@ def first_rows(stream: Iterator[Any], rows: int) -> Iterator[Any]:
         yield batch
 
 
-def cpu_secs(stream: Iterator[Any]) -> tuple[float, float]:
+def cpu_secs(stream: Iterator[Any], expected_rows: int) -> tuple[float, float]:
     """(CPU seconds of all threads, wall seconds) to read a stream to its end."""
     started, wall = time.process_time(), time.perf_counter()
     rows = sum(len(batch) for batch in stream)
     secs = time.process_time() - started, time.perf_counter() - wall
-    assert rows == ROWS
+    assert rows == expected_rows
     return secs
 
 
-def variants(folder: Path, tinyllama: ModuleType | None) -> dict[str, Callable[[int], Iterator[Any]]]:
-    """Name -> a function from the repeat's number to a stream of ROWS rows."""
+def variants(folder: Path, tinyllama: ModuleType | None, rows: int) -> dict[str, Callable[[int], Iterator[Any]]]:
+    """Name -> a function from the repeat's number to a stream of so many rows."""
     packed = our_data(folder)
     made: dict[str, Callable[[int], Iterator[Any]]] = {}
     for size in FLOORS:
-        made[f"ours, micro-batch {size}"] = lambda n, size=size: our_batches(packed, size, n * ROWS)
+        made[f"ours, micro-batch {size}"] = lambda n, size=size: our_batches(packed, size, n * rows, rows)
         if tinyllama is not None:
             loader = tinyllama_loader(tinyllama, folder, size)
-            made[f"TinyLlama DataLoader, batch {size}"] = lambda n, loader=loader: first_rows(loader, ROWS)
-    for rows in (8, 64, 512):
-        made[f"ours without the thread, {rows} rows a call"] = lambda n, rows=rows: our_rows(packed, rows, n * ROWS)
+            made[f"TinyLlama DataLoader, batch {size}"] = lambda n, loader=loader: first_rows(loader, rows)
+    for size in (8, 64, 512):
+        made[f"ours without the thread, {size} rows a call"] = lambda n, size=size: our_rows(
+            packed, size, n * rows, rows
+        )
     return made
 
 
-def measure(folder: Path, tinyllama: ModuleType | None) -> dict[str, dict[str, float]]:
+def measure(folder: Path, tinyllama: ModuleType | None, rows: int, repeats: int) -> dict[str, dict[str, float]]:
     """Million tokens per CPU-second and per second of wall time, medians over the repeats; the variants take turns."""
-    streams = variants(folder, tinyllama)
+    streams = variants(folder, tinyllama, rows)
     secs: dict[str, list[tuple[float, float]]] = {name: [] for name in streams}
-    for repeat in range(-1, REPEATS):  # the first round warms caches and is not counted
+    for repeat in range(-1, repeats):  # the first round warms caches and is not counted
         for name, stream in streams.items():
-            taken = cpu_secs(stream(repeat + 1))
+            taken = cpu_secs(stream(repeat + 1), rows)
             if repeat >= 0:
                 secs[name].append(taken)
-    tokens = ROWS * BLOCK_SIZE / 1e6
+    tokens = rows * BLOCK_SIZE / 1e6
     return {
         name: {
             "million_tokens_per_cpu_sec": tokens / statistics.median(cpu for cpu, _ in each),
@@ -157,11 +160,11 @@ def ratios(results: dict[str, dict[str, float]]) -> dict[str, float]:
     }
 
 
-def jump(folder: Path, tinyllama: ModuleType | None) -> dict[str, float]:
+def jump(folder: Path, tinyllama: ModuleType | None, repeats: int) -> dict[str, float]:
     """Seconds to the sample behind JUMP_TOKENS: ours by asking for it, the peer's by its loop over all before it."""
     position = JUMP_TOKENS // BLOCK_SIZE
     secs = []
-    for repeat in range(REPEATS):
+    for repeat in range(repeats):
         packed = our_data(folder)
         started = time.perf_counter()
         packed.samples(position + repeat, JUMP_MICRO_BATCH)
@@ -185,18 +188,21 @@ def jump(folder: Path, tinyllama: ModuleType | None) -> dict[str, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.data_loader", description=__doc__)
     parser.add_argument("--tinyllama", type=Path, metavar="DIR", help="a checkout of TinyLlama to measure beside")
+    parser.add_argument("--quick", action="store_true", help="small files, once: does it run?")
+    parser.add_argument("--out", type=Path, default=RESULT, help=f"file to write; default: {RESULT.name}")
     args = parser.parse_args()
+    file_tokens, rows, repeats = QUICK if args.quick else (FILE_TOKENS, ROWS, REPEATS)
     tinyllama = None if args.tinyllama is None else tinyllama_module(args.tinyllama)
     with tempfile.TemporaryDirectory() as folder:
-        write_files(Path(folder))
-        results = measure(Path(folder), tinyllama)
-        jumped = jump(Path(folder), tinyllama)
+        write_files(Path(folder), file_tokens)
+        results = measure(Path(folder), tinyllama, rows, repeats)
+        jumped = jump(Path(folder), tinyllama, repeats)
     found = ratios(results)
     kept = all(ratio >= FLOORS[int(size)] for size, ratio in found.items())
     record = {
         "command": "OMP_NUM_THREADS=1 python -m benchmarks.data_loader --tinyllama DIR",
-        "what": f"{sum(FILES.values())} files of {FILE_TOKENS} tokens, block_size {BLOCK_SIZE}, weights {WEIGHTS}, "
-        f"page cache; {ROWS} rows per repeat, medians of {REPEATS} repeats",
+        "what": f"{sum(FILES.values())} files of {file_tokens} tokens, block_size {BLOCK_SIZE}, weights {WEIGHTS}, "
+        f"page cache; {rows} rows per repeat, medians of {repeats} repeats",
         "results": results,
         "over_tinyllama_by_micro_batch": found,
         "floors": {"by_micro_batch": {str(size): floor for size, floor in FLOORS.items()}, "kept": kept},
@@ -210,8 +216,8 @@ def main() -> int:
     for size, ratio in found.items():
         print(f"over TinyLlama at micro-batch {size}: {ratio:.2f}x (floor {FLOORS[int(size)]}x)")
     print("jump: " + ", ".join(f"{key} {value:.4g}" for key, value in jumped.items()))
-    RESULT.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(f"{RESULT.name} written; floors {'kept' if kept else 'MISSED'}")
+    write_result(args.out, record)
+    print(f"{args.out.name} written; floors {'kept' if kept else 'MISSED'}")
     return 0 if kept else 1
 
 

@@ -23,15 +23,17 @@ from typing import Any
 import numpy as np
 
 from benchmarks.machine import describe
+from benchmarks.result_files import RESULTS, write_result
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("LIT_GROW_DATA") or ROOT.parent / "shared" / "data")
 TEXT_BYTES = 24_000_000
 DOCUMENT_CHARACTERS = (500, 30_000)  # drawn evenly in the logarithm: as in web text, many short and some long ones
 REPEATS = 5
+QUICK = (200_000, 1)  # bytes of text and repeats of a smoke run
 FLOORS = {"datatrove": 1.3, "TinyLlama": 1.0}
 EOS = 2
-RESULT = Path(__file__).parent / "results" / "data_prep.json"
+RESULT = RESULTS / "data_prep.json"
 
 OURS = """
 import sys, time
@@ -106,14 +108,14 @@ def documents(seed: int) -> list[str]:
     return texts
 
 
-def write_source(path: Path) -> int:
+def write_source(path: Path, n_bytes: int) -> int:
     """One jsonl.zst in SlimPajama's layout; returns the bytes of text that count (code from GitHub does not)."""
     import zstandard
 
     total, lines = 0, []
     texts = documents(seed=0)
     number = 0
-    while total < TEXT_BYTES:
+    while total < n_bytes:
         text = texts[number % len(texts)]
         of_github = number % 20 == 7
         lines.append(
@@ -169,11 +171,12 @@ def contestants(args: argparse.Namespace) -> dict[str, tuple[str, str]]:
 def measure(folder: Path, args: argparse.Namespace) -> tuple[int, dict[str, list[float]], dict[str, Any]]:
     source = folder / "source" / "part.jsonl.zst"
     source.parent.mkdir()
-    n_bytes = write_source(source)
+    text_bytes, repeats = QUICK if args.quick else (TEXT_BYTES, REPEATS)
+    n_bytes = write_source(source, text_bytes)
     places = {"source": source, "tokenizer": DATA / "tokenizers" / "llama2", "peer": args.tinyllama}
     secs: dict[str, list[float]] = {}
     streams = {}
-    for repeat in range(REPEATS):
+    for repeat in range(repeats):
         for name, (python, script) in contestants(args).items():
             out = folder / f"{name}-{repeat}"
             secs.setdefault(name, []).append(cpu_secs(python, script.format(out=out, **places)))
@@ -185,6 +188,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.data_prep", description=__doc__)
     parser.add_argument("--tinyllama", type=Path, metavar="DIR", help="a checkout of TinyLlama to measure beside")
     parser.add_argument("--datatrove", metavar="PYTHON", help="interpreter of an environment that has datatrove")
+    parser.add_argument("--quick", action="store_true", help="a little text, once: does it run?")
+    parser.add_argument("--out", type=Path, default=RESULT, help=f"file to write; default: {RESULT.name}")
     args = parser.parse_args()
     if not (DATA / "books").is_dir():
         print(f"no books under {DATA}; set LIT_GROW_DATA", file=sys.stderr)
@@ -197,7 +202,8 @@ def main() -> int:
     same = all(each["identical"] for name, each in streams.items() if name != "ours_tokens")
     record = {
         "command": "python -m benchmarks.data_prep --tinyllama DIR --datatrove PYTHON",
-        "what": f"{n_bytes} bytes of text as one jsonl.zst, Llama tokenizer, one process, medians of {REPEATS} repeats",
+        "what": f"{n_bytes} bytes of text as one jsonl.zst, Llama tokenizer, one process, "
+        f"medians of {len(secs['ours'])} repeats",
         "megabytes_per_cpu_sec": rates,
         "cpu_secs": secs,
         "ours_over": ratios,
@@ -210,9 +216,10 @@ def main() -> int:
     for name, ratio in ratios.items():
         print(f"over {name}: {ratio:.2f}x (floor {FLOORS[name]}x)")
     print(f"token streams: {streams}")
-    RESULT.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_result(args.out, record)
     print(
-        f"{RESULT.name} written; floors {'kept' if kept else 'MISSED'}, streams {'identical' if same else 'DIFFERENT'}"
+        f"{args.out.name} written; floors {'kept' if kept else 'MISSED'}, "
+        f"streams {'identical' if same else 'DIFFERENT'}"
     )
     return 0 if kept and same else 1
 

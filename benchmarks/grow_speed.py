@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe
+from benchmarks.result_files import RESULTS, write_result
 
-RESULT = Path(__file__).parent / "results" / "grow_speed.json"
+RESULT = RESULTS / "grow_speed.json"
 LIMIT_OVER_CP = 1.1
 LIMIT_DEPTH_RSS_BYTES = 400_000_000
 LIMIT_METADATA_SECS = 1.0
@@ -279,6 +280,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--directory", type=Path, help="for the checkpoints; a temporary one here by default")
     parser.add_argument("--measure", nargs=3, metavar=("NAME", "SRC", "DST"), help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, default=RESULT, help=f"file to write; default: {RESULT.name}")
     args = parser.parse_args()
     if args.measure:
         name, src, dst = args.measure
@@ -295,8 +297,7 @@ def main() -> int:
         **measured,
         "machine": describe(),
     }
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_result(args.out, record)
     report(summary)
     return 0 if all(summary["kept"].values()) else 1
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe
+from benchmarks.result_files import RESULTS, write_result
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT_BYTES = 2_000_000_000
@@ -30,7 +31,7 @@ RUNS = {
     "training a tokenizer": ["--vocab-size", "4096", "--plan-only"],
 }
 LONG_DOCUMENT_CHARACTERS = 1_000_000
-RESULT = Path(__file__).parent / "results" / "prep_memory.json"
+RESULT = RESULTS / "prep_memory.json"
 
 
 def documents(seed: int) -> Iterator[str]:
@@ -79,12 +80,13 @@ def measure(source: Path, out: Path, options: list[str]) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bytes", type=int, default=TEXT_BYTES, help="size of the corpus (%(default)s)")
-    n_bytes = parser.parse_args().bytes
+    parser.add_argument("--out", type=Path, default=RESULT, help=f"file to write; default: {RESULT.name}")
+    args = parser.parse_args()
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for layout, n_files in LAYOUTS.items():
             source = Path(folder, "in")
-            written = write_corpus(source, n_files, n_bytes)
+            written = write_corpus(source, n_files, args.bytes)
             for name, options in RUNS.items():
                 found = measure(source, Path(folder, "out"), options)
                 results[f"{layout}, {name}"] = {"files": n_files, "input_bytes": written, **found}
@@ -98,9 +100,8 @@ def main() -> int:
         "results": results,
         "machine": describe(),
     }
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(f"limit ({LIMIT_BYTES / 1e6:.0f} MB) {'kept' if within else 'MISSED'}; {RESULT.name} written")
+    write_result(args.out, record)
+    print(f"limit ({LIMIT_BYTES / 1e6:.0f} MB) {'kept' if within else 'MISSED'}; {args.out.name} written")
     return 0 if within else 1
 
 

@@ -20,8 +20,9 @@ from typing import Any
 
 from benchmarks.forked import start_function
 from benchmarks.machine import describe
+from benchmarks.result_files import RESULTS, write_result
 
-RESULT = Path(__file__).parent / "results" / "save_stall.json"
+RESULT = RESULTS / "save_stall.json"
 SIZE = 2
 LIMIT = 0.2
 
@@ -110,6 +111,7 @@ def main() -> int:
     parser.add_argument("--n-embd", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--directory", type=Path, help="for the checkpoints; a temporary one here by default")
+    parser.add_argument("--out", type=Path, default=RESULT, help=f"file to write; default: {RESULT.name}")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.directory or Path.cwd(), prefix=".save_stall-") as name:
         folder = Path(name)
@@ -127,8 +129,7 @@ def main() -> int:
         "samples": measured["samples"],
         "machine": describe(),
     }
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_result(args.out, record)
     print(json.dumps(summary, indent=1))
     return 0 if all(summary["kept"].values()) else 1
 

@@ -14,14 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks import tables
 from benchmarks.machine import describe
 from grow.compare.plan import PlannedRun, planned_runs
 from grow.compare.settings import CompareConfig, read_settings, stages_of
@@ -35,7 +35,6 @@ SETTINGS, RESULT, PAGE = (ROOT / part for part in ("configs/study", "benchmarks/
 COMMON = "common"  # settings that the comparisons share
 REFERENCES = ("scratch", "stack")
 CONFIDENCE = 0.95
-NAME_AND_TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def noise(losses: np.ndarray) -> tuple[float, int]:
@@ -130,25 +129,20 @@ def table(found: Mapping[str, Any]) -> str:
     with_rate = len({arm["connection_rate"] for arm in found["arms"]}) > 3
     head = ["arm", *(["R_c"] if with_rate else []), "loss", *(f"− {name}" for name in references)]
     head += ["at growth", "speed-up", "tokens"]
-    lines = [_row(head), _row(["---", *(["--:"] * (len(head) - 1))])]
+    rows = []
     for arm in sorted(found["arms"], key=lambda arm: means[arm["name"]]):
         mean = means[arm["name"]]
         cells = [arm["name"], *([arm["connection_rate"] or "–"] if with_rate else []), f"{mean:.4f}"]
         cells += ["–" if name == arm["name"] else f"{mean - means[name]:+.4f}" for name in references]
         cells += [_mean(arm["spike"], "+.2f"), _speedup(arm, len(found["seeds"])), f"{arm['tokens'] / 1e3:,.0f} k"]
-        lines.append(_row(cells))
+        rows.append(cells)
     seeds = ", ".join(map(str, found["seeds"]))
-    lines += [
-        "",
+    note = (
         f"{found['measured'].capitalize()}, nats per token, seeds {seeds}. Differences from "
         f"**{found['half_width']:.4f}** on are told apart: 95 % for all differences to one arm together, from a noise "
-        f"of {found['noise']:.4f} with {found['degrees_of_freedom']} degrees of freedom.",
-    ]
-    return "\n".join(lines)
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+        f"of {found['noise']:.4f} with {found['degrees_of_freedom']} degrees of freedom."
+    )
+    return f"{tables.markdown(head, rows)}\n\n{note}"
 
 
 def _mean(found: Mapping[str, Any] | None, form: str) -> str:
@@ -163,31 +157,23 @@ def _speedup(arm: Mapping[str, Any], n_seeds: int) -> str:
     return f"{'≥ ' if arm['speedup_is_bound'] else ''}{100 * found['mean']:+.0f} %{seeds}"
 
 
-def with_tables(page: str, comparisons: Mapping[str, Any]) -> str:
-    """The page with the tables of what was trained between its marks, `<!-- table: NAME -->` and `<!-- end -->`."""
-
-    def replaced(match: re.Match[str]) -> str:
-        found = comparisons.get(match[2])
-        return f"{match[1]}{'Not trained yet.' if found is None else table(found)}\n{match[3]}"
-
-    return NAME_AND_TABLE.sub(replaced, page)
+def table_of(comparisons: Mapping[str, Any]) -> Callable[[str], str]:
+    """Name of a comparison -> its table."""
+    return lambda name: table(comparisons[name]) if name in comparisons else "Not trained yet."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="The tables of docs/study.md.")
     parser.add_argument("--check", action="store_true", help="fail unless the tables are those of results/study.json")
-    check = parser.parse_args(arguments).check
-    page = PAGE.read_text(encoding="utf-8")
-    if check:
-        same = with_tables(page, json.loads(RESULT.read_text(encoding="utf-8"))["comparisons"]) == page
-        sys.stdout.write("" if same else f"{PAGE} has other tables than {RESULT}; run python -m benchmarks.study\n")
-        return 0 if same else 1
+    if parser.parse_args(arguments).check:
+        comparisons = json.loads(RESULT.read_text(encoding="utf-8"))["comparisons"]
+        return tables.check(PAGE, table_of(comparisons), "python -m benchmarks.study")
     names = sorted(path.stem for path in SETTINGS.glob("*.yaml") if path.stem != COMMON)
     comparisons = collect(names)
     hours, unmeasured = cpu_hours(comparisons)
     result = {"machine": describe(), "cpu_hours": hours, "runs_of_unknown_cost": unmeasured}
     write_atomically(RESULT, (json.dumps({**result, "comparisons": comparisons}, indent=1) + "\n").encode())
-    write_atomically(PAGE, with_tables(page, comparisons).encode())
+    tables.renew(PAGE, table_of(comparisons))
     left = [name for name in names if name not in comparisons]
     sys.stdout.write(
         f"{len(comparisons)} comparisons, {hours:.2f} CPU-hours; not trained: {', '.join(left) or 'none'}\n"

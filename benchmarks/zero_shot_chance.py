@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe
+from benchmarks.result_files import RESULTS, write_result
 from grow.scores import AVERAGED
 from lit_gpt.config import Config
 from lit_gpt.model import GPT, init_weights
@@ -24,7 +25,7 @@ from pretrain.zero_shot.evaluator import evaluate_tasks
 from pretrain.zero_shot.metrics import average
 from pretrain.zero_shot.task import find_tasks
 
-RESULT = Path(__file__).parent / "results" / "zero_shot_chance.json"
+RESULT = RESULTS / "zero_shot_chance.json"
 LIMIT_POINTS = 2.0
 SIZES = dict(n_layer=2, n_embd=64, n_head=4, n_query_groups=4, intermediate_size=176, block_size=2048)
 
@@ -57,6 +58,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="the folder of evaluation data")
     parser.add_argument("--tokenizer", required=True, metavar="PATH", help="a file, a folder, or `bytes`")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="models (%(default)s)")
+    parser.add_argument("--out", type=Path, default=RESULT, help=f"file to write; default: {RESULT.name}")
     args = parser.parse_args()
     tokenizer = Tokenizer.load(args.tokenizer)
     results = []
@@ -72,7 +74,7 @@ def main() -> int:
         "results": results,
         "machine": describe(),
     }
-    RESULT.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_result(args.out, record)
     return 0 if kept else 1
 
 

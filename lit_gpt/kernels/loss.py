@@ -18,7 +18,7 @@ from lit_gpt.kernels.backend import Backend, at_most_fp32, triton_runs
 from lit_gpt.kernels.triton_ops import triton_chunk_loss
 
 CHUNK_ROWS = 1024  # 125 MiB of logits at V=32000 in fp32; larger outputs are bound by page faults on a CPU
-CPU_CHUNK_ROWS = 128  # at V=4096 2 MiB, which a cache holds: benchmarks/cpu_training.py
+CPU_CHUNK_ROWS = 128  # at V=4096 2 MiB, which a cache holds: benchmarks/training.py
 IGNORE_INDEX = -100
 ChunkLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 LinearCrossEntropy = Callable[..., Tensor]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,7 +18,29 @@ from lit_gpt.kernels.settings import DOCTOR, BackendUnavailable
 
 Function = Callable[..., "Tensor | tuple[Tensor, ...]"]
 
-ROWS, TOKENS, HEADS, GROUPS, CHANNELS, VOCAB = 2, 16, 4, 2, 64, 96
+
+@dataclass(frozen=True)
+class Shape:
+    """Of the inputs, by default so small that nobody waits; the size of a head is the situation's."""
+
+    rows: int = 2
+    tokens: int = 16
+    heads: int = 4
+    groups: int = 2
+    channels: int = 64
+    intermediate_size: int = 64
+    vocab: int = 96
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operation on an input, beside its reference."""
+
+    operation: str
+    """As in KernelConfig."""
+    function: Function
+    oracle: Function
+    inputs: list[Tensor]
 
 
 def self_check(kernels: Kernels, situation: Situation, device: torch.device) -> None:
@@ -26,18 +49,16 @@ def self_check(kernels: Kernels, situation: Situation, device: torch.device) -> 
     Raises:
         BackendUnavailable: naming the first that is off, and by how much.
     """
-    for operation, function, oracle, inputs in _cases(kernels, situation, device):
-        name, allowed = getattr(kernels.names, operation), tolerance(situation.dtype)
+    for case in cases(kernels, situation, device):
+        operation, allowed = case.operation, tolerance(situation.dtype)
+        name = getattr(kernels.names, operation)
         try:
-            found = values_and_gradients(function, inputs)
+            found = values_and_gradients(case.function, case.inputs)
         except RuntimeError as error:
             raise BackendUnavailable(
                 f"kernels.{operation}={name!r} fails on its first input: {error}. {_advice(operation)}"
             ) from error
-        # both start from the same rounded numbers, and the oracle computes with them in float64
-        exact = values_and_gradients(oracle, [x.double() if x.is_floating_point() else x for x in inputs])
-        errors = [relative_error(one, other) for one, other in zip(found, exact, strict=True)]
-        wrong = [error for error in errors if not error <= allowed]  # NaN is wrong
+        wrong = [error for error in errors_of(found, case) if not error <= allowed]  # NaN is wrong
         if wrong:
             raise BackendUnavailable(
                 f"kernels.{operation}={name!r} computes something else than the reference: relative error "
@@ -52,6 +73,12 @@ def _advice(operation: str) -> str:
 def tolerance(dtype: torch.dtype) -> float:
     """Largest ||found - exact|| / ||exact|| that rounding explains, with room: a wrong formula is off by much more."""
     return 3e-2 if dtype in HALF else 1e-4
+
+
+def errors_of(found: Iterable[Tensor], case: Case) -> list[float]:
+    """Relative errors of values and gradients. The oracle computes in float64, from the same rounded numbers."""
+    exact = values_and_gradients(case.oracle, [x.double() if x.is_floating_point() else x for x in case.inputs])
+    return [relative_error(one, other) for one, other in zip(found, exact, strict=True)]
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:
@@ -77,10 +104,8 @@ def _ramp(like: Tensor) -> Tensor:
     return (0.5 + steps / 16).to(like.dtype).view(like.shape)
 
 
-def _cases(
-    kernels: Kernels, situation: Situation, device: torch.device
-) -> list[tuple[str, Function, Function, list[Tensor]]]:
-    """Operation, what was chosen, the reference, and an input for both."""
+def cases(kernels: Kernels, situation: Situation, device: torch.device, shape: Shape = Shape()) -> list[Case]:
+    """What was chosen, the reference, and an input for both; of `norm` alone, and after adding."""
     generator = torch.Generator().manual_seed(0)
     has_bf16 = device.type != "cpu" or cpu_multiplies_bf16()
 
@@ -90,35 +115,41 @@ def _cases(
     def stored(*shape: int) -> Tensor:  # weights are wider than what blocks compute with
         return torch.randn(shape, generator=generator).to(device, torch.promote_types(situation.dtype, torch.float32))
 
-    D, C = max(situation.head_sizes), CHANNELS
-    q, k, v = random(ROWS, HEADS, TOKENS, D), random(ROWS, GROUPS, TOKENS, D), random(ROWS, GROUPS, TOKENS, D)
-    x, delta, weight = random(ROWS, TOKENS, C), random(ROWS, TOKENS, C), stored(C)
-    hidden, head = random(ROWS * TOKENS, C), stored(VOCAB, C)
-    targets = torch.arange(ROWS * TOKENS, device=device)
+    B, T, C, D, n = shape.rows, shape.tokens, shape.channels, max(situation.head_sizes), shape.rows * shape.tokens
+    q, k, v = random(B, shape.heads, T, D), random(B, shape.groups, T, D), random(B, shape.groups, T, D)
+    x, delta, weight = random(B, T, C), random(B, T, C), stored(C)
+    gate, up = random(B, T, shape.intermediate_size), random(B, T, shape.intermediate_size)
+    hidden, head = random(n, C), stored(shape.vocab, C) / C**0.5  # or its gradients would be subnormal numbers
+    targets = torch.arange(n, device=device) % shape.vocab
     targets[0] = -100
-    angles = torch.arange(TOKENS)[:, None] * torch.linspace(1.0, 0.1, D // 2)
+    angles = torch.arange(T)[:, None] * torch.linspace(1.0, 0.1, D // 2)
     cos, sin = (t.to(device) for t in cos_sin(angles))
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return causal_attention(q, k, v, cpu_has_bf16=has_bf16, by=kernels.attention)
 
     return [
-        ("attention", attention, reference.attention, [q, k, v]),
-        ("norm", lambda x, w: kernels.norm.alone(x, w, 1e-5), lambda x, w: reference.rms_norm(x, w, 1e-5), [x, weight]),
-        (
+        Case("attention", attention, reference.attention, [q, k, v]),
+        Case(
+            "norm",
+            lambda x, w: kernels.norm.alone(x, w, 1e-5),
+            lambda x, w: reference.rms_norm(x, w, 1e-5),
+            [x, weight],
+        ),
+        Case(
             "norm",
             lambda x, d, w: kernels.norm.after_adding(x, d, w, 1e-5),
             lambda x, d, w: reference.add_rms_norm(x, d, w, 1e-5),
             [x, delta, weight],
         ),
-        ("mlp", lambda g, u: kernels.mlp(g, u, False), lambda g, u: reference.gated(g, u, False), [x, delta]),
-        (
+        Case("mlp", lambda g, u: kernels.mlp(g, u, False), lambda g, u: reference.gated(g, u, False), [gate, up]),
+        Case(
             "rope",
             lambda x: kernels.rope(x, cos, sin),
             lambda x: reference.rope(x, cos.double(), sin.double()),
             [q.transpose(1, 2)],
         ),
-        (
+        Case(
             "loss",
             lambda h, w: kernels.loss(h, w, targets, reduction="mean"),
             lambda h, w: reference.linear_cross_entropy(h, w, targets),

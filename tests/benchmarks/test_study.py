@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from benchmarks import study
+from benchmarks import study, tables
 from grow.compare.plan import planned_runs
 from grow.compare.settings import read_settings
 from lit_gpt.packed_dataset import write_token_file
@@ -77,7 +77,7 @@ def test_results_of_other_settings_are_refused(monkeypatch, tmp_path):
 
 
 def test_a_comparison_that_was_not_trained_is_said_to_be_missing():
-    assert "Not trained yet." in study.with_tables("<!-- table: rates -->\n<!-- end -->\n", {})
+    assert "Not trained yet." in tables.with_tables("<!-- table: rates -->\n<!-- end -->\n", study.table_of({}))
 
 
 def test_a_run_that_two_comparisons_share_is_charged_once():

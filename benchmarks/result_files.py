@@ -1,0 +1,26 @@
+"""Results as JSON: one record per file, or one for each kind of machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def write_result(path: Path, record: Mapping[str, Any]) -> None:
+    """Write one record."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A record, or the records by machine; empty where nothing was measured yet."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def add_result(path: Path, machine: str, record: Mapping[str, Any]) -> None:
+    """Replace the record of one kind of machine in a file, keep the others."""
+    write_result(path, dict(sorted({**read_result(path), machine: record}.items())))
