@@ -101,11 +101,10 @@ def test_preparation_alone_runs_on_a_little_text(tmp_path, monkeypatch, data_dir
 
 @pytest.mark.slow
 def test_everything_runs_at_toy_size(tmp_path, data_dir):
-    data_dir("evals")
+    environment = {**os.environ, "LIT_GROW_DATA": str(data_dir("evals").parent)}
     command = [sys.executable, "-m", "benchmarks", "--quick", "--results", str(tmp_path)]
-    done = subprocess.run(
-        command, cwd=Path(suite.__file__).parent.parent, env=os.environ, capture_output=True, text=True
-    )
+    root = Path(suite.__file__).parent.parent
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     quick = {each.module for name in suite.USUAL for each in suite.GROUPS[name]}
     assert {path.stem for path in tmp_path.glob("*.json")} == quick
