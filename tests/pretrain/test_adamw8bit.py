@@ -16,7 +16,7 @@ from grow.operators import plan_growth
 from lit_gpt.checkpoint import latest, read_training
 from lit_gpt.memory import Computation, memory_per_device
 from lit_gpt.settings_files import merge
-from pretrain import loop, parallel
+from pretrain import parallel
 from pretrain.command_line import parse
 from pretrain.config import OptimizerConfig, ParallelConfig
 from pretrain.optim import build_optimizer, load_named_state, named_state, set_learning_rate
@@ -27,7 +27,7 @@ from pretrain.validate_command import validate
 from pretrain.world import ALONE, connected
 from tests.pretrain.conftest import two_stages
 from tests.pretrain.processes import run_on
-from tests.pretrain.runs import assert_same_end, records
+from tests.pretrain.runs import assert_same_end, cut_off_after, records
 from tests.pretrain.test_muon import stepped
 from tests.pretrain.test_stages import StageConfig, run_config
 from tests.toys import toy_config, toy_model, toy_tokens, toy_weights
@@ -230,20 +230,8 @@ def test_a_run_learns_with_it_and_resumes_to_the_bit(eager, go, monkeypatch, in_
     losses = [line["loss"] for line in records(whole_run)]
     assert losses[-1] < losses[0] - 1.0
 
-    class Stopped(Exception):
-        """In the middle of a stage."""
-
-    original = loop.train_step
-
-    def train_step(this_run, stage, trained, state, batches):
-        if state.step_count == 9:
-            raise Stopped
-        return original(this_run, stage, trained, state, batches)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(loop, "train_step", train_step)
-        with pytest.raises(Stopped):
-            go("stopped", **settings)
+    with cut_off_after(9):
+        go("stopped", **settings)
     assert_same_end(go("stopped", **settings), whole_run)
     monkeypatch.setattr(parallel, "adamw8bit_missing", lambda _: "is missing")
     assert validate(str(whole_run), [])  # where it cannot run

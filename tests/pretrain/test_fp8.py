@@ -18,7 +18,7 @@ from lit_gpt.checkpoint import latest, read_training
 from lit_gpt.kernels import fp8
 from lit_gpt.kernels.backend import Situation
 from lit_gpt.settings_files import merge
-from pretrain import loop, parallel
+from pretrain import parallel
 from pretrain.command_line import parse
 from pretrain.config import ParallelConfig
 from pretrain.config_checks import config_problems
@@ -29,7 +29,7 @@ from pretrain.validate_command import validate
 from pretrain.world import ALONE, connected
 from tests.pretrain.conftest import two_stages
 from tests.pretrain.processes import run_on
-from tests.pretrain.runs import assert_same_end, records
+from tests.pretrain.runs import assert_same_end, cut_off_after, records
 from tests.pretrain.test_stages import MODEL, StageConfig, run_config
 from tests.toys import toy_config, toy_tokens, toy_weights
 
@@ -246,20 +246,8 @@ def test_a_run_grows_and_resumes_in_it(go, monkeypatch):
     losses = [line["loss"] for line in records(whole)]
     assert losses[-1] < losses[0] - 1.0
 
-    class Stopped(Exception):
-        """In the middle of a stage."""
-
-    original = loop.train_step
-
-    def train_step(this_run, stage, trained, state, batches):
-        if state.step_count == 9:
-            raise Stopped
-        return original(this_run, stage, trained, state, batches)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(loop, "train_step", train_step)
-        with pytest.raises(Stopped):
-            go("stopped")
+    with cut_off_after(9):
+        go("stopped")
     assert_same_end(go("stopped"), whole)
     monkeypatch.setattr(parallel, "missing", lambda _: "is missing")
     assert validate(str(whole), [])  # where it cannot run, in bf16

@@ -13,7 +13,6 @@ from grow.operators import plan_growth
 from lit_gpt.axes import layer_of, parameter_shapes
 from lit_gpt.checkpoint import latest, read_training
 from lit_gpt.settings_files import merge
-from pretrain import loop
 from pretrain.command_line import parse
 from pretrain.config import BatchConfig, OptimizerConfig, ParallelConfig
 from pretrain.optim import (
@@ -28,7 +27,7 @@ from pretrain.run import run
 from pretrain.world import World
 from tests.pretrain.conftest import two_stages
 from tests.pretrain.processes import run_on
-from tests.pretrain.runs import assert_same_end, records
+from tests.pretrain.runs import assert_same_end, cut_off_after, records
 from tests.pretrain.test_stages import StageConfig, run_config
 from tests.toys import toy_config, toy_model, toy_tokens
 
@@ -173,25 +172,13 @@ MAPPED = [
 ]
 
 
-def test_a_run_learns_with_it_and_resumes_to_the_bit(go, tmp_path, monkeypatch):
+def test_a_run_learns_with_it_and_resumes_to_the_bit(go):
     whole = go("whole", stages=MAPPED)
     losses = [line["loss"] for line in records(whole)]
     assert losses[-1] < losses[0] - 1.0
 
-    class Stopped(Exception):
-        """In the middle of a stage."""
-
-    original = loop.train_step
-
-    def train_step(this_run, stage, trained, state, batches):
-        if state.step_count == 9:
-            raise Stopped
-        return original(this_run, stage, trained, state, batches)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(loop, "train_step", train_step)
-        with pytest.raises(Stopped):
-            go("stopped", stages=MAPPED)
+    with cut_off_after(9):
+        go("stopped", stages=MAPPED)
     assert_same_end(go("stopped", stages=MAPPED), whole)
     stored = read_training(latest(whole / "checkpoints")).optimizer
     assert set(stored["transformer.h.0.attn.attn.weight"]) == MUON_SLOTS
