@@ -192,10 +192,10 @@ def kept_by_layer(config: Config, how: Computation, layer: int = 0) -> float:
     frozen = frozenset(how.frozen)
     if not frozen:
         return _kept(config, how, how.recompute)
-    below = [name for name in parameter_shapes(config) if (layer_of(name) or 0) <= layer and name not in (HEAD,)]
-    if frozen.issuperset(name for name in below if name == EMBEDDING or layer_of(name) is not None):
+    layers = {name: -1 if name == EMBEDDING else layer_of(name) for name in parameter_shapes(config)}
+    if frozen.issuperset(name for name, number in layers.items() if number is not None and number <= layer):
         return 0  # nothing below trains
-    own = [name for name in below if layer_of(name) == layer]
+    own = [name for name, number in layers.items() if number == layer]
     kept = _kept(config, how, how.recompute)
     if how.recompute == "none" and frozen.issuperset(own):  # a weight's gradient alone needs its product's input
         kept -= _into_products(config, how)

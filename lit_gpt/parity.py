@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_gpt.available_memory import available_memory
 from lit_gpt.config import Config
 from lit_gpt.flops import count_parameters
 from lit_gpt.model import GPT
@@ -54,13 +55,8 @@ def fits_in_memory(config: Config) -> bool:
 
 def available_bytes() -> int:
     """Memory that can be had without swapping."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    found = available_memory()
+    return found if found is not None else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def our_model(config: Config, weights: Mapping[str, Tensor]) -> Model:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from lit_gpt.available_memory import CGROUP, MEMINFO, available_memory
 from lit_gpt.flops import count_parameters
 from lit_gpt.kernels.products import cpu_multiplies_bf16
 from lit_gpt.memory import Computation, Memory, memory_per_device, memory_text
@@ -15,8 +16,6 @@ from pretrain.config import RunConfig
 from pretrain.parallel import Compute, is_sharded
 from pretrain.stages import Stage
 from pretrain.world import World
-
-MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
 def computation(config: RunConfig, stage: Stage, compute: Compute, world: World, device_type: str) -> Computation:
@@ -59,7 +58,7 @@ def memory_lines(
             f"memory of stage {stage.index} {stage.name}: about {memory.total / 1e9:.3g} GB per device beside the "
             f"process itself, micro-batch {config.batch.micro_batch_size}; {memory_text(memory)}"
         )
-    free = available_bytes(device)
+    free = per_process(available_bytes(device), device, world)
     return lines if free is None else [*lines, f"memory that is free: {free / 1e9:.3g} GB"]
 
 
@@ -67,29 +66,9 @@ def available_bytes(device: torch.device, meminfo: Path = MEMINFO, cgroup: Path 
     """Free on a CUDA device; for a CPU process what the machine and its control group still have. None: not known."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    found = [_machine_bytes(meminfo), _cgroup_bytes(cgroup)]
-    return min((each for each in found if each is not None), default=None)
+    return available_memory(meminfo, cgroup)
 
 
-def _machine_bytes(meminfo: Path) -> int | None:
-    if not meminfo.is_file():
-        return None
-    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
-    available = fields.get("MemAvailable")
-    return None if available is None else int(available.split()[0]) * 1024
-
-
-def _cgroup_bytes(cgroup: Path) -> int | None:
-    """Limit less use, in control groups of version 2 and 1; page cache that can be dropped is not counted as used."""
-    names = {"memory.max": "memory.current", "memory/memory.limit_in_bytes": "memory/memory.usage_in_bytes"}
-    for limit_name, used_name in names.items():
-        limit, used = cgroup / limit_name, cgroup / used_name
-        if not limit.is_file() or not used.is_file():
-            continue
-        text = limit.read_text().strip()
-        if text == "max" or int(text) >= 1 << 60:  # version 1 says so with a number near 2 ** 63
-            return None
-        stat = limit.with_name("memory.stat")
-        fields = dict(line.split() for line in stat.read_text().splitlines()) if stat.is_file() else {}
-        return int(text) - int(used.read_text()) + int(fields.get("inactive_file", 0))
-    return None
+def per_process(free: int | None, device: torch.device, world: World) -> int | None:
+    """What a process may take of it: those of a node share its memory, and have a CUDA device each."""
+    return free if free is None or device.type == "cuda" else free // world.local_size

@@ -262,7 +262,8 @@ def log_step(
     seconds, tokens = state.seconds - last_log[0], state.tokens - last_log[1]
     tokens_per_sec = tokens / seconds if seconds else 0.0
     bytes_per_token, total = run.train.bytes_per_token(state.position), state.total_flops
-    compiling, trained.compile_secs_told = compile_secs() - trained.compile_secs_told, compile_secs()
+    compiled = compile_secs()
+    compiling, trained.compile_secs_told = compiled - trained.compile_secs_told, compiled
     run.log.metrics(
         {
             "step": state.step_count,

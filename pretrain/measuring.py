@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -20,24 +20,13 @@ from pretrain.stages import Stage
 from pretrain.state import TrainState
 from pretrain.training import Run, Trained
 from pretrain.zero_shot.metrics import Score, average, describe_scores
-from pretrain.zero_shot.suite import Suite
 
 EVERY = "every"
 
 
 def is_due(run: Run, step: int) -> bool:
     """Whether anything is measured after this step because of its number."""
-    return _sets_are_due(run, step) or _tasks_are_due(run, step)
-
-
-def _sets_are_due(run: Run, step: int) -> bool:
-    every = run.config.validation.every_steps
-    return every > 0 and step % every == 0
-
-
-def _tasks_are_due(run: Run, step: int) -> bool:
-    every = run.config.zero_shot.every_steps
-    return run.zero_shot is not None and every > 0 and step % every == 0
+    return any(every_steps > 0 and step % every_steps == 0 for every_steps, _ in _parts(run))
 
 
 def measure(run: Run, stage: Stage, trained: Trained, state: TrainState, when: str) -> bool:
@@ -52,12 +41,10 @@ def measure(run: Run, stage: Stage, trained: Trained, state: TrainState, when: s
     state.validation_owed = when
     at = moment({**state.to_dict(), "stage": stage.index, "stage_name": stage.name}, when)
     found = Found([], [])
-    if when != EVERY or _sets_are_due(run, state.step_count):
-        found = _with_losses(run, trained, state, at, found)
-    if found is not None and run.zero_shot is not None and (when != EVERY or _tasks_are_due(run, state.step_count)):
-        found = _with_scores(run, run.zero_shot, trained, state, at, found)
-    if found is None:
-        return False
+    for every_steps, add in _parts(run):
+        due = when != EVERY or (every_steps > 0 and state.step_count % every_steps == 0)
+        if due and not add(run, trained, state, at, found):
+            return False
     state.validation_owed = None
     run.log.evaluation(found.records)
     for line in found.lines:
@@ -65,7 +52,7 @@ def measure(run: Run, stage: Stage, trained: Trained, state: TrainState, when: s
     return True
 
 
-@dataclass(frozen=True)
+@dataclass
 class Found:
     """What was measured."""
 
@@ -74,11 +61,20 @@ class Found:
     """The same for people."""
 
 
-def _with_losses(run: Run, trained: Trained, state: TrainState, at: Mapping[str, Any], before: Found) -> Found | None:
-    """With those of every validation set; None: asked to stop."""
+Add = Callable[[Run, Trained, TrainState, Mapping[str, Any], Found], bool]
+"""Measures one kind of thing and adds it to what was found; False: asked to stop."""
+
+
+def _parts(run: Run) -> list[tuple[int, Add]]:
+    """What a run measures, and every how many steps besides its own moments (0: not)."""
+    losses = (run.config.validation.every_steps, _add_losses)
+    return [losses] if run.zero_shot is None else [losses, (run.config.zero_shot.every_steps, _add_scores)]
+
+
+def _add_losses(run: Run, trained: Trained, state: TrainState, at: Mapping[str, Any], found: Found) -> bool:
+    """Those of every validation set."""
     limit = run.config.validation.max_tokens
     max_tokens = None if limit is None else parse_token_count(limit)
-    records, lines = [*before.records], [*before.lines]
     for each in run.validation:
         result = evaluate(
             trained.module,
@@ -90,22 +86,21 @@ def _with_losses(run: Run, trained: Trained, state: TrainState, at: Mapping[str,
             lambda: _is_interrupted(run, state, "validating"),
         )
         if result is None:
-            return None
-        records += loss_records(at, each, result, max_tokens)
+            return False
+        found.records += loss_records(at, each, result, max_tokens)
         bpb = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.4f} bits per byte"
         what = f"validation {each.name} ({at['stage_name']}, {at['when']})"
-        lines.append(f"{what}: {result.nats_per_token:.4f} nats per token{bpb}")
-    return Found(records, lines)
+        found.lines.append(f"{what}: {result.nats_per_token:.4f} nats per token{bpb}")
+    return True
 
 
-def _with_scores(
-    run: Run, suite: Suite, trained: Trained, state: TrainState, at: Mapping[str, Any], before: Found
-) -> Found | None:
-    """With those of every task, and their average where there is one; None: asked to stop.
+def _add_scores(run: Run, trained: Trained, state: TrainState, at: Mapping[str, Any], found: Found) -> bool:
+    """Those of every task, and their average where there is one.
 
     Where a model gives no finite numbers it has no scores; whether its run goes on, its guards decide.
     """
-    scores: list[Score] = []
+    suite, scores = run.zero_shot, list[Score]()
+    assert suite is not None
     for task in suite.prepared:
         try:
             with _uncompiled(run):
@@ -122,17 +117,17 @@ def _with_scores(
                 sys.stderr.write(f"warning: no score of {name} at step {state.step_count:,}: {error}\n")
             continue
         if of_task is None:
-            return None
+            return False
         scores += of_task
     if not scores:
-        return before
+        return True
     mean = average(scores)
     scores += [] if mean is None else [mean]
-    dtype = "float32" if run.compute.precision == "fp32" else "bfloat16"
+    dtype = str(run.compute.dtype).removeprefix("torch.")
     weights = _fingerprint(run, trained)
-    records = score_records(at, scores, checkpoint=None, weights=weights, first=suite.first, dtype=dtype)
-    line = f"zero-shot ({at['stage_name']}, {at['when']}): {describe_scores(scores)}"
-    return Found([*before.records, *records], [*before.lines, line])
+    found.records += score_records(at, scores, checkpoint=None, weights=weights, first=suite.first, dtype=dtype)
+    found.lines.append(f"zero-shot ({at['stage_name']}, {at['when']}): {describe_scores(scores)}")
+    return True
 
 
 def _uncompiled(run: Run) -> AbstractContextManager[Any]:

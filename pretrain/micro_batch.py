@@ -15,7 +15,7 @@ import torch
 
 from lit_gpt.model import InitialWeights
 from pretrain.config import RunConfig, divisors
-from pretrain.footprint import available_bytes, stage_memory
+from pretrain.footprint import available_bytes, per_process, stage_memory
 from pretrain.loggers import say
 from pretrain.optim import build_optimizer
 from pretrain.parallel import Compute, build_model, clip_gradients, device_type
@@ -40,11 +40,12 @@ def as_before(config: RunConfig, own: dict[str, Any] | None, world: World) -> Ru
 
     own: state.json of the run's last checkpoint.
     """
-    size = _chosen_before(config, own, world)
+    size = chosen_before(config, own, world)
     return config if size is None else with_micro_batch(config, size)
 
 
-def _chosen_before(config: RunConfig, own: dict[str, Any] | None, world: World) -> int | None:
+def chosen_before(config: RunConfig, own: dict[str, Any] | None, world: World) -> int | None:
+    """The micro-batch that a run goes on with; None: it chooses, or its settings say it."""
     if not config.batch.auto or own is None:
         return None
     compute, batch = own.get("compute", {}), own["run_config"]["batch"]
@@ -65,7 +66,7 @@ def decided(
     Raises:
         ValueError: not even one sequence fits.
     """
-    if not config.batch.auto or _chosen_before(config, own, world) is not None:
+    if not config.batch.auto or chosen_before(config, own, world) is not None:
         return config
     size = choose_micro_batch(config, stages, compute, world, device)
     in_turn(world, lambda: check_chosen(size, device))
@@ -97,14 +98,15 @@ def choose_micro_batch(
 ) -> int:
     """The largest one that divides the batch and fits every stage, the same on every process; 0 if none does.
 
-    On a CUDA device of its own a process tries real steps; several processes, and a CPU, go by the estimate, as one of
-    several that runs out of memory leaves the others waiting for it; so do all without `may_try`.
+    On a CUDA device of its own a process tries real steps. By the estimate go several processes, as one of them that
+    runs out of memory leaves the others waiting for it; a CPU; a run with a teacher, which is not in those steps; and
+    all without `may_try`.
     """
     sizes = divisors(config.batch.global_batch_size // world.size)
     if device.type == "cpu":
         tokens = max(stage.config.block_size for stage in stages)
         sizes = [size for size in sizes if size == 1 or size * tokens <= CPU_TOKENS]
-    free = available_bytes(device)
+    free = per_process(available_bytes(device), device, world)
 
     def needs(stage: Stage, size: int) -> float:
         return stage_memory(with_micro_batch(config, size), stage, compute, world, device.type).total
@@ -113,7 +115,8 @@ def choose_micro_batch(
         return free is None or max(needs(stage, size) for stage in stages) <= USABLE * free
 
     fits = is_estimated_to_fit
-    if may_try and device.type == "cuda" and world.size == 1:
+    taught = any(stage.teaching is not None for stage in stages)
+    if may_try and device.type == "cuda" and world.size == 1 and not taught:
         largest = max(stages, key=lambda stage: needs(stage, 1))
 
         def fits(size: int) -> bool:

@@ -57,6 +57,11 @@ class Compute:
         return f"{self.precision}, compile {self.compile}{fp8} ({self.reason})"
 
     @property
+    def dtype(self) -> torch.dtype:
+        """In which blocks compute."""
+        return torch.float32 if self.precision == "fp32" else torch.bfloat16
+
+    @property
     def compute_dtype(self) -> torch.dtype | None:
         return torch.bfloat16 if self.precision == "bf16" else None
 
@@ -182,7 +187,7 @@ def _choose_compute(config: RunConfig, device: torch.device, total_tokens: int) 
     return Compute(precision, "block", f"{hardware}, compiled with {os.path.basename(compiler)}")
 
 
-def fp8_missing(compute: Compute, device: torch.device) -> str | None:
+def _fp8_missing(compute: Compute, device: torch.device) -> str | None:
     """Why 8-bit products that are asked for cannot be made on a device; None if they can, or are not asked for."""
     reason = None if compute.fp8 == "none" else missing(Situation.on(device))
     return reason and f"fp8={compute.fp8} cannot be used here: {reason}; or leave fp8 out"
@@ -198,13 +203,13 @@ def with_kernels(
     """
     situation = Situation.on(
         device,
-        dtype=torch.float32 if compute.precision == "fp32" else torch.bfloat16,
+        dtype=compute.dtype,
         compiled=compute.compile != "none",
         masked=separator_id is not None or any(m.slides(layer) for m in models for layer in range(m.n_layer)),
         head_sizes=tuple(sorted({model.head_size for model in models})),
         n_embd=max(model.n_embd for model in models),
     )
-    if reason := fp8_missing(compute, device):
+    if reason := _fp8_missing(compute, device):
         raise BackendUnavailable(reason)
     kernels = resolve(config.kernels, situation)
     self_check(kernels, situation, device)

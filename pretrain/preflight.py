@@ -73,6 +73,11 @@ class Plan:
     auto_skips: tuple[tuple[int, int], ...] = ()
     """Samples that the run leaves out because it diverged on them; they are among data.skips."""
 
+    @property
+    def tokens(self) -> int:
+        """Training tokens of all stages."""
+        return self.samples * self.stages[-1].config.block_size
+
 
 def preflight(
     invocation: Invocation,
@@ -102,13 +107,7 @@ def preflight(
     config = with_skips(config, auto_skips)
     stages = plan_stages(config, model_config, growth_behind(config, own))
     if invocation.scratch:
-        if config.init_from is not None:
-            raise ValueError("--scratch trains from the first step, init_from does not; give one of the two")
-        if any(stage.slope is not None for stage in stages):
-            raise ValueError(
-                "--scratch spends the FLOPs of all stages, and with grow_when nobody knows those; replace it by the "
-                "max_steps that the stage had in the run to compare with"
-            )
+        check_scratch(config, stages)
         config = scratch_config(config, stages)
         stages = plan_stages(config, model_config)
         given = config
@@ -137,6 +136,21 @@ def preflight(
     origin = None if config.init_from is None else Path(config.init_from)
     config = dataclasses.replace(config, init_from=given.init_from, stages=given.stages)  # as they stand in the record
     return Plan(config, origin, stages, corpus, train, position, samples, validation, lines, zero_shot, own, auto_skips)
+
+
+def check_scratch(config: RunConfig, stages: Sequence[Stage]) -> None:
+    """Refuse --scratch where it has no meaning.
+
+    Raises:
+        ValueError: the run has another beginning, or nobody knows its FLOPs.
+    """
+    if config.init_from is not None:
+        raise ValueError("--scratch trains from the first step, init_from does not; give one of the two")
+    if any(stage.slope is not None for stage in stages):
+        raise ValueError(
+            "--scratch spends the FLOPs of all stages, and with grow_when nobody knows those; replace it by the "
+            "max_steps that the stage had in the run to compare with"
+        )
 
 
 def slope_notes(config: RunConfig, stages: Sequence[Stage]) -> list[str]:

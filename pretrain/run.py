@@ -26,7 +26,9 @@ from lit_gpt.checkpoint import (
     read_training,
     read_weights,
 )
+from lit_gpt.config import Config
 from lit_gpt.errors import EXIT_STOPPED, exit_code
+from lit_gpt.kernels.settings import BackendUnavailable
 from lit_gpt.legacy import is_legacy
 from lit_gpt.model import InitialWeights
 from lit_gpt.processes import first
@@ -41,7 +43,7 @@ from pretrain.guards import Diverged, GivenUp
 from pretrain.heartbeat import HEARTBEAT_FILE
 from pretrain.loggers import EVALS_FILE, METRICS_FILE, TENSORBOARD_FOLDER, Log, NoLog, RunLog, say
 from pretrain.loop import describe_divergence, skip_on_return, train_in_stages
-from pretrain.micro_batch import choose_micro_batch, decided, with_micro_batch
+from pretrain.micro_batch import choose_micro_batch, chosen_before, decided, with_micro_batch
 from pretrain.origin import (
     check_separator,
     checkpoints_meant,
@@ -54,7 +56,6 @@ from pretrain.parallel import (
     choose_compute,
     describe_world,
     device_type,
-    fp8_missing,
     is_sharded,
     launch,
     with_kernels,
@@ -99,7 +100,9 @@ def run(invocation: Invocation, command: list[str], stop: StopSignal | None = No
         meant = first(world, lambda: checkpoints_meant(invocation.config))
         if invocation.dry_run:
             plan = in_turn(world, lambda: preflight(invocation, world, meant=meant))
-            _, notes = (None, []) if plan.own is None else resumed_state(plan.own, plan.config, plan.train)
+            notes = (
+                [] if plan.own is None else in_turn(world, lambda: resumed_state(plan.own, plan.config, plan.train))[1]
+            )
             with told_once(world):
                 stop.obey(world)
             memory = memory_found(plan, world)
@@ -142,10 +145,8 @@ class Ready:
             ValueError: the device is not there, or cannot compute as asked, or not by the kernels asked for.
         """
         fabric = launch(plan.config, world)
-        tokens = plan.samples * plan.stages[-1].config.block_size
-        compute = choose_compute(plan.config, fabric.device, tokens)
-        models = [stage.config for stage in plan.stages]
-        return cls(plan, fabric, with_kernels(compute, plan.config, fabric.device, models, plan.train.separator_id))
+        compute = choose_compute(plan.config, fabric.device, plan.tokens)
+        return cls(plan, fabric, with_kernels(compute, plan.config, fabric.device, *of_models(plan)))
 
     def with_micro_batch(self, world: World) -> Ready:
         """With the micro-batch chosen, if the settings leave it open; every process calls this."""
@@ -171,13 +172,21 @@ def as_started(invocation: Invocation, world: World) -> Invocation:
 def memory_found(plan: Plan, world: World) -> list[str]:
     """What the run would take of a device like this process's, for a dry run; every process calls this."""
     config, device = plan.config, torch.device(device_type(plan.config))
-    compute = choose_compute(config, device, plan.samples * plan.stages[-1].config.block_size)
-    if config.batch.auto:
+    compute = choose_compute(config, device, plan.tokens)
+    if config.batch.auto and chosen_before(config, plan.own, world) is None:
         size = choose_micro_batch(config, plan.stages, compute, world, device, may_try=False)
         config = with_micro_batch(config, max(1, size))
     lines = memory_lines(config, plan.stages, compute, world, device)
-    reason = fp8_missing(compute, device)
-    return [*lines, f"warning: {reason}"] if reason else lines
+    try:
+        with_kernels(compute, config, device, *of_models(plan))
+    except BackendUnavailable as error:  # the run itself may be for another machine
+        lines.append(f"warning: {error}")
+    return lines
+
+
+def of_models(plan: Plan) -> tuple[list[Config], int | None]:
+    """What decides which kernels its models can have: their sizes, and whether documents are kept apart."""
+    return [stage.config for stage in plan.stages], plan.train.separator_id
 
 
 @contextmanager
@@ -223,23 +232,7 @@ def train(ready: Ready, world: World, command: list[str], stop: StopSignal) -> N
     plan, fabric, compute = ready.plan, ready.fabric, ready.compute
     config, stages = plan.config, plan.stages
     out_dir = Path(config.out_dir)
-    metadata = {
-        "run_config": to_plain(config),
-        "seed": config.seed,
-        "command": command,
-        "tokenizer": plan.corpus.tokenizer_entry,
-        "separator_id": plan.train.separator_id,
-        "auto_skips": [list(skip) for skip in plan.auto_skips],
-        "compute": {
-            "precision": compute.precision,
-            "compile": compute.compile,
-            "fp8": compute.fp8,
-            "reason": compute.reason,
-            "device": fabric.device.type,
-            "processes": world.size,
-        },
-        "kernels": dataclasses.asdict(compute.kernels.names),
-    }
+    metadata = metadata_of(ready, world, command)
     checkpoints = RunCheckpoints(out_dir, config.checkpoints, metadata, world, fabric.device.type)
     checkpoint = checkpoints.resume()
     if checkpoint is None:
@@ -298,6 +291,28 @@ def open_log(config: RunConfig, state: TrainState, world: World, *, begins: bool
 def new_state(plan: Plan) -> TrainState:
     """Before the first step."""
     return TrainState(position=plan.position, validation_owed="start")
+
+
+def metadata_of(ready: Ready, world: World, command: list[str]) -> dict[str, Any]:
+    """What every checkpoint of this sitting says of how it came about."""
+    plan, compute = ready.plan, ready.compute
+    return {
+        "run_config": to_plain(plan.config),
+        "seed": plan.config.seed,
+        "command": command,
+        "tokenizer": plan.corpus.tokenizer_entry,
+        "separator_id": plan.train.separator_id,
+        "auto_skips": [list(skip) for skip in plan.auto_skips],
+        "compute": {
+            "precision": compute.precision,
+            "compile": compute.compile,
+            "fp8": compute.fp8,
+            "reason": compute.reason,
+            "device": ready.fabric.device.type,
+            "processes": world.size,
+        },
+        "kernels": dataclasses.asdict(compute.kernels.names),
+    }
 
 
 def is_finished(state: TrainState, stages: list[Stage]) -> bool:

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -52,6 +52,11 @@ Need = Callable[[Situation], str | None]
 """What is missing, as a sentence without a subject; None if nothing is."""
 
 
+def first_missing(needs: Iterable[Need], situation: Situation) -> str | None:
+    """The first thing that is needed and is not there; None if nothing is."""
+    return next((reason for need in needs if (reason := need(situation))), None)
+
+
 @dataclass(frozen=True)
 class Backend(Generic[Op]):
     """One implementation of an operation."""
@@ -63,7 +68,7 @@ class Backend(Generic[Op]):
 
     def missing(self, situation: Situation) -> str | None:
         """The first thing that it needs and has not; None if it can run."""
-        return next((reason for need in self.needs if (reason := need(situation))), None)
+        return first_missing(self.needs, situation)
 
 
 def cuda(least: tuple[int, int], only_major: int | None = None) -> Need:

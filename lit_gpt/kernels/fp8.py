@@ -8,7 +8,7 @@ import torch.nn as nn
 
 from lit_gpt.axes import layer_of, parameter_shapes
 from lit_gpt.config import Config
-from lit_gpt.kernels.backend import Need, Situation, cuda, package
+from lit_gpt.kernels.backend import Need, Situation, cuda, first_missing, package
 
 MULTIPLE = 16
 """Of which every size of an 8-bit product has to be one."""
@@ -23,7 +23,7 @@ def missing(situation: Situation) -> str | None:
 
     That a run computes in bf16 and compiles is for its settings to say.
     """
-    return next((reason for need in NEEDS if (reason := need(situation))), None)
+    return first_missing(NEEDS, situation)
 
 
 def multiplies_in_fp8(name: str, shape: tuple[int, ...]) -> bool:

@@ -54,7 +54,7 @@ def self_check(kernels: Kernels, situation: Situation, device: torch.device) -> 
         name = getattr(kernels.names, operation)
         try:
             found = values_and_gradients(case.function, case.inputs)
-        except RuntimeError as error:
+        except Exception as error:  # of any package: those of Triton are no RuntimeErrors
             raise BackendUnavailable(
                 f"kernels.{operation}={name!r} fails on its first input: {error}. {_advice(operation)}"
             ) from error

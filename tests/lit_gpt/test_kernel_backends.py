@@ -304,9 +304,10 @@ def test_the_self_check_refuses_what_computes_something_else(operation, dtype):
         self_check.self_check(off(operation), situation, CPU)
 
 
-def test_the_self_check_refuses_what_fails_and_what_is_no_number():
+@pytest.mark.parametrize("kind", [RuntimeError, type("CompilationError", (Exception,), {})])
+def test_the_self_check_refuses_what_fails_and_what_is_no_number(kind):
     def fails(q, k, v, mask):
-        raise RuntimeError("No available kernel. Aborting execution.")
+        raise kind("No available kernel. Aborting execution.")
 
     for attention, message in ((fails, "fails on its first input: No available"), (lambda q, *_: q * torch.nan, "nan")):
         with pytest.raises(BackendUnavailable, match=message):

@@ -81,6 +81,12 @@ def test_a_kernel_that_cannot_run_here_ends_the_command_with_2_before_anything_i
     assert not Path(settings["out_dir"], "checkpoints").exists()
 
 
+def test_a_dry_run_warns_of_a_kernel_that_cannot_run_here(settings, pretrain):
+    dry = pretrain({**settings, "kernels": {"attention": "fa3"}}, "--dry-run")
+    assert dry.returncode == 0
+    assert "warning: kernels.attention='fa3' cannot be used: needs a CUDA device" in dry.stderr
+
+
 def test_an_unknown_kernel_is_refused(settings):
     with pytest.raises(ValueError, match="flesh"):
         config_of({**settings, "kernels": {"attention": "flesh"}})

@@ -70,6 +70,17 @@ def test_on_a_cpu_it_is_no_larger_than_is_fast_and_divides_each_processs_share(m
     assert choose_micro_batch(config, stages, FP32, world, CPU) == 3
 
 
+def test_processes_of_a_node_share_its_memory(monkeypatch, two_stages_of_24):
+    config, stages = two_stages_of_24
+    on_one_node = World(0, 2, local_size=2)
+    config_of_size = dataclasses.replace(config, batch=BatchConfig(24, 2))
+    needed = max(stage_memory(config_of_size, stage, FP32, on_one_node, "cpu").total for stage in stages)
+    monkeypatch.setattr(micro_batch, "available_bytes", lambda _: 2 * int(needed / micro_batch.USABLE + 1))
+    monkeypatch.setattr(World, "gather", lambda self, value: [value] * self.size)
+    assert choose_micro_batch(config, stages, FP32, on_one_node, CPU) == 2
+    assert choose_micro_batch(config, stages, FP32, World(0, 2), CPU) > 2
+
+
 def test_the_smallest_of_all_processes_is_everybodys(monkeypatch, two_stages_of_24):
     monkeypatch.setattr(World, "gather", lambda self, value: [value, 2])
     config, stages = two_stages_of_24
@@ -128,6 +139,15 @@ def test_numbers_do_not_depend_on_it(go):
     auto, plain = go("auto", batch={"auto": True}), go("plain", batch={"micro_batch_size": 1})
     losses = [[line["loss"] for line in records(folder)] for folder in (auto, plain)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_dry_run_shows_the_choice_that_a_run_goes_on_with(go, monkeypatch, capsys):
+    stages = [{"name": "base", "n_layer": 1, "max_steps": 3}]
+    go("run", "--batch.auto", "true", stages=stages)
+    monkeypatch.setattr(micro_batch, "available_bytes", lambda _: 1)
+    capsys.readouterr()
+    go("run", "--batch.auto", "true", "--dry-run", stages=stages)
+    assert "micro-batch 4" in capsys.readouterr().out
 
 
 def test_where_nothing_fits_it_is_refused(pretrain, settings, monkeypatch):
