@@ -189,7 +189,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=args.directory or Path.cwd(), prefix=".convert_speed-") as folder:
         measured = run_all(Path(folder), args.model, args.n_layer, args.repeats, args.litgpt_python)
     summary = summarise(measured["samples"])
-    flags = [] if args.n_layer is None else [f"--n-layer {args.n_layer}"]
+    flags = [] if args.model == MODEL else [f"--model {args.model}"]
+    flags += [] if args.n_layer is None else [f"--n-layer {args.n_layer}"]
     flags += ["--litgpt-python PATH"] if args.litgpt_python else []
     record = {
         "command": " ".join(["python -m benchmarks.convert_speed", *flags, f"--repeats {args.repeats}"]),

@@ -25,16 +25,15 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import describe
 from benchmarks.result_files import RESULTS, add_result
-from benchmarks.timing import clock, device_key, find_device, in_turns, spread, spread_of_ratios
+from benchmarks.timing import circumstances, clock, device_key, find_device, in_turns, spread, spread_of_ratios
 from lit_gpt.checkpoint import write_exchange
 from lit_gpt.config import Config
 from lit_gpt.model import GPT, InitialWeights, init_weights
 from lit_gpt.tokenizer import Tokenizer
 from pretrain.zero_shot.encoding import FirstToken, first_token
 from pretrain.zero_shot.evaluator import evaluate_tasks, prepare
-from pretrain.zero_shot.task import Task, data_file, data_folder, find_tasks
+from pretrain.zero_shot.task import Task, data_folder, find_tasks
 
 RESULT = RESULTS / "evaluation.json"
 HARNESS = Path(__file__).resolve().parent.parent / "scripts" / "harness.py"
@@ -140,8 +139,6 @@ def make_job(args: argparse.Namespace, device: torch.device) -> Job:
     init_weights(model, 0)
     model.requires_grad_(False).to(device)
     tasks, data = find_tasks(list(TASKS)), data_folder(args.data)
-    for task in tasks:
-        data_file(task, data)  # refuses before anything is measured
     first = first_token(tokenizer, tokenizer.bos_id)
     return Job(model, tokenizer, first, tasks, data, args.limit, args.batch_size)
 
@@ -180,19 +177,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result = {
         "command": f"python -m benchmarks.evaluation --limit {args.limit} --turns {args.turns}",
         "what": f"{', '.join(TASKS)}, {args.limit} documents each, on random weights, fp32",
-        "device": str(device),
-        "clock": by,
+        **circumstances(device, args.turns),
         "shape": {"n_layer": job.model.config.n_layer, "n_embd": job.model.config.n_embd},
         "vocab_size": job.tokenizer.vocab_size,
         "batch_size": args.batch_size,
         "tokens": tokens,
-        "turns": args.turns,
-        "threads": torch.get_num_threads(),
         "tokens_per_sec": {name: spread([tokens / each for each in times]) for name, times in secs.items()},
         "ours_over": {name: spread_of_ratios(times, secs[OURS]) for name, times in secs.items() if name != OURS},
         "absent": absent,
         "scores": scores,
-        "machine": {**describe(), "load_average": os.getloadavg()},
     }
     print_table(result)
     if args.out or not args.quick:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -25,9 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.machine import describe
 from benchmarks.result_files import RESULTS, add_result
-from benchmarks.timing import clock, device_key, find_device, in_turns, say, spread, spread_of_ratios
+from benchmarks.timing import circumstances, clock, device_key, find_device, in_turns, say, spread, spread_of_ratios
 from lit_gpt.kernels.backend import Situation, dtype_name, interprets_triton
 from lit_gpt.kernels.choice import BACKENDS, auto, resolve
 from lit_gpt.kernels.self_check import Case, Shape, cases, errors_of, values_and_gradients
@@ -163,14 +161,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result = {
         "command": f"python -m benchmarks.kernels --turns {turns}",
         "what": "forward and backward of every operation by every backend that can run here",
-        "device": str(device),
-        "clock": clock(device),
+        **circumstances(device, turns),
         "dtype": dtype_name(situation_of(device, shapes[0]).dtype),
-        "turns": turns,
-        "threads": torch.get_num_threads(),
         "head_size": HEAD_SIZE,
         "shapes": measured,
-        "machine": {**describe(), "load_average": os.getloadavg()},
     }
     print_table(result)
     if args.out or not args.quick:

@@ -28,10 +28,10 @@ import yaml
 
 from benchmarks.forked import Started, start
 from benchmarks.machine import describe
-from lit_gpt.atomic import write_atomically
+from benchmarks.result_files import RESULTS, write_result
 from lit_gpt.checkpoint_folder import checkpoint_path
 
-RESULT = Path(__file__).parent / "results" / "kill_sweep.json"
+RESULT = RESULTS / "kill_sweep.json"
 SIZE = 2
 SEED = 20261125
 VOCABULARY = 96
@@ -245,7 +245,7 @@ def sweep(
             "kills": kills,
             "machine": describe(),
         }
-        write_atomically(result, (json.dumps(record, indent=1) + "\n").encode())
+        write_result(result, record)
     return kills
 
 
@@ -257,7 +257,6 @@ def main() -> int:
     parser.add_argument("--result", type=Path, default=RESULT)
     args = parser.parse_args()
     earlier = [] if args.fresh or not args.result.exists() else json.loads(args.result.read_text())["kills"]
-    args.result.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="kill_sweep-") as folder:
         kills = sweep(Path(folder), args.kills, earlier, 60 * args.minutes, args.result)
     print(json.dumps(summarise(kills), indent=1))

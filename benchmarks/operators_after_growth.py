@@ -12,7 +12,6 @@ what it is, in a step of AdamW.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import describe
+from benchmarks.result_files import RESULTS, write_result
 from grow.apply import make_weights
 from grow.operators import OPERATORS, needs_data, operator, plan_growth
 from grow.plan import GrowthPlan, Reference
@@ -42,7 +42,7 @@ from pretrain.config import OptimizerConfig, ScheduleConfig
 from pretrain.optim import build_optimizer, learning_rate, set_learning_rate
 
 MODEL, TEXT = "checkpoints/stories260K", "tinyshakespeare/input.txt"
-RESULT = Path(__file__).parent / "results" / "operators_after_growth.json"
+RESULT = RESULTS / "operators_after_growth.json"
 STEPS = (50, 100, 200)
 SEEDS = (0, 1, 2)
 TRAIN_TOKENS, TRAIN_ROWS = 64, 2  # of one sample; samples of one step
@@ -387,8 +387,7 @@ def write(
         "threads": torch.get_num_threads(),
         "machine": {**describe(), "load_average": os.getloadavg()},
     }
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_result(path, record)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,11 @@ from typing import Any
 from benchmarks.result_files import RESULTS, read_result
 from benchmarks.tables import markdown
 from benchmarks.variants import targets
+from grow.planning.devices import DEVICES
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
 NOTHING = "Not measured yet."
 MISSING = "–"
-PEAK_BF16 = {"H100": 989.4e12, "H200": 989.4e12, "A100": 312e12}
-"""Part of a GPU's name -> FLOP/s of dense bf16 products in its data sheet, SXM form: what MFU is a share of."""
 
 Record = Mapping[str, Any]
 
@@ -81,7 +80,8 @@ def training(record: Record) -> str:
 
 def mfu(variant: Record, record: Record) -> str:
     """Share of the GPU's peak by the convention of PaLM (lit_gpt/flops.py)."""
-    peak = next((peak for name, peak in PEAK_BF16.items() if name in record["gpu"]), None)
+    name = record["gpu"].lower()
+    peak = next((device.flops_per_sec for key, device in DEVICES.items() if key in name), None)
     return _number(peak and 100 * variant["palm_flops_per_sec"] / peak, ".1f", " %")
 
 

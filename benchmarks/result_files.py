@@ -7,13 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lit_gpt.atomic import write_atomically
+
 RESULTS = Path(__file__).parent / "results"
 
 
 def write_result(path: Path, record: Mapping[str, Any]) -> None:
-    """Write one record."""
+    """Write one record, as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
 
 
 def read_result(path: Path) -> dict[str, Any]:

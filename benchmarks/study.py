@@ -23,15 +23,15 @@ import numpy as np
 
 from benchmarks import tables
 from benchmarks.machine import describe
+from benchmarks.result_files import RESULTS, write_result
 from grow.compare.plan import PlannedRun, planned_runs
 from grow.compare.settings import CompareConfig, read_settings, stages_of
 from grow.layer_map import connection_rate_text
 from grow.operators import operator, plan_growth
-from lit_gpt.atomic import write_atomically
 from lit_gpt.errors import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
-SETTINGS, RESULT, PAGE = (ROOT / part for part in ("configs/study", "benchmarks/results/study.json", "docs/study.md"))
+SETTINGS, RESULT, PAGE = ROOT / "configs/study", RESULTS / "study.json", ROOT / "docs/study.md"
 COMMON = "common"  # settings that the comparisons share
 REFERENCES = ("scratch", "stack")
 CONFIDENCE = 0.95
@@ -172,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     comparisons = collect(names)
     hours, unmeasured = cpu_hours(comparisons)
     result = {"machine": describe(), "cpu_hours": hours, "runs_of_unknown_cost": unmeasured}
-    write_atomically(RESULT, (json.dumps({**result, "comparisons": comparisons}, indent=1) + "\n").encode())
+    write_result(RESULT, {**result, "comparisons": comparisons})
     tables.renew(PAGE, table_of(comparisons))
     left = [name for name in names if name not in comparisons]
     sys.stdout.write(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import random
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+
+from benchmarks.machine import describe
 
 Key = TypeVar("Key")
 
@@ -25,6 +28,17 @@ class Sample:
     """By the clock; on a GPU until it has finished."""
     peak_bytes: int | None
     """Of a GPU's memory, beyond what was held before; None on a CPU."""
+
+
+def circumstances(device: torch.device, turns: int, **versions: Any) -> dict[str, Any]:
+    """What every record says of how it was measured; `versions` are of what else took part."""
+    return {
+        "device": str(device),
+        "clock": clock(device),
+        "turns": turns,
+        "threads": torch.get_num_threads(),
+        "machine": {**describe(), **versions, "load_average": os.getloadavg()},
+    }
 
 
 def find_device(name: str | None) -> torch.device:

@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import shlex
 import subprocess
 import sys
@@ -31,10 +30,10 @@ import torch.nn as nn
 from torch import Tensor
 
 from benchmarks import floor, peers
-from benchmarks.machine import describe
 from benchmarks.result_files import RESULTS, add_result
 from benchmarks.timing import (
     Sample,
+    circumstances,
     clock,
     device_key,
     find_device,
@@ -213,20 +212,16 @@ def record(
     return {
         "command": shlex.join(["python", "-m", "benchmarks.training", *without_paths(sys.argv[1:])]),
         "what": "one training step: forward, backward, clipping, AdamW",
-        "device": str(device),
+        **circumstances(device, arguments.turns, **software()),
         "gpu": device_key(device) if device.type == "cuda" else None,
-        "clock": by,
         "shape": asdict(config),
         "batch_size": arguments.batch_size,
-        "turns": arguments.turns,
-        "threads": torch.get_num_threads(),
         "auto": {"variant": chosen[0].name, "why": chosen[1]},
         "absent": absent,
         "variants": [variant_record(variant, m, config, tokens) for variant, m in measured.items()],
         "floors": floors,
         "ratios_cpu_secs": ratios(measured, "cpu_secs"),
         "ratios_secs": ratios(measured, "secs"),
-        "machine": {**describe(), **software(), "load_average": os.getloadavg()},
     }
 
 

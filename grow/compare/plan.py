@@ -100,12 +100,15 @@ def planned_runs(config: CompareConfig, seed: int) -> list[PlannedRun]:
     """
     stages = {BASE: base_stage(config, {})}
     stages |= {base_name(config, arm): base_stage(config, arm.get("base", {})) for arm in config.arms.values()}
-    origins = {name: _origin(config, seed, name, stage) for name, stage in stages.items()}
-    bases = {}
-    if "checkpoint" not in config.base:
-        used = dict.fromkeys(base_name(config, arm) for arm in config.arms.values() if not is_from_scratch(arm))
-        bases = {name: _base(config, seed, name, stages[name]) for name in used}
-    return [*bases.values(), *(_arm(config, seed, name, origins, bases) for name in config.arms)]
+    bases, used = {}, []
+    if "checkpoint" in config.base:
+        origins = dict.fromkeys(stages, _read_origin(find_checkpoint(str(config.base["checkpoint"]))))
+    else:
+        bases = {name: _base(config, seed, name, stage) for name, stage in stages.items()}
+        origins = {name: _origin(config, base) for name, base in bases.items()}
+        names = dict.fromkeys(base_name(config, arm) for arm in config.arms.values() if not is_from_scratch(arm))
+        used = [bases[name] for name in names]
+    return [*used, *(_arm(config, seed, name, origins, bases) for name in config.arms)]
 
 
 def _base(config: CompareConfig, seed: int, name: str, stage: Mapping[str, Any]) -> PlannedRun:
@@ -162,16 +165,12 @@ def base_name(config: CompareConfig, arm: Mapping[str, Any]) -> str:
     return f"{BASE}, {readable}{mark}"
 
 
-def _origin(config: CompareConfig, seed: int, name: str, stage: Mapping[str, Any]) -> Origin:
-    """What arms go on from: the checkpoint, a base that is trained, or what it will be."""
-    if "checkpoint" in config.base:
-        return _read_origin(find_checkpoint(str(config.base["checkpoint"])))
-    folder = seed_folder(config, seed) / name
+def _origin(config: CompareConfig, base: PlannedRun) -> Origin:
+    """What arms go on from: a base that is trained, or what it will be."""
+    folder = base.folder(config)
     if (folder / DONE).is_file() and (folder / "checkpoints").is_dir():
         return _read_origin(find_checkpoint(folder))
-    model, steps = _base_length(config, seed, stage)
-    per_step = merged_settings(config)["batch"]["global_batch_size"] * model.block_size
-    return Origin(folder, model, flops_per_token(model).paper * per_step * steps)
+    return Origin(folder, base.stages[-1].config, base.flops)
 
 
 def _read_origin(checkpoint: Path) -> Origin:
@@ -244,9 +243,9 @@ def arm_steps(config: CompareConfig, name: str, base: Origin, own: Origin) -> li
         raise ValueError(
             f"arm {name!r} does not grow: its base has the sizes of the grown model; give base fewer layers"
         )
+    taken = sum(stage["share"] for stage in stages[:-1])
     for stage in stages:
         per_step = flops_per_token(in_sizes(target, stage)).paper * tokens_per_step
-        taken = sum(other["share"] for other in stages[:-1])
         found.append(round(left * stage.get("share", 1 - taken) / per_step))
         if found[-1] < 1:
             raise ValueError(

@@ -30,7 +30,6 @@ STARTS = "starts.jsonl"
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 LOOK_SECS = 0.5  # how often --verbose looks for more to show
 LAST_LINES = 12  # of the log of a run that failed
-COUNTED = (EXIT_OK, EXIT_STOPPED, EXIT_NON_FINITE)
 
 
 class RunFailed(Exception):
@@ -54,9 +53,9 @@ def run_all(config: CompareConfig, seeds: Sequence[int], *, verbose: bool = Fals
     try_out(config, seeds)
     for seed in seeds:
         planned = planned_runs(config, seed)
-        needed = [run.base for run in planned if run.base is not None and not is_done(config, run)]
-        for base in dict.fromkeys(base.name for base in needed):
-            run_once(config, next(run for run in planned if run.name == base), verbose=verbose)
+        needed = {run.base.name: run.base for run in planned if run.base is not None and not is_done(config, run)}
+        for base in needed.values():
+            run_once(config, base, verbose=verbose)
         for run in planned_runs(config, seed):  # which knows the checkpoints of the bases now
             if run.name in config.arms:
                 run_once(config, run, verbose=verbose)
@@ -92,9 +91,8 @@ def run_once(config: CompareConfig, run: PlannedRun, *, verbose: bool) -> None:
         begins_at = log.tell()
         code = _pretrain(config, path, log, [], follow=folder / LOG if verbose else None)
     took = {"exit_code": code, "seconds": time.monotonic() - began, "cpu_seconds": _cpu_seconds() - cpu_before}
-    if code in COUNTED:
-        with (folder / STARTS).open("a", encoding="utf-8") as starts:
-            starts.write(json.dumps(took) + "\n")
+    with (folder / STARTS).open("a", encoding="utf-8") as starts:
+        starts.write(json.dumps(took) + "\n")
     if code:
         _say(f"exit code {code}; {folder / LOG} ends with")
         _show_end((folder / LOG).read_bytes()[begins_at:])
@@ -219,9 +217,14 @@ def is_done(config: CompareConfig, run: PlannedRun) -> bool:
 
 def _read_done(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        done = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path} is not JSON ({error}); remove it and repeat the command") from error
+    if not isinstance(done.get("settings"), dict):
+        raise DataError(
+            f"{path} does not hold the settings of its run; choose another out_dir, or remove {path.parent}"
+        )
+    return done
 
 
 def _compared(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import yaml
 from grow.__main__ import main as grow
 from grow.compare import runs
 from lit_gpt.checkpoint import latest, read_training
+from lit_gpt.errors import DataError
 from pretrain.run_lock import run_lock
 from pretrain.signals import StopSignal
 from tests.pretrain.conftest import two_stages
@@ -286,6 +287,15 @@ def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(compare_file
     assert grow(["compare", "--config", str(compare_file)]) == 3
 
     assert "was trained with other settings (stages); choose another out_dir, or remove it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "is not JSON"), ('{"settings": "a hash"}', "the settings of its run")]
+)
+def test_a_record_of_a_finished_run_that_says_too_little_is_named(tmp_path, text, message):
+    (tmp_path / "done.json").write_text(text)
+    with pytest.raises(DataError, match=message):
+        runs._read_done(tmp_path / "done.json")
 
 
 @pytest.mark.slow
