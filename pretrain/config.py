@@ -303,7 +303,7 @@ class RunConfig:
     precision: Literal["auto", "fp32", "bf16", "bf16-true"] = "auto"
     """bf16: fp32 weights and optimizer, bf16 computation. auto: bf16 where the hardware multiplies it, else fp32."""
     compile: Literal["auto", "none", "block", "model"] = "auto"
-    """torch.compile. auto: block on CUDA, and on a bf16 CPU with a C++ compiler when the run repays it."""
+    """torch.compile. auto: block on CUDA, and on a CPU in bf16 with a C++ compiler when the run repays it."""
     fp8: Literal["none", "tensorwise", "rowwise"] = "none"
     """8-bit products in blocks, by torchao: one scale per tensor, or one per row. Needs sm_89, bf16 and compile."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"

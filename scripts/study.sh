@@ -2,19 +2,19 @@
 # The study of docs/study.md: every comparison of configs/study, then the tables. Repeating it goes on where it stopped.
 set -euo pipefail
 
-# In this order: rates before what uses them, recipes before their confirmation.
-ORDER=(rates operators connection recipes confirm timing factor hops noise-and-moments large timing-half factor-half)
+# Rates before what uses them.
+ORDER=(rates operators connection recipes timing factor hops noise-and-moments large timing-half factor-half)
 
 usage() {
   cat <<HELP
 usage: bash scripts/study.sh [--text PATH] [NAME...]
 
 Trains the comparisons NAME (all: ${ORDER[*]}) with \`grow compare\`, from settings in
-configs/study and into out/study, and writes their results to benchmarks/results/study.json and docs/study.md. All take
-about six hours of CPU time. Repeating the command continues where it stopped; a second shell may take other names, or
+configs/study and into out/study, and writes their results to benchmarks/results/study.json and docs/study.md. Repeating the command continues where it stopped; a second shell may take other names, or
 seeds of the same comparison: grow compare --config configs/study/NAME.yaml --seed 2
 
-  --text PATH  file or folder of plain text to train on (default: books in \$LIT_GROW_DATA)
+  --text PATH  file or folder of plain text to train on (default: books in \$LIT_GROW_DATA, or in
+               ../shared/data)
 
   PYTHON             interpreter for a new .venv, 3.10 or newer (default python3)
   TORCH_INDEX_URL    package index for torch, when set
