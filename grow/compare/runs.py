@@ -18,7 +18,7 @@ from typing import IO, Any
 import yaml
 
 from grow.compare.plan import DONE, PlannedRun, files_merged, merged_settings, planned_runs
-from grow.compare.settings import OWN_BASE, CompareConfig
+from grow.compare.settings import CompareConfig
 from grow.curves import METRICS_FILE, read_json_lines, read_run_log
 from lit_gpt.atomic import write_atomically
 from lit_gpt.errors import EXIT_DATA, EXIT_NON_FINITE, EXIT_OK, EXIT_STOPPED, EXIT_USAGE, DataError
@@ -204,8 +204,6 @@ def is_done(config: CompareConfig, run: PlannedRun) -> bool:
     if not path.is_file():
         return False
     now, before = _compared(_as_trained(config, _own_settings(config, run))), _compared(_read_done(path)["settings"])
-    if before.get("init_from") == f"{run.name}{OWN_BASE}" and _was_its_base(config, run):
-        before = {**before, "init_from": now.get("init_from")}
     different = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
     if different:
         raise DataError(
@@ -236,21 +234,10 @@ def _compared(settings: Mapping[str, Any]) -> dict[str, Any]:
     return compared
 
 
-def _was_its_base(config: CompareConfig, run: PlannedRun) -> bool:
-    """Whether the base in a folder of the name that it had before equal ones were shared is the one that is wanted."""
-    path = run.folder(config).parent / f"{run.name}{OWN_BASE}" / DONE
-    if run.base is None or not path.is_file():  # the arm was trained from it, and it is not needed any more
-        return run.base is not None
-    wanted = _compared(_as_trained(config, _own_settings(config, run.base)))
-    return wanted == _compared(_read_done(path)["settings"])
-
-
 def spent(config: CompareConfig) -> list[dict[str, Any]]:
     """What every run of the comparison that is there took: steps, tokens, FLOPs and times."""
     planned = [run for seed in config.seeds for run in planned_runs(config, seed)]
-    folders = [(run, run.folder(config)) for run in planned]
-    owns = [(run.base, run.folder(config).parent / f"{run.name}{OWN_BASE}") for run in planned if run.base is not None]
-    return [_cost(run, folder) for run, folder in folders + owns if (folder / DONE).is_file()]
+    return [_cost(run, run.folder(config)) for run in planned if (run.folder(config) / DONE).is_file()]
 
 
 def _cost(run: PlannedRun, folder: Path) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from lit_gpt.counts import parse_count
 from lit_gpt.settings_files import read_settings_file
 
 FROM_SCRATCH = "scratch"
-BASE, OWN_BASE = "base", ", its base"
-"""Folder of the base of all arms, the beginning of those of other bases; and the end of what these were called once."""
+BASE = "base"
+"""Folder of the base of all arms, and the beginning of the names of other bases."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _arm_problems(values: Mapping[str, Any]) -> list[str]:
     for name, arm in arms.items():
         if not isinstance(name, str) or not name.strip() or set(name) & set("/\\\0") or name.startswith("."):
             problems.append(f"arm {name!r} needs a name that a folder can have")
-        elif name == BASE or name.startswith(f"{BASE}, ") or name.endswith(OWN_BASE):
+        elif name == BASE or name.startswith(f"{BASE}, "):
             problems.append(f"arm {name!r} has the name of a base's folder; choose another")
         elif not isinstance(arm, dict):
             problems.append(f"arm {name!r} must be a mapping, e.g. {{operator: stack}}")
