@@ -363,11 +363,20 @@ def test_a_model_computes_every_operation_with_what_was_chosen(placement):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wanted", [{}, {"attention": "math", "norm": "reference", "mlp": "reference"}])
-def test_a_block_is_one_graph_to_the_compiler(wanted):
+@pytest.mark.parametrize(
+    ("wanted", "recompute"),
+    [
+        ({}, "none"),
+        ({}, "selective"),
+        ({}, "full"),
+        ({"attention": "math", "norm": "reference", "mlp": "reference"}, "none"),
+    ],
+)
+def test_a_block_is_one_graph_to_the_compiler(wanted, recompute):
     config = toy_config()
     model = toy_model(config)
     model.use_kernels(resolve(KernelConfig(**wanted), Situation(compiled=True)))
+    model.transformer.h[0].recompute = recompute
     block, angles = model.transformer.h[0], cos_sin(random(16, config.rope_n_elem // 2, dtype=torch.float32))
     x = random(2, 16, config.n_embd, dtype=torch.float32)
     eager = values_and_gradients(lambda x: block(x, *angles), [x])
