@@ -39,9 +39,6 @@ class Benchmark:
     """Options that it takes if they are given."""
     quick: tuple[str, ...] | None = ("--quick",)
     """Arguments of a smoke run; None: there is none."""
-    out_option: str = "--out"
-    more: tuple[str, ...] = ()
-    """Options that it must have."""
 
 
 GROUPS: dict[str, tuple[Benchmark, ...]] = {
@@ -93,20 +90,9 @@ GROUPS: dict[str, tuple[Benchmark, ...]] = {
         Benchmark("operators_after_growth", "loss after growth by every operator; needs LIT_GROW_DATA", 40, quick=None),
     ),
     "chance": (
-        Benchmark(
-            "zero_shot_chance",
-            "random weights score as chance does",
-            60,
-            ("data", "tokenizer"),
-            quick=None,
-            more=("data", "tokenizer"),
-        ),
+        Benchmark("zero_shot_chance", "random weights score as chance does; needs LIT_GROW_DATA", 60, quick=None),
     ),
-    "kill-sweep": (
-        Benchmark(
-            "kill_sweep", "a hundred killed runs go on as if nothing had been", 60, quick=None, out_option="--result"
-        ),
-    ),
+    "kill-sweep": (Benchmark("kill_sweep", "a hundred killed runs go on as if nothing had been", 60, quick=None),),
 }
 """Name on the command line -> what it runs. The study has a command of its own, see docs/study.md."""
 LIGHT = ("training", "kernels", "data", "evaluation")
@@ -117,8 +103,6 @@ PEERS = {
     "tinyllama": "a checkout of github.com/jzhang38/TinyLlama",
     "datatrove": "Python of an environment with datatrove[io] regex nltk",
     "litgpt-python": "Python of an environment with litgpt",
-    "data": "the folder of evaluation data, for `chance`",
-    "tokenizer": "a tokenizer of few tokens, for `chance`",
 }
 """Option -> what its PATH is."""
 
@@ -136,7 +120,7 @@ def listing() -> str:
 def command(each: Benchmark, args: argparse.Namespace, out: Path) -> list[str]:
     """What runs it."""
     python = args.eval_python if each.module == "evaluation" and args.eval_python else sys.executable
-    found = [python, "-m", f"benchmarks.{each.module}", each.out_option, str(out)]
+    found = [python, "-m", f"benchmarks.{each.module}", "--out", str(out)]
     for peer in each.peers:
         path = getattr(args, peer.replace("-", "_"))
         found += [] if path is None else [f"--{peer}", path]
@@ -145,10 +129,6 @@ def command(each: Benchmark, args: argparse.Namespace, out: Path) -> list[str]:
 
 def run(each: Benchmark, args: argparse.Namespace, results: Path) -> bool:
     """One benchmark in a process of its own; whether it wrote its result."""
-    lacking = [option for option in each.more if getattr(args, option) is None]
-    if lacking:
-        print(f"{each.module}: needs {', '.join(f'--{option} PATH' for option in lacking)}", file=sys.stderr)
-        return False
     out = results / f"{each.module}.json"
     before = out.stat().st_mtime_ns if out.exists() else None
     root = str(Path(__file__).resolve().parent.parent)

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.grow_speed import RandomWeights, copy, report_goals
-from benchmarks.machine import describe
-from benchmarks.result_files import RESULTS, write_result
+from benchmarks.machine import describe, own_memory
+from benchmarks.result_files import RESULTS, add_out, write_result
 
 RESULT = RESULTS / "convert_speed.json"
 MODEL = "tiny_LLaMA_1b"
@@ -43,18 +43,16 @@ CP, EXCHANGE, HASHED, LEGACY, BACK, LITGPT = (
 LITGPT_PROGRAM = """
 import contextlib, io, json, os, sys, time
 from pathlib import Path
+from benchmarks.machine import own_memory
 from litgpt.scripts.convert_hf_checkpoint import convert_hf_checkpoint
-def memory(key):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key + ":"))
 folder, name = Path(sys.argv[1]), sys.argv[2]
-imported, start = memory("VmRSS"), time.perf_counter()
+imported, start = own_memory("VmRSS"), time.perf_counter()
 with contextlib.redirect_stdout(io.StringIO()):
     convert_hf_checkpoint(folder, model_name=name)
 with (folder / "lit_model.pth").open("rb") as file:
     os.fsync(file.fileno())
 secs = time.perf_counter() - start
-print(json.dumps({"secs": secs, "import_rss_bytes": imported, "peak_rss_bytes": memory("VmHWM")}))
+print(json.dumps({"secs": secs, "import_rss_bytes": imported, "peak_rss_bytes": own_memory("VmHWM")}))
 """
 
 
@@ -82,17 +80,11 @@ MEASURED: dict[str, Callable[[], Callable[[Path, Path], None]]] = {
 def measure_here(name: str, src: Path, dst: Path) -> None:
     """Print what one measurement took, imports not counted, as JSON."""
     run = MEASURED[name]()
-    import_rss_bytes = _memory("VmRSS")
+    import_rss_bytes = own_memory("VmRSS")
     start = time.perf_counter()
     run(src, dst)
     secs = time.perf_counter() - start
-    print(json.dumps({"secs": secs, "import_rss_bytes": import_rss_bytes, "peak_rss_bytes": _memory("VmHWM")}))
-
-
-def _memory(key: str) -> int:
-    """A line of /proc/self/status, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
+    print(json.dumps({"secs": secs, "import_rss_bytes": import_rss_bytes, "peak_rss_bytes": own_memory("VmHWM")}))
 
 
 def measure(name: str, src: Path, dst: Path, command: list[str]) -> dict[str, float]:
@@ -180,7 +172,7 @@ def main() -> int:
     parser.add_argument("--litgpt-python", metavar="PATH", help="Python of an environment with litgpt")
     parser.add_argument("--directory", type=Path, help="for the checkpoints; a temporary one here by default")
     parser.add_argument("--measure", nargs=3, metavar=("NAME", "SRC", "DST"), help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, default=RESULT, help=f"file to write; default: {RESULT.name}")
+    add_out(parser, RESULT)
     args = parser.parse_args()
     if args.measure:
         name, src, dst = args.measure

@@ -11,13 +11,12 @@ import argparse
 import statistics
 import time
 import tracemalloc
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.machine import describe
-from benchmarks.result_files import RESULTS, write_result
+from benchmarks.result_files import RESULTS, add_out, write_result
 from lit_gpt.data_order import DataOrder
 from lit_gpt.file_names import FileNames
 from lit_gpt.packed_dataset import HEADER
@@ -98,7 +97,7 @@ def timed(function: Any) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=RESULT, help=f"file to write; default: {RESULT.name}")
+    add_out(parser, RESULT)
     args = parser.parse_args()
     results = {name: measure(file_tokens) for name, file_tokens in FILE_TOKENS.items()}
     within = all(r["build_secs_max"] < LIMIT_SECS and r["memory_peak_bytes"] < LIMIT_BYTES for r in results.values())

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.machine import describe
-from benchmarks.result_files import RESULTS, write_result
+from benchmarks.result_files import RESULTS, add_out, write_result
 from lit_gpt.data_order import DataOrder
 from lit_gpt.packed_data import PackedData
 from lit_gpt.packed_dataset import write_token_file
@@ -189,7 +189,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.data_loader", description=__doc__)
     parser.add_argument("--tinyllama", type=Path, metavar="DIR", help="a checkout of TinyLlama to measure beside")
     parser.add_argument("--quick", action="store_true", help="small files, once: does it run?")
-    parser.add_argument("--out", type=Path, default=RESULT, help=f"file to write; default: {RESULT.name}")
+    add_out(parser, RESULT, unless_quick=True)
     args = parser.parse_args()
     file_tokens, rows, repeats = QUICK if args.quick else (FILE_TOKENS, ROWS, REPEATS)
     tinyllama = None if args.tinyllama is None else tinyllama_module(args.tinyllama)
@@ -216,8 +216,9 @@ def main() -> int:
     for size, ratio in found.items():
         print(f"over TinyLlama at micro-batch {size}: {ratio:.2f}x (floor {FLOORS[int(size)]}x)")
     print("jump: " + ", ".join(f"{key} {value:.4g}" for key, value in jumped.items()))
-    write_result(args.out, record)
-    print(f"{args.out.name} written; floors {'kept' if kept else 'MISSED'}")
+    if args.out or not args.quick:
+        write_result(args.out or RESULT, record)
+    print(f"floors {'kept' if kept else 'MISSED'}")
     return 0 if kept else 1
 
 

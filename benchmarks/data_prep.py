@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.machine import describe
-from benchmarks.result_files import RESULTS, write_result
+from benchmarks.result_files import RESULTS, add_out, write_result
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("LIT_GROW_DATA") or ROOT.parent / "shared" / "data")
@@ -189,7 +189,7 @@ def main() -> int:
     parser.add_argument("--tinyllama", type=Path, metavar="DIR", help="a checkout of TinyLlama to measure beside")
     parser.add_argument("--datatrove", metavar="PYTHON", help="interpreter of an environment that has datatrove")
     parser.add_argument("--quick", action="store_true", help="a little text, once: does it run?")
-    parser.add_argument("--out", type=Path, default=RESULT, help=f"file to write; default: {RESULT.name}")
+    add_out(parser, RESULT, unless_quick=True)
     args = parser.parse_args()
     if not (DATA / "books").is_dir():
         print(f"no books under {DATA}; set LIT_GROW_DATA", file=sys.stderr)
@@ -216,11 +216,9 @@ def main() -> int:
     for name, ratio in ratios.items():
         print(f"over {name}: {ratio:.2f}x (floor {FLOORS[name]}x)")
     print(f"token streams: {streams}")
-    write_result(args.out, record)
-    print(
-        f"{args.out.name} written; floors {'kept' if kept else 'MISSED'}, "
-        f"streams {'identical' if same else 'DIFFERENT'}"
-    )
+    if args.out or not args.quick:
+        write_result(args.out or RESULT, record)
+    print(f"floors {'kept' if kept else 'MISSED'}, streams {'identical' if same else 'DIFFERENT'}")
     return 0 if kept and same else 1
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.result_files import RESULTS, add_result
+from benchmarks.result_files import RESULTS, add_out, add_result
 from benchmarks.timing import circumstances, clock, device_key, find_device, in_turns, spread, spread_of_ratios
 from lit_gpt.checkpoint import write_exchange
 from lit_gpt.config import Config
@@ -143,21 +143,25 @@ def make_job(args: argparse.Namespace, device: torch.device) -> Job:
     return Job(model, tokenizer, first, tasks, data, args.limit, args.batch_size)
 
 
+def add_data(parser: argparse.ArgumentParser, tokenizer: str) -> None:
+    """`--data` and `--tokenizer`, by default what is under $LIT_GROW_DATA; without that the latter is required."""
+    folder = os.environ.get("LIT_GROW_DATA")
+    default = None if folder is None else str(Path(folder, "tokenizers", tokenizer))
+    parser.add_argument("--data", metavar="DIR", help="evaluation files (default: evals in $LIT_GROW_DATA)")
+    what = f"a file, a folder, or `bytes` (default: tokenizers/{tokenizer} in $LIT_GROW_DATA)"
+    parser.add_argument("--tokenizer", metavar="PATH", default=default, required=default is None, help=what)
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    data = os.environ.get("LIT_GROW_DATA")
-    parser.add_argument("--data", metavar="DIR", help="evaluation files (default: evals in $LIT_GROW_DATA)")
-    default = None if data is None else str(Path(data, "tokenizers", "llama2"))
-    parser.add_argument("--tokenizer", metavar="PATH", default=default, help="default: tokenizers/llama2 there")
+    add_data(parser, "llama2")
     parser.add_argument("--limit", type=int, default=50, help="documents of each task (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, help="rows at a time (%(default)s)")
     parser.add_argument("--turns", type=int, default=5, help="timed evaluations by every way (%(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--quick", action="store_true", help="a tiny model, two documents, two turns")
-    parser.add_argument("--out", type=Path, help=f"file to add the result to; default: {RESULT.name} if not quick")
+    add_out(parser, RESULT, unless_quick=True)
     args = parser.parse_args(arguments)
-    if args.tokenizer is None:
-        parser.error("--tokenizer or LIT_GROW_DATA must say where the tokenizer is")
     if args.quick:
         args.limit, args.turns = 2, 2
     return args

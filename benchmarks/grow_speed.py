@@ -24,8 +24,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import describe
-from benchmarks.result_files import RESULTS, write_result
+from benchmarks.machine import describe, own_memory
+from benchmarks.result_files import RESULTS, add_out, write_result
 
 RESULT = RESULTS / "grow_speed.json"
 LIMIT_OVER_CP = 1.1
@@ -99,11 +99,11 @@ MEASURED: dict[str, Callable[[], Callable[[Path, Path], None]]] = {
 def measure_here(name: str, src: Path, dst: Path) -> None:
     """Print what one measurement took, imports not counted, as JSON."""
     run = MEASURED[name]()
-    import_rss_bytes = _memory("VmRSS")
+    import_rss_bytes = own_memory("VmRSS")
     start, cpu_start = time.perf_counter(), _cpu_secs()
     run(src, dst)
     took = {"secs": time.perf_counter() - start, "cpu_secs": _cpu_secs() - cpu_start}
-    memory = {"import_rss_bytes": import_rss_bytes, "peak_rss_bytes": _memory("VmHWM")}
+    memory = {"import_rss_bytes": import_rss_bytes, "peak_rss_bytes": own_memory("VmHWM")}
     print(json.dumps({**took, **memory, "load": os.getloadavg()[0]}))
 
 
@@ -111,12 +111,6 @@ def _cpu_secs() -> float:
     """Of this process and of those that it started and waited for, in the kernel too."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
-
-
-def _memory(key: str) -> int:
-    """A line of /proc/self/status, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 
 
 def measure(name: str, src: Path, dst: Path) -> dict[str, float]:
@@ -280,7 +274,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--directory", type=Path, help="for the checkpoints; a temporary one here by default")
     parser.add_argument("--measure", nargs=3, metavar=("NAME", "SRC", "DST"), help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, default=RESULT, help=f"file to write; default: {RESULT.name}")
+    add_out(parser, RESULT)
     args = parser.parse_args()
     if args.measure:
         name, src, dst = args.measure

@@ -18,13 +18,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.result_files import RESULTS, add_result
+from benchmarks.machine import own_memory
+from benchmarks.result_files import RESULTS, add_out, add_result
 from benchmarks.timing import circumstances, clock, device_key, find_device, in_turns, say, spread, spread_of_ratios
 from lit_gpt.kernels.backend import Situation, dtype_name, interprets_triton
 from lit_gpt.kernels.choice import BACKENDS, auto, resolve
@@ -125,15 +125,9 @@ def print_peak(name: str, device: torch.device, shape: Shape) -> None:
         case.function(*inputs).backward()
         print(torch.cuda.max_memory_allocated(device) - before)
         return
-    before = peak_rss_bytes()
+    before = own_memory("VmHWM")
     case.function(*inputs).backward()
-    print(peak_rss_bytes() - before)
-
-
-def peak_rss_bytes() -> int:
-    """Of this program alone: what getrusage says, it inherits from the process that started it. Linux."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    print(own_memory("VmHWM") - before)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -141,7 +135,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=15, help="timed calls of every backend (%(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, two turns")
-    parser.add_argument("--out", type=Path, help=f"file to add the result to; default: {RESULT.name} if not quick")
+    add_out(parser, RESULT, unless_quick=True)
     parser.add_argument("--peak", nargs="+", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 

@@ -28,7 +28,7 @@ import yaml
 
 from benchmarks.forked import Started, start
 from benchmarks.machine import describe
-from benchmarks.result_files import RESULTS, write_result
+from benchmarks.result_files import RESULTS, add_out, read_result, write_result
 from lit_gpt.checkpoint_folder import checkpoint_path
 
 RESULT = RESULTS / "kill_sweep.json"
@@ -254,11 +254,11 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--minutes", type=float, default=60, help="stop after so many; repeat the command to go on")
     parser.add_argument("--fresh", action="store_true", help="count from the first kill again")
-    parser.add_argument("--result", type=Path, default=RESULT)
+    add_out(parser, RESULT)
     args = parser.parse_args()
-    earlier = [] if args.fresh or not args.result.exists() else json.loads(args.result.read_text())["kills"]
+    earlier = [] if args.fresh else read_result(args.out).get("kills", [])
     with tempfile.TemporaryDirectory(prefix="kill_sweep-") as folder:
-        kills = sweep(Path(folder), args.kills, earlier, 60 * args.minutes, args.result)
+        kills = sweep(Path(folder), args.kills, earlier, 60 * args.minutes, args.out)
     print(json.dumps(summarise(kills), indent=1))
     return 0 if all(map(is_good, kills)) and len(kills) >= args.kills else 1
 

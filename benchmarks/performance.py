@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.result_files import RESULTS, read_result
 from benchmarks.tables import markdown
 from benchmarks.variants import targets
-from grow.planning.devices import DEVICES
+from grow.planning.devices import peak_flops_per_sec
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
 NOTHING = "Not measured yet."
@@ -80,8 +80,7 @@ def training(record: Record) -> str:
 
 def mfu(variant: Record, record: Record) -> str:
     """Share of the GPU's peak by the convention of PaLM (lit_gpt/flops.py)."""
-    name = record["gpu"].lower()
-    peak = next((device.flops_per_sec for key, device in DEVICES.items() if key in name), None)
+    peak = peak_flops_per_sec(record["gpu"])
     return _number(peak and 100 * variant["palm_flops_per_sec"] / peak, ".1f", " %")
 
 

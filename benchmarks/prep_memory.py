@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe
-from benchmarks.result_files import RESULTS, write_result
+from benchmarks.result_files import RESULTS, add_out, write_result
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT_BYTES = 2_000_000_000
@@ -80,7 +80,7 @@ def measure(source: Path, out: Path, options: list[str]) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bytes", type=int, default=TEXT_BYTES, help="size of the corpus (%(default)s)")
-    parser.add_argument("--out", type=Path, default=RESULT, help=f"file to write; default: {RESULT.name}")
+    add_out(parser, RESULT)
     args = parser.parse_args()
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:

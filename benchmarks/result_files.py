@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,13 @@ from typing import Any
 from lit_gpt.atomic import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def add_out(parser: argparse.ArgumentParser, default: Path, *, unless_quick: bool = False) -> None:
+    """`--out`, the file that a benchmark writes; with `unless_quick` None if it is not given, as a smoke run keeps
+    nothing."""
+    what = f"file for the result; default: {default.name}{', and none if quick' if unless_quick else ''}"
+    parser.add_argument("--out", type=Path, default=None if unless_quick else default, help=what)
 
 
 def write_result(path: Path, record: Mapping[str, Any]) -> None:

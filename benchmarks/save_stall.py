@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.forked import start_function
 from benchmarks.machine import describe
-from benchmarks.result_files import RESULTS, write_result
+from benchmarks.result_files import RESULTS, add_out, write_result
 
 RESULT = RESULTS / "save_stall.json"
 SIZE = 2
@@ -111,7 +111,7 @@ def main() -> int:
     parser.add_argument("--n-embd", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--directory", type=Path, help="for the checkpoints; a temporary one here by default")
-    parser.add_argument("--out", type=Path, default=RESULT, help=f"file to write; default: {RESULT.name}")
+    add_out(parser, RESULT)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.directory or Path.cwd(), prefix=".save_stall-") as name:
         folder = Path(name)

@@ -1,7 +1,7 @@
 """Random weights score as chance does: the seven tasks in full, on small models that nobody has trained.
 
-Run `python -m benchmarks.zero_shot_chance --data DIR --tokenizer PATH`; it writes results/zero_shot_chance.json. DIR is
-the folder of evaluation data (docs/evaluation.md), PATH a tokenizer of few tokens, so that the model's head is cheap.
+Run `python -m benchmarks.zero_shot_chance`; it writes results/zero_shot_chance.json. It needs LIT_GROW_DATA, or --data,
+a folder of evaluation data (docs/evaluation.md), and --tokenizer, one of few tokens, so that a model's head is cheap.
 Chance is 28.6 %. Untrained models of 70 M to 6.9 B parameters scored 27.8 to 28.7 (EleutherAI's published Pythia at
 step 0): single tasks are off by more, as short and long answers are not equally likely to be right.
 """
@@ -14,8 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.evaluation import add_data
 from benchmarks.machine import describe
-from benchmarks.result_files import RESULTS, write_result
+from benchmarks.result_files import RESULTS, add_out, write_result
 from grow.scores import AVERAGED
 from lit_gpt.config import Config
 from lit_gpt.model import GPT, init_weights
@@ -23,14 +24,14 @@ from lit_gpt.tokenizer import Tokenizer
 from pretrain.zero_shot.encoding import first_token
 from pretrain.zero_shot.evaluator import evaluate_tasks
 from pretrain.zero_shot.metrics import average
-from pretrain.zero_shot.task import find_tasks
+from pretrain.zero_shot.task import data_folder, find_tasks
 
 RESULT = RESULTS / "zero_shot_chance.json"
 LIMIT_POINTS = 2.0
 SIZES = dict(n_layer=2, n_embd=64, n_head=4, n_query_groups=4, intermediate_size=176, block_size=2048)
 
 
-def measure(seed: int, tokenizer: Tokenizer, data: Path) -> dict[str, Any]:
+def measure(seed: int, tokenizer: Tokenizer, data: Path | None) -> dict[str, Any]:
     """Scores of one model, in per cent."""
     model = GPT(Config(vocab_size=tokenizer.vocab_size, padded_vocab_size=tokenizer.vocab_size, **SIZES))
     init_weights(model, seed)
@@ -55,15 +56,14 @@ def measure(seed: int, tokenizer: Tokenizer, data: Path) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="the folder of evaluation data")
-    parser.add_argument("--tokenizer", required=True, metavar="PATH", help="a file, a folder, or `bytes`")
+    add_data(parser, "sp1000")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="models (%(default)s)")
-    parser.add_argument("--out", type=Path, default=RESULT, help=f"file to write; default: {RESULT.name}")
+    add_out(parser, RESULT)
     args = parser.parse_args()
     tokenizer = Tokenizer.load(args.tokenizer)
     results = []
     for seed in range(args.seeds):
-        results.append(measure(seed, tokenizer, args.data))
+        results.append(measure(seed, tokenizer, data_folder(args.data)))
         print(json.dumps({key: round(value, 2) for key, value in results[-1].items()}), flush=True)
     kept = all(abs(each["average"] - each["chance"]) < LIMIT_POINTS for each in results)
     record = {

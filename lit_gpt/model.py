@@ -28,7 +28,7 @@ from torch import Tensor
 
 from lit_gpt.axes import EMBEDDING, WRITERS, name_in_block, parameter_shapes
 from lit_gpt.config import Config, RopeScaling
-from lit_gpt.kernels.attention import causal_attention, document_mask
+from lit_gpt.kernels.attention import causal_attention, document_mask, window_mask
 from lit_gpt.kernels.choice import Kernels
 from lit_gpt.kernels.loss import token_scores
 from lit_gpt.kernels.products import cpu_multiplies_bf16, linear, product_dtype
@@ -342,22 +342,6 @@ def scaled_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     kept = kept.clamp(0, 1)
     return kept * frequencies + (1 - kept) * frequencies / scaling.factor
-
-
-def window_mask(
-    window: int | None, first_position: int, length: int, mask: Tensor | None, device: torch.device
-) -> Tensor | None:
-    """(1 or B, 1, T, S) bool: a token sees the last `window` ones, itself included, as far as `mask` lets it.
-
-    `mask` itself where the window has no effect. T = length, S = first_position + length.
-    """
-    end = first_position + length
-    if window is None or end <= window:
-        return mask
-    queries = torch.arange(first_position, end, device=device)[:, None]
-    keys = torch.arange(end, device=device)
-    seen = ((keys <= queries) & (keys > queries - window))[None, None]
-    return seen if mask is None else seen & mask
 
 
 def init_std(name: str, config: Config) -> float:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from grow.learned import LearnedGrowth
+from grow.planning.devices import peak_flops_per_sec
 from lit_gpt.flops import Flops, computed_share, flops_per_token
 from lit_gpt.model import GPT
 from pretrain.checkpointing import RunCheckpoints
@@ -72,6 +74,15 @@ class Trained:
     def parameters(self) -> list[nn.Parameter]:
         """What trains."""
         return [p for p in (self.growth or self.model).parameters() if p.requires_grad]
+
+
+def mfu(run: Run, stage: Stage, tokens_per_sec: float) -> float | None:
+    """Share of what all devices could compute at most, by the convention of PaLM (lit_gpt/flops.py) and their peak in
+    bf16; None where that is not known, as for a CPU."""
+    if run.fabric.device.type != "cuda":
+        return None
+    peak = peak_flops_per_sec(torch.cuda.get_device_name(run.fabric.device))
+    return peak and flops_per_token(stage.config).palm * tokens_per_sec / (peak * run.world.size)
 
 
 def tokens_per_step(config: RunConfig, stage: Stage) -> int:

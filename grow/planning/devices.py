@@ -24,3 +24,9 @@ DEVICES = {
     "mi300x": Device(1307e12, 192e9),
     "rtx4090": Device(165e12, 24e9),
 }
+
+
+def peak_flops_per_sec(name: str) -> float | None:
+    """Of the GPU that torch calls so, e.g. `NVIDIA H100 80GB HBM3`; None: it is not in the list."""
+    joined = name.lower().replace(" ", "")
+    return next((device.flops_per_sec for key, device in DEVICES.items() if key in joined), None)

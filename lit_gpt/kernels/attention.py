@@ -80,10 +80,15 @@ def activate(implementation: str) -> None:
     activate_flash_attention_impl(implementation)
 
 
-def registers_flash(_: Situation) -> str | None:
-    if hasattr(torch.nn.attention, "activate_flash_attention_impl"):
-        return None
-    return f"needs a torch with activate_flash_attention_impl, this is {torch.__version__}; install torch 2.11 or newer"
+def knows(implementation: str) -> Need:
+    """A torch that can put it in the place of its own."""
+
+    def need(_: Situation) -> str | None:
+        if implementation in torch.nn.attention.list_flash_attention_impls():
+            return None
+        return f"needs a torch that knows {implementation}, this is {torch.__version__}; install a newer one"
+
+    return need
 
 
 def cudnn_is_new(situation: Situation) -> str | None:
@@ -98,9 +103,9 @@ def cudnn_text(version: int) -> str:
     return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
 
 
-def _flash(least: tuple[int, int], *more: Need, only_major: int | None = None) -> tuple[Need, ...]:
+def _flash(device: Need, *more: Need) -> tuple[Need, ...]:
     """What flash kernels have in common."""
-    return (cuda(least, only_major), half_precision, no_mask, head_size(256), *more)
+    return (device, half_precision, no_mask, head_size(256), *more)
 
 
 BACKENDS: dict[str, Backend[Attention]] = {
@@ -109,24 +114,28 @@ BACKENDS: dict[str, Backend[Attention]] = {
         partial(sdpa_by, SDPBackend.CUDNN_ATTENTION),
         (cuda((8, 0)), half_precision, no_mask, head_size(128), cudnn_is_new),
     ),
-    "flash": Backend(partial(sdpa_by, SDPBackend.FLASH_ATTENTION), _flash((8, 0))),
+    "flash": Backend(partial(sdpa_by, SDPBackend.FLASH_ATTENTION), _flash(cuda((8, 0)))),
     "fa3": Backend(
         partial(sdpa_by, SDPBackend.FLASH_ATTENTION),
         _flash(
-            (9, 0),
-            registers_flash,
+            cuda((9, 0), majors=(9,)),
+            knows("FA3"),
             package("flash_attn_interface", "pip install flash-attn-3 --index-url of PyTorch's wheels"),
-            only_major=9,
         ),
         partial(activate, "FA3"),
     ),
     "fa4": Backend(
         partial(sdpa_by, SDPBackend.FLASH_ATTENTION),
-        _flash((9, 0), registers_flash, package("flash_attn.cute.interface", "pip install --pre flash-attn-4")),
+        _flash(
+            cuda((9, 0), majors=(9, 10)),
+            knows("FA4"),
+            package("flash_attn.cute.interface", "pip install --pre flash-attn-4"),
+        ),
         partial(activate, "FA4"),
     ),
     "flash_attn": Backend(
-        flash_attn, _flash((8, 0), package("flash_attn", "pip install 'lit-grow[flash-attn]' --no-build-isolation"))
+        flash_attn,
+        _flash(cuda((8, 0)), package("flash_attn", "pip install 'lit-grow[flash-attn]' --no-build-isolation")),
     ),
     "xformers": Backend(xformers, (cuda((7, 5)), no_mask, package("xformers.ops", "pip install 'lit-grow[xformers]'"))),
     "math": Backend(partial(sdpa_by, SDPBackend.MATH)),
@@ -155,3 +164,19 @@ def document_mask(tokens: Tensor, separator_id: int) -> Tensor:
     ends = (tokens == separator_id).long()
     document = ends.cumsum(1) - ends  # (B, T)
     return (document.unsqueeze(2) == document.unsqueeze(1)).tril().unsqueeze(1)
+
+
+def window_mask(
+    window: int | None, first_position: int, length: int, mask: Tensor | None, device: torch.device
+) -> Tensor | None:
+    """(1 or B, 1, T, S) bool: a token sees the last `window` ones, itself included, as far as `mask` lets it.
+
+    `mask` itself where the window has no effect. T = length, S = first_position + length.
+    """
+    end = first_position + length
+    if window is None or end <= window:
+        return mask
+    queries = torch.arange(first_position, end, device=device)[:, None]
+    keys = torch.arange(end, device=device)
+    seen = ((keys <= queries) & (keys > queries - window))[None, None]
+    return seen if mask is None else seen & mask

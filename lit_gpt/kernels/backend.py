@@ -63,23 +63,23 @@ class Backend(Generic[Op]):
 
     op: Op
     needs: tuple[Need, ...] = ()
-    prepare: Callable[[], object] | None = None
-    """Called once when it is chosen."""
+    prepare: Callable[[], object] = lambda: None
+    """Called when it is chosen."""
 
     def missing(self, situation: Situation) -> str | None:
         """The first thing that it needs and has not; None if it can run."""
         return first_missing(self.needs, situation)
 
 
-def cuda(least: tuple[int, int], only_major: int | None = None) -> Need:
-    """A CUDA device of compute capability `least` or newer, or of one major version."""
+def cuda(least: tuple[int, int], majors: tuple[int, ...] = ()) -> Need:
+    """A CUDA device of compute capability `least` or newer; `majors`: of one of these major versions alone."""
 
     def need(situation: Situation) -> str | None:
         if situation.device_type != "cuda" or situation.capability is None:
             return f"needs a CUDA device, this run is on {situation.device_type}"
         found = "sm_{}{}".format(*situation.capability)
-        if only_major is not None and situation.capability[0] != only_major:
-            return f"needs a GPU of sm_{only_major}x, this one is {found}"
+        if majors and situation.capability[0] not in majors:
+            return f"needs a GPU of {' or '.join(f'sm_{major}x' for major in majors)}, this one is {found}"
         if situation.capability < least:
             return "needs a GPU of sm_{}{} or newer, this one is {}".format(*least, found)
         return None

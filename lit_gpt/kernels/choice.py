@@ -48,8 +48,8 @@ def auto(operation: str, situation: Situation) -> str:
     if situation.device_type != "cuda":
         return plain
     by_preference = {
-        # torch itself prefers cuDNN from sm_90 on
-        "attention": [*(["cudnn"] if (situation.capability or (0, 0)) >= (9, 0) else []), "flash", "sdpa"],
+        # where torch itself prefers cuDNN: not on sm_120
+        "attention": [*(["cudnn"] if (situation.capability or (0, 0))[0] in (9, 10) else []), "flash", "sdpa"],
         "loss": ["chunked"],
     }.get(operation, ["torch"] if situation.compiled else ["triton", "torch"])  # a compiler fuses torch's own as well
     return next(name for name in by_preference if BACKENDS[operation][name].missing(situation) is None)
@@ -66,15 +66,20 @@ def resolve(wanted: KernelConfig, situation: Situation) -> Kernels:
         for operation, name in dataclasses.asdict(wanted).items()
     }
     chosen = {operation: BACKENDS[operation][name] for operation, name in names.items()}
-    problems = [
-        f"kernels.{operation}={names[operation]!r} cannot be used: {reason}. Use kernels.{operation}=auto, or run "
-        f"{DOCTOR} to see what can be used here"
-        for operation, backend in chosen.items()
-        if (reason := backend.missing(situation))
-    ]
+    missing = {operation: backend.missing(situation) for operation, backend in chosen.items()}
+    problems = [_refusal(operation, names[operation], reason) for operation, reason in missing.items() if reason]
     if problems:
         raise BackendUnavailable("\n".join(problems))
-    for backend in chosen.values():
-        if backend.prepare is not None:
+    for operation, backend in chosen.items():
+        try:
             backend.prepare()
+        except Exception as error:  # a package of any kind, and of another version than torch looks for
+            raise BackendUnavailable(_refusal(operation, names[operation], str(error))) from error
     return Kernels(**{operation: backend.op for operation, backend in chosen.items()}, names=KernelConfig(**names))
+
+
+def _refusal(operation: str, name: str, reason: str) -> str:
+    return (
+        f"kernels.{operation}={name!r} cannot be used: {reason}. Use kernels.{operation}=auto, or run {DOCTOR} to see "
+        f"what can be used here"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import platform
 import sys
@@ -14,11 +15,13 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend
 
-from lit_gpt.config import unknown_key
+from lit_gpt.checkpoint import find_checkpoint, read_config
+from lit_gpt.config import Config, unknown_key
 from lit_gpt.errors import EXIT_OK, run_command
 from lit_gpt.kernels.attention import cudnn_text
 from lit_gpt.kernels.backend import Situation, dtype_name, find_cpp_compiler
 from lit_gpt.kernels.choice import BACKENDS, auto, resolve
+from lit_gpt.kernels.fp8 import missing
 from lit_gpt.kernels.products import multiplies_bf16
 from lit_gpt.kernels.self_check import self_check
 from lit_gpt.kernels.settings import BackendUnavailable, KernelConfig
@@ -113,15 +116,25 @@ def table(situation: Situation) -> Iterator[str]:
             yield f"  {'*' if name == chosen else ' '} {name:<10} {'ok' if reason is None else f'no: {reason}'}"
 
 
+def section(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    """A part of a run's settings; empty where they do not have it.
+
+    Raises:
+        ValueError: it is no mapping.
+    """
+    given = settings.get(name) or {}
+    if not isinstance(given, dict):
+        raise ValueError(f"{name}={given!r} must be a mapping of settings")
+    return given
+
+
 def kernels_of(settings: dict[str, Any]) -> KernelConfig:
     """The `kernels` of a run's settings.
 
     Raises:
-        ValueError: no mapping, an unknown operation or backend.
+        ValueError: an unknown operation or backend.
     """
-    given = settings.get("kernels") or {}
-    if not isinstance(given, dict):
-        raise ValueError(f"kernels={given!r} must be a mapping, e.g. {{attention: sdpa}}")
+    given = section(settings, "kernels")
     problems = []
     for operation, name in given.items():
         if operation not in BACKENDS:
@@ -133,18 +146,46 @@ def kernels_of(settings: dict[str, Any]) -> KernelConfig:
     return KernelConfig(**given)
 
 
+def model_of(settings: dict[str, Any]) -> Config:
+    """Sizes of a run's last model; the usual ones where its settings name none.
+
+    Raises:
+        ValueError: an unknown name or size. DataError, OSError: init_from cannot be read.
+    """
+    given = {key: value for key, value in section(settings, "model").items() if value is not None}
+    known = [field.name for field in dataclasses.fields(Config)]
+    problems = [f"model: {unknown_key(str(key), known)}" for key in given if key not in known]
+    if problems:
+        raise ValueError("\n".join(problems))
+    name = given.pop("name", None)
+    if name == "init_from":
+        return dataclasses.replace(read_config(find_checkpoint(settings.get("init_from") or "")), **given)
+    return Config(**given) if name is None else Config.from_name(name, **given)
+
+
 def situation_of(settings: dict[str, Any], device: torch.device) -> Situation:
-    """What a run of these settings would meet on the device, as far as they say it themselves; `auto` as pretrain's."""
+    """What a run of these settings would meet on the device, by its last model; `auto` as pretrain's."""
+    model = model_of(settings)
     precision = settings.get("precision", "auto")
     is_fp32 = precision == "fp32" or (precision == "auto" and not multiplies_bf16(device))
     compile_ = settings.get("compile", "auto")
-    data = settings.get("data")
     return Situation.on(
         device,
         dtype=torch.float32 if is_fp32 else torch.bfloat16,
         compiled=device.type == "cuda" if compile_ == "auto" else compile_ != "none",
-        masked=isinstance(data, dict) and bool(data.get("document_mask")),
+        masked=bool(section(settings, "data").get("document_mask")) or any(map(model.slides, range(model.n_layer))),
+        head_sizes=(model.head_size,),
+        n_embd=model.n_embd,
     )
+
+
+def refusals(settings: dict[str, Any], situation: Situation) -> Iterator[str]:
+    """What settings beside `kernels` ask for and this machine has not."""
+    if settings.get("device") == "cuda" and situation.device_type != "cuda":
+        yield "device=cuda cannot be used: torch sees no CUDA device"
+    fp8 = settings.get("fp8", "none")
+    if fp8 != "none" and (reason := missing(situation)):
+        yield f"fp8={fp8} cannot be used: {reason}"
 
 
 def examine(config: Path | None) -> int:
@@ -157,14 +198,15 @@ def examine(config: Path | None) -> int:
     compiled = "compiled" if situation.compiled else "eager"
     lines += ["", f"on {device.type} in {dtype_name(situation.dtype)}, {compiled}:", *table(situation)]
     sys.stdout.write("\n".join(lines) + "\n\n")
+    problems = list(refusals(settings, situation))
     try:
         kernels = resolve(wanted, situation)
         self_check(kernels, situation, device)
+        sys.stdout.write(f"kernels: {kernels}; each agrees with its reference\n")
     except BackendUnavailable as error:
-        sys.stdout.write(f"{error}\n")
-        return EXIT_UNUSABLE
-    sys.stdout.write(f"kernels: {kernels}; each agrees with its reference\n")
-    return EXIT_OK
+        problems.append(str(error))
+    sys.stdout.writelines(f"{problem}\n" for problem in problems)
+    return EXIT_UNUSABLE if problems else EXIT_OK
 
 
 def main(argv: Sequence[str] | None = None) -> int:

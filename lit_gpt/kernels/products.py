@@ -18,7 +18,9 @@ def cpu_multiplies_bf16() -> bool:
 
 def multiplies_bf16(device: torch.device) -> bool:
     """Whether a device has instructions for it."""
-    return torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_multiplies_bf16()
+    if device.type == "cuda":  # without what torch counts as well: sm_70 and sm_75 emulate it
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return cpu_multiplies_bf16()
 
 
 def product_dtype(x: Tensor, cpu_has_bf16: bool) -> torch.dtype:

@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from lit_gpt.checkpoint import write_exchange
+from lit_gpt.config import Config
 from lit_gpt.errors import run_command
 from lit_gpt.kernels import doctor
 from lit_gpt.kernels.choice import BACKENDS
+from lit_gpt.model import InitialWeights
 from tests.lit_gpt.test_kernel_backends import H100
 
 
@@ -62,6 +65,38 @@ def test_a_config_whose_kernels_run_is_checked_and_fine(capsys, tmp_path):
     assert "kernels: attention=math norm=reference mlp=torch" in out
 
 
+def test_it_asks_for_what_the_run_and_its_model_need(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "triton" or None)
+    monkeypatch.setattr(importlib, "import_module", lambda name: name)
+    monkeypatch.setattr(doctor.Situation, "on", lambda device, **known: dataclasses.replace(H100, **known))
+    usual = {"precision": "bf16", "compile": "none"}
+
+    def of(**model: object) -> str:
+        situation = doctor.situation_of({**usual, "model": model}, torch.device("cuda"))
+        return " ".join(doctor.auto(operation, situation) for operation in ("attention", "norm"))
+
+    assert of() == of(name="2L64H") == "cudnn triton"
+    assert of(name="2L512H", n_head=2) == "flash triton"  # heads of 256 channels
+    assert of(name="1L16384H") == "cudnn torch"
+    config = Config.from_name("1L64H", vocab_size=64, family="mistral", sliding_window=8)
+    write_exchange(tmp_path / "mistral", config, InitialWeights(config, 0))
+    settings = {**usual, "model": {"name": "init_from", "block_size": 32}, "init_from": str(tmp_path / "mistral")}
+    assert doctor.situation_of(settings, torch.device("cuda")).masked
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("device: cuda", "device=cuda cannot be used: torch sees no CUDA device\n"),
+        ("fp8: rowwise", "fp8=rowwise cannot be used: needs a CUDA device, this run is on cpu\n"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_what_a_config_names_beside_kernels_is_looked_for_too(capsys, tmp_path, text, message):
+    code, out, _ = ask(capsys, "--config", configured(tmp_path, text))
+    assert code == 1 and out.endswith(message)
+
+
 def test_kernels_that_disagree_with_their_reference_are_unusable(capsys, monkeypatch):
     wrong = dataclasses.replace(BACKENDS["mlp"]["torch"], op=lambda gate, up, gelu: gate * up)
     monkeypatch.setitem(BACKENDS["mlp"], "torch", wrong)
@@ -74,7 +109,10 @@ def test_kernels_that_disagree_with_their_reference_are_unusable(capsys, monkeyp
     [
         ("kernels: {attention: flesh}", "kernels.attention: "),
         ("kernels: {atention: sdpa}", "kernels: "),
-        ("kernels: fast", "must be a mapping"),
+        ("kernels: fast", "kernels='fast' must be a mapping"),
+        ("model: 2L64H", "model='2L64H' must be a mapping"),
+        ("model: {name: 2L64}", "unknown model name '2L64'"),
+        ("model: {name: 2L64H, n_heads: 2}", "did you mean 'n_head'"),
     ],
 )
 def test_settings_that_are_no_kernels_are_bad_usage(capsys, tmp_path, text, message):

@@ -140,21 +140,19 @@ def test_in_bf16_the_loss_is_off_by_less_than_1e_4(name):
     assert abs(found.double() - exact) < 1e-4
 
 
-STATUS = Path("/proc/self/status")  # its VmHWM is this program's alone; ru_maxrss begins with that of its parent
+STATUS = Path("/proc/self/status")
 PEAK = """
-import re, sys, torch
-from pathlib import Path
+import sys, torch
+from benchmarks.machine import own_memory
 from lit_gpt.kernels.choice import BACKENDS
 torch.manual_seed(0)
 hidden = torch.randn(8192, 64).requires_grad_()
 weight = torch.randn(32000, 64).div_(8).requires_grad_()
 targets = torch.randint(32000, (8192,))
 BACKENDS["loss"]["chunked"].op(hidden[:8], weight, targets[:8], reduction="mean").backward()  # load what it loads
-def peak():
-    return int(re.search("VmHWM: *(.*) kB", Path("/proc/self/status").read_text().replace("\\t", " "))[1])
-before = peak()
+before = own_memory("VmHWM")
 BACKENDS["loss"][sys.argv[1]].op(hidden, weight, targets, reduction="mean").backward()
-print(peak() - before)
+print(own_memory("VmHWM") - before)
 """
 
 
@@ -200,6 +198,8 @@ def all_installed(monkeypatch) -> None:
         (dataclasses.replace(H100, dtype=torch.float32), "sdpa triton triton triton chunked"),
         (dataclasses.replace(H100, n_embd=16384), "cudnn torch triton triton chunked"),
         (A100, "flash triton triton triton chunked"),
+        (dataclasses.replace(H100, capability=(10, 3)), "cudnn triton triton triton chunked"),
+        (dataclasses.replace(H100, capability=(12, 0)), "flash triton triton triton chunked"),
         (dataclasses.replace(A100, capability=(7, 5)), "sdpa torch torch torch chunked"),
         (Situation(dtype=torch.bfloat16), "sdpa torch torch torch chunked"),
         (Situation(compiled=True), "sdpa torch torch torch chunked"),
@@ -220,7 +220,8 @@ def test_without_triton_auto_is_torch_on_a_gpu_too(monkeypatch):
     [
         ({"attention": "fa3"}, Situation(), "needs a CUDA device, this run is on cpu"),
         ({"attention": "fa3"}, A100, "needs a GPU of sm_9x, this one is sm_80"),
-        ({"attention": "fa4"}, A100, "needs a GPU of sm_90 or newer, this one is sm_80"),
+        ({"attention": "fa4"}, A100, "needs a GPU of sm_9x or sm_10x, this one is sm_80"),
+        ({"attention": "flash"}, dataclasses.replace(A100, capability=(7, 5)), "needs a GPU of sm_80 or newer"),
         ({"attention": "cudnn"}, dataclasses.replace(H100, cudnn=91400), "needs cuDNN 9.15.1 or newer, found 9.14.0"),
         ({"attention": "cudnn"}, dataclasses.replace(H100, cudnn=None), "needs cuDNN 9.15.1 or newer, found none"),
         ({"attention": "flash"}, dataclasses.replace(H100, masked=True), "knows no mask"),
@@ -269,6 +270,20 @@ def test_flash_attention_3_is_put_in_the_place_of_torchs_own(monkeypatch):
     assert resolve(KernelConfig(attention="fa3"), H100).names.attention == "fa3"
     assert resolve(KernelConfig(attention="flash"), H100).names.attention == "flash"
     assert activated == ["FA3"]
+
+
+def test_a_torch_that_does_not_know_it_and_a_package_of_another_version_are_refused(monkeypatch):
+    all_installed(monkeypatch)
+
+    def other_version(_):
+        raise RuntimeError("Module 'flash_attn_interface' does not expose FA3 backward kernels")
+
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", other_version)
+    with pytest.raises(BackendUnavailable, match="kernels.attention='fa3' cannot be used: .*FA3 backward"):
+        resolve(KernelConfig(attention="fa3"), H100)
+    monkeypatch.setattr(torch.nn.attention, "list_flash_attention_impls", lambda: ["FA4"])
+    with pytest.raises(BackendUnavailable, match="kernels.attention='fa3' cannot be used: needs a torch that knows"):
+        resolve(KernelConfig(attention="fa3"), H100)
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
@@ -348,11 +363,20 @@ def test_a_model_computes_every_operation_with_what_was_chosen(placement):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wanted", [{}, {"attention": "math", "norm": "reference", "mlp": "reference"}])
-def test_a_block_is_one_graph_to_the_compiler(wanted):
+@pytest.mark.parametrize(
+    ("wanted", "recompute"),
+    [
+        ({}, "none"),
+        ({}, "selective"),
+        ({}, "full"),
+        ({"attention": "math", "norm": "reference", "mlp": "reference"}, "none"),
+    ],
+)
+def test_a_block_is_one_graph_to_the_compiler(wanted, recompute):
     config = toy_config()
     model = toy_model(config)
     model.use_kernels(resolve(KernelConfig(**wanted), Situation(compiled=True)))
+    model.transformer.h[0].recompute = recompute
     block, angles = model.transformer.h[0], cos_sin(random(16, config.rope_n_elem // 2, dtype=torch.float32))
     x = random(2, 16, config.n_embd, dtype=torch.float32)
     eager = values_and_gradients(lambda x: block(x, *angles), [x])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from lit_gpt.kernels.attention import causal_attention
 from lit_gpt.kernels.norm import rms_norm
-from lit_gpt.kernels.products import linear, product_dtype
+from lit_gpt.kernels.products import linear, multiplies_bf16, product_dtype
 from lit_gpt.kernels.rope import apply_rope, cos_sin
 from lit_gpt.model import GPT, CausalSelfAttention, Linear
 from tests.toys import toy_config, toy_tokens, toy_weights
@@ -68,6 +70,15 @@ def test_bf16_is_widened_on_a_cpu_that_would_emulate_it_and_nothing_else_is():
     assert product_dtype(random(1, dtype=torch.bfloat16), cpu_has_bf16=True) == torch.bfloat16
     assert product_dtype(torch.empty(1, dtype=torch.bfloat16, device="meta"), cpu_has_bf16=False) == torch.bfloat16
     assert product_dtype(random(1), cpu_has_bf16=False) == torch.float64
+
+
+@pytest.mark.parametrize(("major", "expected"), [(7, False), (8, True)])
+def test_a_gpu_that_emulates_bf16_does_not_multiply_it(monkeypatch, major, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=major))
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda _: True)
+    assert multiplies_bf16(torch.device("cuda")) is expected
 
 
 def test_widened_products_are_those_of_bf16():

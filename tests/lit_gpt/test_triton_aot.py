@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from lit_gpt.kernels import triton_kernels as kernels
-from lit_gpt.kernels.triton_ops import GATE_BLOCK, LOSS_BLOCK, norm_warps, power_of_2
+from lit_gpt.kernels.triton_ops import GATE_BLOCK, LOSS_BLOCK, ROTATE_ELEMENTS, norm_warps, power_of_2
 
 pytestmark = [
     pytest.mark.triton,
@@ -32,7 +32,7 @@ def norm(n: int, kernel: str, *, adds: bool = True, warps: int | None = None) ->
 
 
 def rope(heads: int, half: int) -> dict[str, Any]:
-    constants = {"HALF": half, "BLOCK_HEADS": min(power_of_2(heads), 2048 // half), "BLOCK_PAIRS": half}
+    constants = {"HALF": half, "BLOCK_HEADS": min(power_of_2(heads), ROTATE_ELEMENTS // half), "BLOCK_PAIRS": half}
     return {"kernel": "rotate", "constants": constants, "num_warps": 4}
 
 

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import own_memory
 from lit_gpt.flops import count_parameters
 from pretrain import growth, loop
 from pretrain.__main__ import main
@@ -20,12 +21,6 @@ from pretrain.optim import build_optimizer
 from tests.toys import toy_config, toy_model, toy_tokens
 
 FOUND: dict[str, Any] = {}
-
-
-def resident(key: str) -> int:
-    """VmRSS or, since it was reset, VmHWM of this process, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) * 1024
 
 
 def warm_up() -> None:
@@ -43,12 +38,12 @@ def watch() -> None:
         if not FOUND:
             warm_up()
             Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-            FOUND["before"] = resident("VmRSS")
+            FOUND["before"] = own_memory("VmRSS")
         return build_model(*arguments, **keywords)
 
     def watched_step(run: Any, stage: Any, *rest: Any) -> Any:
         done = train_step(run, stage, *rest)
-        FOUND["peak"] = resident("VmHWM") - FOUND["before"]
+        FOUND["peak"] = own_memory("VmHWM") - FOUND["before"]
         FOUND["estimated"] = stage_memory(run.config, stage, run.compute, run.world, "cpu").total
         FOUND["parameters"] = count_parameters(stage.config)
         return done

@@ -1,0 +1,41 @@
+"""The share of a GPU's peak that a run says it reaches."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from grow.planning.devices import DEVICES, peak_flops_per_sec
+from lit_gpt.config import Config
+from pretrain.training import mfu
+from pretrain.world import World
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-40GB", "a100"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+    ],
+)
+def test_a_gpu_is_found_by_the_name_that_torch_gives_it(name, key):
+    assert peak_flops_per_sec(name) == DEVICES[key].flops_per_sec
+
+
+def test_it_is_palms_convention_over_the_peak_of_all_devices_and_unknown_without_one(monkeypatch):
+    """9.00 GFLOP per token of 24L2048H: 55,000 tokens per second are half of an H200."""
+    stage = SimpleNamespace(config=Config.from_name("24L2048H"))
+
+    def of(device: str, gpu: str, size: int = 1) -> float | None:
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: gpu)
+        run = SimpleNamespace(fabric=SimpleNamespace(device=torch.device(device)), world=World(0, size))
+        return mfu(run, stage, 55_000.0)
+
+    assert of("cuda", "NVIDIA H200") == pytest.approx(0.50, abs=0.005)
+    assert of("cuda", "NVIDIA H200", size=2) == pytest.approx(0.25, abs=0.005)
+    assert of("cuda", "Tesla T4") is None
+    assert of("cpu", "NVIDIA H200") is None
