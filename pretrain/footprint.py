@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
-from lit_gpt.available_memory import CGROUP, MEMINFO, available_memory
+from lit_gpt.available_memory import available_memory
 from lit_gpt.flops import count_parameters
 from lit_gpt.kernels.products import cpu_multiplies_bf16
 from lit_gpt.memory import Computation, Memory, memory_per_device, memory_text
@@ -62,11 +61,11 @@ def memory_lines(
     return lines if free is None else [*lines, f"memory that is free: {free / 1e9:.3g} GB"]
 
 
-def available_bytes(device: torch.device, meminfo: Path = MEMINFO, cgroup: Path = CGROUP) -> int | None:
-    """Free on a CUDA device; for a CPU process what the machine and its control group still have. None: not known."""
+def available_bytes(device: torch.device) -> int | None:
+    """Free on a CUDA device; for a CPU process what the machine and its control groups still have. None: not known."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return available_memory(meminfo, cgroup)
+    return available_memory()
 
 
 def per_process(free: int | None, device: torch.device, world: World) -> int | None:

@@ -14,7 +14,7 @@ from lit_gpt.settings_files import merge
 from pretrain import micro_batch
 from pretrain.command_line import parse
 from pretrain.config import BatchConfig
-from pretrain.footprint import available_bytes, stage_memory
+from pretrain.footprint import stage_memory
 from pretrain.micro_batch import CPU_TOKENS, choose_micro_batch, largest_that_fits, survives_a_step
 from pretrain.parallel import Compute
 from pretrain.run import run
@@ -183,32 +183,3 @@ def test_processes_agree_on_it_although_their_nodes_differ(prepared, tmp_path):
     again = of_processes(tmp_path / "again", prepared, batch={"global_batch_size": 8, "auto": True})
     refused = run_on(again, 2, tmp_path / "again-start", prepare=partial(only_so_much, [1e12, 1.0]), code=2)
     assert "not even one sequence" in refused.errors() and refused.errors(1) == ""
-
-
-def write(folder, **files):
-    for name, content in files.items():
-        path = folder / name.replace("__", "/").replace("_dot_", ".")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content)
-    return folder
-
-
-def test_what_is_free_is_the_less_of_machine_and_control_group(tmp_path):
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal:       900 kB\nMemAvailable:       500 kB\n")
-    none = tmp_path / "none"
-    assert available_bytes(CPU, meminfo, none) == 500 * 1024
-    version_2 = write(
-        tmp_path / "2",
-        memory_dot_max="300000\n",
-        memory_dot_current="200000\n",
-        memory_dot_stat="inactive_file 50000\n",
-    )
-    assert available_bytes(CPU, meminfo, version_2) == 150_000
-    unlimited = write(tmp_path / "max", memory_dot_max="max\n", memory_dot_current="200000\n")
-    assert available_bytes(CPU, meminfo, unlimited) == 500 * 1024
-    version_1 = write(
-        tmp_path / "1", memory__memory_dot_limit_in_bytes="9000\n", memory__memory_dot_usage_in_bytes="1000\n"
-    )
-    assert available_bytes(CPU, meminfo, version_1) == 8000
-    assert available_bytes(CPU, none, none) is None
