@@ -19,7 +19,8 @@ from grow.curves import (
     speedup_at,
     validation_curve,
 )
-from grow.runs.gather import Gathered, TrainedModel
+from grow.runs.gather import Gathered
+from grow.runs.trained_model import TrainedModel
 
 ALONG = (0.6, 0.8)  # of the baseline's FLOPs: where the speed-up is given besides at the end
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from grow.report import text
 from grow.report.compare import Comparison, Comparisons, OverSeeds, over_seeds
-from grow.runs.gather import Gathered, TrainedModel
+from grow.runs.gather import Gathered
+from grow.runs.trained_model import TrainedModel
 from lit_gpt.packed_dataset import source_of
 
 EVEN = 0.005  # speed-ups below half a per cent are called none

@@ -12,7 +12,8 @@ from grow.report import text
 from grow.report.compare import Comparison, Comparisons, have_same_data, over_seeds
 from grow.report.paper import models_like, speedups_like
 from grow.report.score_charts import HOW_TO_SCORE
-from grow.runs.gather import NATS_PER_TOKEN, Gathered, TrainedModel
+from grow.runs.gather import NATS_PER_TOKEN, Gathered
+from grow.runs.trained_model import TrainedModel
 from grow.scores import AVERAGE, LABELS, METRICS, WIKITEXT, Score
 
 Row = dict[str, Any]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from grow.runs.gather import Gathered, TrainedModel
+from grow.runs.gather import Gathered
+from grow.runs.trained_model import TrainedModel
 
 BITS_PER_BYTE = "bits per byte"
 
