@@ -158,9 +158,14 @@ def _headline_first(grown: Sequence[TrainedModel]) -> list[TrainedModel]:
 
 
 def _why_no_pair(gathered: Gathered) -> str:
+    left_out = f"; the notes say why {', '.join(gathered.left_out)} could not be taken" if gathered.left_out else ""
+    return _what_is_missing(gathered) + left_out
+
+
+def _what_is_missing(gathered: Gathered) -> str:
     grown, baselines, continued = (gathered.of_role(role) for role in ("grown", "baseline", "continued"))
     if not gathered.models:
-        return "no run is given, only points of others; give a run that grew and one from scratch"
+        return "there is no run to compare here; give one that grew and one from scratch"
     if not grown and not baselines and not continued:
         return "there is only a base model here; train the run to its end, and one from scratch to compare it with"
     if not grown:

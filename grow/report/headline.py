@@ -74,8 +74,7 @@ def _seeds_headline(comparisons: Comparisons, group: Sequence[Comparison], found
     other_curve = "validation" if name == "train" else "train"
     return {
         "verdict": verdict,
-        "number": f"{'≥ ' if found.lower_bound else ''}{text.percent(found.mean)} "
-        f"± {text.percent(found.stderr, signed=False)}",
+        "number": ("≥ " if found.lower_bound else "") + text.percent_over_seeds(found.mean, found.stderr),
         "label": f"speed-up at equal {curve} loss, mean ± standard error over {found.n} seeds",
         "sentence": sentences[verdict],
         "detail": f"Each {group[0].grown.operator or 'grown'} run against the one from scratch of its seed, the base "
@@ -92,7 +91,7 @@ def _other_curve_over_seeds(group: Sequence[Comparison], name: str) -> str:
         )
         return f"At equal {CURVE_NAMES[name]} loss: no mean, because {reason}."
     at_least = "at least " if found.lower_bound else ""
-    number = f"{text.percent(found.mean)} ± {text.percent(found.stderr, signed=False)}"
+    number = text.percent_over_seeds(found.mean, found.stderr)
     return f"At equal {CURVE_NAMES[name]} loss: {at_least}{number} over {found.n} seeds."
 
 

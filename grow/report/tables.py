@@ -209,10 +209,7 @@ def _mean_rows(group: Sequence[Comparison]) -> list[Row]:
         return []
     name = group[0].grown.end.stage_name
     row = _speedup_row(f"{name}, mean over seeds {', '.join(map(str, found.seeds))}", "run", {"speedup": found.mean})
-    row["cells"][-1] |= {
-        "stderr": found.stderr,
-        "text": f"{text.percent(found.mean)} ± {text.percent(found.stderr, signed=False)}",
-    }
+    row["cells"][-1] |= {"stderr": found.stderr, "text": text.percent_over_seeds(found.mean, found.stderr)}
     return [row]
 
 

@@ -33,6 +33,8 @@ class Gathered:
     external: tuple[ExternalModel, ...] = ()
     unit: str = NATS_PER_TOKEN
     """Of every loss of the models."""
+    left_out: tuple[str, ...] = ()
+    """Names of models whose losses are not in that unit; a note says why."""
 
     def of_role(self, role: str) -> list[TrainedModel]:
         return [model for model in self.models if model.role == role]
