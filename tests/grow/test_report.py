@@ -461,6 +461,13 @@ def test_logs_alone_are_enough_for_the_curves(tmp_path):
     assert any("no checkpoint" in note for note in report["notes"])
 
 
+def test_a_checkpoint_whose_state_is_no_mapping_is_passed_over_with_a_note(tmp_path):
+    run_dir = scratch_run(tmp_path / "run").write()
+    next(run_dir.glob("checkpoints/*/*/state.json")).write_text("[]")
+
+    assert any("state.json is not a JSON object" in note for note in facts_on(run_dir)["notes"])
+
+
 def test_what_is_no_run_is_refused_and_nothing_is_written(tmp_path):
     (tmp_path / "empty").mkdir()
     diverged = scratch_run(tmp_path / "diverged").write()
@@ -468,8 +475,11 @@ def test_what_is_no_run_is_refused_and_nothing_is_written(tmp_path):
     (diverged / "metrics.jsonl").write_text(
         "\n".join([*lines[:19], lines[19].replace('"loss": ', '"loss": NaN, "x": ')])
     )
+    torn = scratch_run(tmp_path / "torn").write()
+    (torn / "config.yaml").write_text("stages: [")
     good = scratch_run(tmp_path / "good").write()
     cases = [
+        ([torn], DataError, r"config\.yaml is not YAML: .*; the file was damaged"),
         ([tmp_path / "empty"], DataError, r"no metrics\.jsonl"),
         ([tmp_path / "absent"], FileNotFoundError, "no such run directory"),
         ([diverged], DataError, "the loss of step 40 is nan"),
