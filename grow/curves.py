@@ -17,7 +17,12 @@ from lit_gpt.errors import DataError
 METRICS_FILE = "metrics.jsonl"
 EVALS_FILE = "evals.jsonl"
 OPTIONAL = {"bpb", "time", "stderr", "n", "limit", "data"}
-NUMBERS = ("step", "stage", "tokens", "flops_total", "seconds", "time", "bpb", "stderr")
+KINDS = {
+    **dict.fromkeys(("step", "stage", "stage_step", "tokens", "n", "limit"), "a whole number"),
+    **dict.fromkeys(("flops_total", "seconds", "time", "bpb", "stderr"), "a number"),
+    **dict.fromkeys(("stage_name", "when", "set", "metric", "data"), "text"),
+}
+"""What every field but the measured one must be."""
 WINDOW_SHARE = 0.1  # of the shortest curve: less leaves the noise of small batches in, more blurs the end of the run
 WINDOW_INTERVALS = 2  # at least this many log intervals, or the smoothed curve would be the logged one
 
@@ -115,19 +120,20 @@ def _read_records(path: Path, kind: type[Record], value_field: str) -> tuple[lis
 def read_json_lines(path: Path) -> tuple[list[tuple[str, Mapping[str, Any]]], list[str]]:
     """Every object of a file of JSON lines with where it stands, and notes on what was left out.
 
-    A half-written last line, which a killed program leaves, is dropped with a note.
+    A half-written last line, which a killed program leaves, is dropped with a note; empty ones say nothing.
 
     Raises:
         DataError: another line is not a JSON object.
     """
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    text = path.read_text(encoding="utf-8", errors="replace")
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     found, notes = [], []
-    for number, line in enumerate(lines, 1):
+    for number, line in lines:
         where = f"{path}, line {number}"
         try:
             values = json.loads(line)
         except json.JSONDecodeError as error:
-            if number < len(lines):
+            if number < lines[-1][0]:
                 raise DataError(f"{where} is not JSON ({error.msg}); the file was damaged") from error
             notes.append(f"{path.parent.name}/{path.name}: the last line is incomplete and was left out.")
             break
@@ -148,11 +154,17 @@ def _record(values: Mapping[str, Any], kind: type[Record], value_field: str, whe
             f"{where}: the {metric} of step {values['step']} is {value}; the run diverged "
             f"there, so its curve ends in no loss to compare. Leave this run out or train it again"
         )
-    for name in NUMBERS:
+    for name in fields:
         is_absent = name in OPTIONAL and values.get(name) is None
-        if name in fields and not is_absent and not _is_number(values[name]):
-            raise DataError(f"{where}: {name} is {values[name]!r}, not a number; the file was damaged")
+        if name != value_field and not is_absent and not _is(KINDS[name], values[name]):
+            raise DataError(f"{where}: {name} is {values[name]!r}, not {KINDS[name]}; the file was damaged")
     return kind(**{name: values.get(name) for name in fields})
+
+
+def _is(kind: str, value: Any) -> bool:
+    if kind == "text":
+        return isinstance(value, str)
+    return type(value) is int if kind == "a whole number" else _is_number(value)
 
 
 def _is_number(value: Any) -> bool:

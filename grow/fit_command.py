@@ -70,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
         require("--offset", "scipy")
     if args.resamples is not None and args.resamples < 1:
         raise ValueError(f"--resamples {args.resamples} must be at least 1")
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed} must be at least 0")
     found = make_fits(args)
     sys.stdout.write(json.dumps(found, indent=1) + "\n" if args.json else "\n".join(_lines(found)) + "\n")
     return 0
@@ -87,7 +89,13 @@ def make_fits(args: argparse.Namespace) -> dict[str, Any]:
     left = left_out(gathered, found)
     if not found:
         raise ValueError(
-            "\n".join([f"no run here has a {args.loss} loss to fit; give runs from scratch or grown ones", *left])
+            "\n".join(
+                [
+                    f"no run here has a {args.loss} loss to fit; give runs from scratch or grown ones",
+                    *gathered.notes,
+                    *left,
+                ]
+            )
         )
     laws, notes = _fit_all(found, args)
     fitted = [family for family in found if family.name in laws]

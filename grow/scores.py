@@ -50,7 +50,7 @@ class Score:
     value: float
     """An accuracy as a share, or a perplexity per word."""
     stderr: float | None = None
-    limit: int | None = None
+    limit: float | None = None
     """How many documents were scored of more; None: all of them."""
 
 
@@ -92,10 +92,12 @@ def _points(lines: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[list[Scored
     moments: dict[tuple[Any, ...], dict[str, Score]] = {}
     notes: list[str] = []
     for where, values in lines:
+        if not isinstance(values["task"], str):
+            raise DataError(f"{where}: task is {values['task']!r}, not a name; the file was damaged")
         if values.get("metric") != METRICS.get(values["task"]):
             continue  # another metric of the task, or the average: that is computed here
         moment = (_tokens(values, where), *(_number(values, name, where) for name in ("flops_total", "stage")))
-        score = _score(values, "value", "stderr", values.get("limit"), where, notes)
+        score = _score(values, "value", "stderr", _number(values, "limit", where), where, notes)
         if score is not None:
             moments.setdefault(moment, {})[values["task"]] = score
     ordered = sorted(moments, key=lambda moment: [value or 0 for value in moment])
@@ -122,7 +124,7 @@ def _number(values: Mapping[str, Any], name: str, where: str) -> float | None:
 
 
 def _score(
-    values: Mapping[str, Any], name: str, stderr: str, limit: int | None, where: str, notes: list[str]
+    values: Mapping[str, Any], name: str, stderr: str, limit: float | None, where: str, notes: list[str]
 ) -> Score | None:
     value, error = values.get(name), values.get(stderr)
     if not (isinstance(value, int | float) and math.isfinite(value)):

@@ -57,8 +57,10 @@ def latest(
     return None
 
 
-def find_checkpoint(path: str | Path) -> Path:
+def find_checkpoint(path: str | Path, *, deep: bool = False) -> Path:
     """The checkpoint that a path means: itself, or the latest one of a run folder.
+
+    deep: of a run's, compute the crc32 of every file, as training does.
 
     Raises:
         DataError: a run folder without a valid checkpoint.
@@ -66,7 +68,7 @@ def find_checkpoint(path: str | Path) -> Path:
     folder = Path(path) / "checkpoints"
     if not folder.is_dir():
         return Path(path)
-    found = latest(folder)
+    found = latest(folder, deep=deep)
     if found is None:
         raise DataError(f"{folder} holds no valid checkpoint; give the path of one, or let the run save first")
     return found

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_gpt.errors import EXIT_OK, DataError
+from lit_gpt.errors import EXIT_OK
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,36 +45,15 @@ def validate(path: str | Path, flags: Sequence[str] = ()) -> list[SetLoss]:
     Raises:
         ValueError: bad settings, or no validation data. DataError, OSError: a damaged or missing file.
     """
-    from lit_gpt.checkpoint import TRAINING, detect_form, read_config, read_exchange, read_training
+    from lit_gpt.checkpoint import TRAINING, detect_form, find_checkpoint, read_config, read_exchange, read_training
     from lit_gpt.legacy import is_legacy
 
-    found = _newest_valid(Path(path))
+    found = find_checkpoint(path, deep=True)
     if is_legacy(found) or detect_form(found) != TRAINING:
         folder = read_exchange(found)
         return _measure(found, read_config(found), folder.weights, folder.provenance or {}, flags)
     checkpoint = read_training(found, verify=found == Path(path))
     return _measure(found, read_config(found), checkpoint.model, checkpoint.state, flags)
-
-
-def _newest_valid(path: Path) -> Path:
-    """A checkpoint itself; of a run the one that training would take up at.
-
-    Raises:
-        DataError: there is none.
-    """
-    from grow.curves import METRICS_FILE
-    from lit_gpt.checkpoint import latest
-
-    if not (path / "checkpoints").is_dir() and not (path / METRICS_FILE).is_file():
-        return path  # no run
-
-    def warn(skipped: Path, reason: str) -> None:
-        sys.stderr.write(f"warning: {skipped} is passed over: {reason}\n")
-
-    found = latest(path / "checkpoints", deep=True, on_skip=warn)
-    if found is None:
-        raise DataError(f"{path} holds no valid checkpoint; give a checkpoint, or a run that has saved one")
-    return found
 
 
 def _settings(state: Mapping[str, Any], flags: Sequence[str]) -> RunConfig:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grow.compare.settings import CompareConfig, read_settings
-from grow.compare.text import PLANNED_HEAD, columns, left_to_do, planned_rows, sentences, table
+from grow.compare.text import PLANNED_HEAD, left_to_do, planned_rows, sentences, table
 from grow.report.extra import require
+from grow.report.text import columns
 from lit_gpt.atomic import write_atomically
 from lit_gpt.versions import versions
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from grow.compare.settings import FROM_SCRATCH
+from grow.report.text import columns
 
 if TYPE_CHECKING:
     from grow.compare.plan import PlannedRun, PlannedStage
@@ -103,9 +104,3 @@ def left_to_do(runs: Sequence[tuple[PlannedRun, str]]) -> str:
     left = [run for run, state in runs if state not in ("done", "not needed")]
     tokens, flops = sum(run.tokens for run in left), sum(run.flops for run in left)
     return f"{len(left)} of {len(runs)} runs are left: {tokens:,} tokens, {flops:.3g} FLOPs."
-
-
-def columns(lines: Sequence[Sequence[str]]) -> str:
-    """Lines of cells as columns of text."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)

@@ -12,7 +12,8 @@ from grow.curves import Curve, validation_curve
 from grow.report import text
 from grow.report.axes import chart, rounded, style_number, thinned, with_axes
 from grow.report.compare import ALONG, Comparisons
-from grow.runs.gather import NATS_PER_TOKEN, Gathered, TrainedModel
+from grow.runs.gather import NATS_PER_TOKEN, Gathered
+from grow.runs.trained_model import TrainedModel
 from grow.scores import ExternalModel
 
 SPIKE_WIDTH_POINTS = 24  # first losses after growth, which are never thinned out

@@ -102,13 +102,8 @@ def summary(report: dict[str, Any], folder: Path) -> str:
         )
         for row in report["runs"]
     ]
-    widths = [max(len(line[i]) for line in [head, *rows]) for i in range(len(head))]
-    shown = [head, *rows] if rows else []
-    table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in shown]
+    table = [text.columns([head, *rows]), ""] if rows else []
     headline = report["headline"]
     number = [] if headline["verdict"] == "none" else [f"{headline['number']} {headline['label']}."]
     lines = [headline["sentence"], headline["detail"], *number, *headline["more"]]
-    return (
-        "\n".join([*lines, "", *(line.rstrip() for line in table), "", report["claim"], str(folder / "report.html")])
-        + "\n"
-    )
+    return "\n".join([*lines, "", *table, report["claim"], str(folder / "report.html")]) + "\n"

@@ -19,7 +19,8 @@ from grow.curves import (
     speedup_at,
     validation_curve,
 )
-from grow.runs.gather import Gathered, TrainedModel
+from grow.runs.gather import Gathered
+from grow.runs.trained_model import TrainedModel
 
 ALONG = (0.6, 0.8)  # of the baseline's FLOPs: where the speed-up is given besides at the end
 
@@ -157,9 +158,14 @@ def _headline_first(grown: Sequence[TrainedModel]) -> list[TrainedModel]:
 
 
 def _why_no_pair(gathered: Gathered) -> str:
+    left_out = f"; the notes say why {', '.join(gathered.left_out)} could not be taken" if gathered.left_out else ""
+    return _what_is_missing(gathered) + left_out
+
+
+def _what_is_missing(gathered: Gathered) -> str:
     grown, baselines, continued = (gathered.of_role(role) for role in ("grown", "baseline", "continued"))
     if not gathered.models:
-        return "no run is given, only points of others; give a run that grew and one from scratch"
+        return "there is no run to compare here; give one that grew and one from scratch"
     if not grown and not baselines and not continued:
         return "there is only a base model here; train the run to its end, and one from scratch to compare it with"
     if not grown:

@@ -18,7 +18,8 @@ from grow.report.isoflop import isoflop_charts
 from grow.report.law_charts import law_charts
 from grow.report.score_charts import score_charts
 from grow.report.tables import build_tables
-from grow.runs.gather import Gathered, TrainedModel
+from grow.runs.gather import Gathered
+from grow.runs.trained_model import TrainedModel
 from lit_gpt.config import Config
 from lit_gpt.packed_dataset import source_of
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from grow.report import text
 from grow.report.compare import Comparison, Comparisons, OverSeeds, over_seeds
-from grow.runs.gather import Gathered, TrainedModel
+from grow.runs.gather import Gathered
+from grow.runs.trained_model import TrainedModel
 from lit_gpt.packed_dataset import source_of
 
 EVEN = 0.005  # speed-ups below half a per cent are called none
@@ -73,8 +74,7 @@ def _seeds_headline(comparisons: Comparisons, group: Sequence[Comparison], found
     other_curve = "validation" if name == "train" else "train"
     return {
         "verdict": verdict,
-        "number": f"{'≥ ' if found.lower_bound else ''}{text.percent(found.mean)} "
-        f"± {text.percent(found.stderr, signed=False)}",
+        "number": ("≥ " if found.lower_bound else "") + text.percent_over_seeds(found.mean, found.stderr),
         "label": f"speed-up at equal {curve} loss, mean ± standard error over {found.n} seeds",
         "sentence": sentences[verdict],
         "detail": f"Each {group[0].grown.operator or 'grown'} run against the one from scratch of its seed, the base "
@@ -91,7 +91,7 @@ def _other_curve_over_seeds(group: Sequence[Comparison], name: str) -> str:
         )
         return f"At equal {CURVE_NAMES[name]} loss: no mean, because {reason}."
     at_least = "at least " if found.lower_bound else ""
-    number = f"{text.percent(found.mean)} ± {text.percent(found.stderr, signed=False)}"
+    number = text.percent_over_seeds(found.mean, found.stderr)
     return f"At equal {CURVE_NAMES[name]} loss: {at_least}{number} over {found.n} seeds."
 
 

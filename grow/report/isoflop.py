@@ -13,7 +13,8 @@ from grow.fit import Parabola, fit_parabola
 from grow.report import text
 from grow.report.axes import SEQUENCE, chart, rounded, with_axes
 from grow.report.compare import Comparisons
-from grow.runs.gather import Gathered, TrainedModel
+from grow.runs.gather import Gathered
+from grow.runs.trained_model import TrainedModel
 
 N_BUDGETS = 5
 SAME = 0.02  # timings and sizes that differ by less count as equal

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grow.runs.gather import TrainedModel, read_corpus_manifest
+from grow.runs.trained_model import TrainedModel, read_corpus_manifest
 from lit_gpt.errors import DataError
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from grow.report import text
 from grow.report.compare import Comparison, Comparisons, have_same_data, over_seeds
 from grow.report.paper import models_like, speedups_like
 from grow.report.score_charts import HOW_TO_SCORE
-from grow.runs.gather import NATS_PER_TOKEN, Gathered, TrainedModel
+from grow.runs.gather import NATS_PER_TOKEN, Gathered
+from grow.runs.trained_model import TrainedModel
 from grow.scores import AVERAGE, LABELS, METRICS, WIKITEXT, Score
 
 Row = dict[str, Any]
@@ -208,10 +209,7 @@ def _mean_rows(group: Sequence[Comparison]) -> list[Row]:
         return []
     name = group[0].grown.end.stage_name
     row = _speedup_row(f"{name}, mean over seeds {', '.join(map(str, found.seeds))}", "run", {"speedup": found.mean})
-    row["cells"][-1] |= {
-        "stderr": found.stderr,
-        "text": f"{text.percent(found.mean)} ± {text.percent(found.stderr, signed=False)}",
-    }
+    row["cells"][-1] |= {"stderr": found.stderr, "text": text.percent_over_seeds(found.mean, found.stderr)}
     return [row]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 NARROW = "\u202f"  # a narrow space that does not break, between a number and its unit
 MINUS = "\u2212"
@@ -38,6 +39,11 @@ def percent(share: float | None, *, signed: bool = True) -> str:
     if not signed or float(f"{value:.{digits}f}") == 0:
         return text
     return (MINUS if value < 0 else "+") + text
+
+
+def percent_over_seeds(share: float, stderr: float) -> str:
+    """0.54, 0.03 -> "+54 % ± 3.0 %": a mean and its standard error."""
+    return f"{percent(share)} ± {percent(stderr, signed=False)}"
 
 
 def power_of_ten(exponent: int) -> str:
@@ -100,3 +106,9 @@ def whole(value: float | None) -> str:
 def epochs(value: float | None) -> str:
     """Times that the data was read."""
     return NOTHING if value is None else f"{value:.2f}"
+
+
+def columns(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells as columns of text for a terminal."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)

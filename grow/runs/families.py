@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from grow.curves import Curve, default_window, smooth, validation_curve
-from grow.runs.gather import Gathered, TrainedModel
+from grow.runs.gather import Gathered
+from grow.runs.trained_model import TrainedModel
 
 SCRATCH, CONTINUED = "scratch", "continued"
 POINTS = ("final", "every")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from grow.runs.gather import Gathered, TrainedModel
+from grow.runs.gather import Gathered
+from grow.runs.trained_model import TrainedModel
 
 BITS_PER_BYTE = "bits per byte"
 
@@ -21,17 +22,15 @@ def in_comparable_unit(gathered: Gathered) -> Gathered:
         return gathered
     kept = _whole_families([model for model in gathered.models if model.tokenizer and _has_bits(model)])
     names = {model.name for model in kept}
+    left_out = tuple(model.name for model in gathered.models if model.name not in names)
     notes = [
         f"These runs use {len(tokenizers)} different tokenizers, so a token is not the same amount of text: every loss "
         f"here is in {BITS_PER_BYTE}, and validation sets are matched by name alone.",
-        *(
-            f"{model.name} is left out: its log holds no {BITS_PER_BYTE}, or nobody knows its tokenizer."
-            for model in gathered.models
-            if model.name not in names
-        ),
+        *(f"{name} is left out: its log holds no {BITS_PER_BYTE}, or nobody knows its tokenizer." for name in left_out),
     ]
     models = tuple(_in_bits(model) for model in kept)
-    return dataclasses.replace(gathered, models=models, notes=(*gathered.notes, *notes), unit=BITS_PER_BYTE)
+    notes = [*gathered.notes, *notes]
+    return dataclasses.replace(gathered, models=models, notes=tuple(notes), unit=BITS_PER_BYTE, left_out=left_out)
 
 
 def _has_bits(model: TrainedModel) -> bool:

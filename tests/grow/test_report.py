@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from grow.__main__ import main
 from grow.report import text
 from grow.report.command import summary
 from grow.report.facts import blocks
@@ -226,6 +227,7 @@ def test_a_run_that_grew_twice_is_represented_by_its_last_model(tmp_path):
 
 
 OTHER_TOKENIZER = {**TOKENIZER, "sha256": "dead" * 16}
+TWO_TOKENIZERS = {"a": TOKENIZER, "b": OTHER_TOKENIZER}
 
 
 def test_different_tokenizers_are_compared_in_bits_per_byte_alone(tmp_path):
@@ -259,6 +261,21 @@ def test_a_run_without_bits_per_byte_is_left_out_where_tokenizers_differ(tmp_pat
 
     assert list(by_name(report)) == ["base", "grown"] and report["speedup_at_equal_loss"] is None
     assert any("scratch is left out" in note for note in report["notes"])
+    assert report["reason"].endswith("; the notes say why scratch could not be taken")
+
+
+def test_where_every_run_is_left_out_the_reason_says_so_and_a_fit_is_refused_with_it(tmp_path, capsys):
+    runs = [scratch_run(tmp_path / name, tokenizer=told).write() for name, told in TWO_TOKENIZERS.items()]
+    for folder in runs:
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps({**line, "bpb": None}) + "\n" for line in lines))
+
+    report = facts_on(*runs)
+
+    assert report["runs"] == [] and report["reason"].startswith("there is no run to compare here")
+    assert report["reason"].endswith("; the notes say why a/scratch, b/scratch could not be taken")
+    assert main(["fit", *map(str, runs)]) == 2
+    assert "a/scratch is left out: its log holds no bits per byte" in capsys.readouterr().err
 
 
 def test_a_pair_that_differs_in_more_than_growth_says_so_beside_the_number(tmp_path):
@@ -444,6 +461,13 @@ def test_logs_alone_are_enough_for_the_curves(tmp_path):
     assert any("no checkpoint" in note for note in report["notes"])
 
 
+def test_a_checkpoint_whose_state_is_no_mapping_is_passed_over_with_a_note(tmp_path):
+    run_dir = scratch_run(tmp_path / "run").write()
+    next(run_dir.glob("checkpoints/*/*/state.json")).write_text("[]")
+
+    assert any("state.json is not a JSON object" in note for note in facts_on(run_dir)["notes"])
+
+
 def test_what_is_no_run_is_refused_and_nothing_is_written(tmp_path):
     (tmp_path / "empty").mkdir()
     diverged = scratch_run(tmp_path / "diverged").write()
@@ -451,8 +475,11 @@ def test_what_is_no_run_is_refused_and_nothing_is_written(tmp_path):
     (diverged / "metrics.jsonl").write_text(
         "\n".join([*lines[:19], lines[19].replace('"loss": ', '"loss": NaN, "x": ')])
     )
+    torn = scratch_run(tmp_path / "torn").write()
+    (torn / "config.yaml").write_text("stages: [")
     good = scratch_run(tmp_path / "good").write()
     cases = [
+        ([torn], DataError, r"config\.yaml is not YAML: .*; the file was damaged"),
         ([tmp_path / "empty"], DataError, r"no metrics\.jsonl"),
         ([tmp_path / "absent"], FileNotFoundError, "no such run directory"),
         ([diverged], DataError, "the loss of step 40 is nan"),

@@ -383,7 +383,7 @@ def test_the_published_curves_of_pythia_are_drawn_as_they_are(data_dir, tmp_path
     assert all(len(series["points"]) == 27 for series in chart["series"])
     ends = {series["name"]: series["points"][-1][1] for series in chart["series"]}
     assert ends["pythia-70m-deduped"] < ends["pythia-410m-deduped"] < ends["pythia-6.9b-deduped"]
-    assert "no run is given" in report["reason"] and report["runs"] == []
+    assert "there is no run to compare" in report["reason"] and report["runs"] == []
     assert (tmp_path / "out" / "figures" / "score-average.png").is_file()
 
 

@@ -96,9 +96,17 @@ def test_a_stage_has_its_own_scores_and_counts_the_tokens_behind_it(tmp_path):
     assert [(point.tokens, point.scores["boolq"].value) for point in of_stage(points, 2)] == [(140, 0.5)]
 
 
-def test_tokens_that_are_no_number_are_damage(tmp_path):
-    with pytest.raises(DataError, match="tokens is 'many'"):
-        read_scores(evals(tmp_path / "run", record("boolq", "acc", 0.6, tokens="many")))
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"tokens": "many"}, "tokens is 'many'"),
+        ({"limit": "few"}, "limit is 'few'"),
+        ({"task": ["boolq"]}, r"task is \['boolq'\], not a name"),
+    ],
+)
+def test_a_field_of_another_kind_is_damage(tmp_path, damage, message):
+    with pytest.raises(DataError, match=message):
+        read_scores(evals(tmp_path / "run", {**record("boolq", "acc", 0.6), **damage}))
 
 
 def test_an_external_file_may_hold_results_of_the_harness_losses_and_several_models(tmp_path):
