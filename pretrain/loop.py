@@ -24,7 +24,7 @@ from pretrain.optim import set_learning_rate
 from pretrain.parallel import clip_gradients, gradients_shared
 from pretrain.stages import Stage
 from pretrain.state import TrainState
-from pretrain.training import Run, Trained, mfu, step_flops, step_flops_computed, tokens_per_step
+from pretrain.training import Run, Trained, mfu, peak_memory, step_flops, step_flops_computed, tokens_per_step
 
 
 def train_in_stages(run: Run, trained: Trained, state: TrainState) -> Trained:
@@ -283,6 +283,7 @@ def log_step(
             "tokens_per_sec": tokens_per_sec,
             "compile_secs": trained.compile_secs_told,
             "mfu": mfu(run, stage, tokens_per_sec),
+            "peak_memory": peak_memory(run),
             "position": state.position,
             "seconds": state.seconds,
             "time": time.time(),

@@ -85,6 +85,12 @@ def mfu(run: Run, stage: Stage, tokens_per_sec: float) -> float | None:
     return peak and flops_per_token(stage.config).palm * tokens_per_sec / (peak * run.world.size)
 
 
+def peak_memory(run: Run) -> int | None:
+    """Most bytes that tensors have held on the CUDA device of this process since it started; None on a CPU."""
+    device = run.fabric.device
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
 def tokens_per_step(config: RunConfig, stage: Stage) -> int:
     return config.batch.global_batch_size * stage.config.block_size
 

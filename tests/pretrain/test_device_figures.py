@@ -1,4 +1,4 @@
-"""The share of a GPU's peak that a run says it reaches."""
+"""What a run says of its GPU: the share of its peak that it reaches, and the memory it needed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from grow.planning.devices import DEVICES, peak_flops_per_sec
 from lit_gpt.config import Config
-from pretrain.training import mfu
+from pretrain.training import mfu, peak_memory
 from pretrain.world import World
 
 
@@ -39,3 +39,13 @@ def test_it_is_palms_convention_over_the_peak_of_all_devices_and_unknown_without
     assert of("cuda", "NVIDIA H200", size=2) == pytest.approx(0.25, abs=0.005)
     assert of("cuda", "Tesla T4") is None
     assert of("cpu", "NVIDIA H200") is None
+
+
+def test_the_peak_of_memory_is_that_of_the_runs_device_and_unknown_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1000 + device.index)
+
+    def of(device: str) -> int | None:
+        return peak_memory(SimpleNamespace(fabric=SimpleNamespace(device=torch.device(device))))
+
+    assert of("cuda:3") == 1003
+    assert of("cpu") is None
