@@ -96,6 +96,17 @@ def test_a_stage_has_its_own_scores_and_counts_the_tokens_behind_it(tmp_path):
     assert [(point.tokens, point.scores["boolq"].value) for point in of_stage(points, 2)] == [(140, 0.5)]
 
 
+def test_a_task_of_the_users_own_is_left_out_with_a_note(tmp_path):
+    lines = (record("boolq", "acc", 0.6), record("capitals", "acc", 0.4), record("capitals", "acc_norm", 0.5))
+    note = "scores of capitals were left out; these tasks have no figure here."
+
+    (point,), notes = read_scores(evals(tmp_path / "run", *lines))
+    assert list(point.scores) == ["boolq"] and notes == [f"run: {note}"]
+
+    _, notes = read_external(written(tmp_path / "theirs.jsonl", *lines))
+    assert notes == [f"theirs: {note}"]
+
+
 def test_tokens_that_are_no_number_are_damage(tmp_path):
     with pytest.raises(DataError, match="tokens is 'many'"):
         read_scores(evals(tmp_path / "run", record("boolq", "acc", 0.6, tokens="many")))
