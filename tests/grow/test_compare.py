@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from grow.compare import runs
-from grow.compare.plan import Origin, PlannedRun, arm_steps
+from grow.compare.plan import Origin, PlannedRun, arm_steps, planned_runs
 from grow.compare.ranking import estimate, rank
 from grow.compare.settings import CompareConfig, read_settings
 from grow.compare.text import sentences, table
@@ -115,6 +115,18 @@ def test_a_base_of_unknown_cost_has_no_baseline(tmp_path):
     assert arm_steps(comparison(tmp_path), "stack", base, base) == [20]
     with pytest.raises(ValueError, match="nobody wrote down the FLOPs behind base, so scratch cannot be given as many"):
         arm_steps(comparison(tmp_path), "scratch", base, base)
+
+
+def test_data_that_is_not_there_is_named(tmp_path):
+    def planned(**settings: object) -> None:
+        planned_runs(comparison(tmp_path, settings={**WHOLE["settings"], **settings}), 1)
+
+    with pytest.raises(FileNotFoundError, match="data .*nowhere does not exist; make it with scripts/prepare.py"):
+        planned(data={"train": {"a": str(tmp_path), "b": str(tmp_path / "nowhere")}})
+    with pytest.raises(ValueError, match="does not say how many token ids there are; give a folder of scripts"):
+        planned(data={"train": str(tmp_path)})
+    with pytest.raises(ValueError, match=r"data.train=\[\] does not say"):
+        planned()
 
 
 @pytest.mark.parametrize(("code", "said"), [(EXIT_STOPPED, "stopped while"), (EXIT_USAGE, "refused")])
