@@ -84,7 +84,15 @@ def read_scores(run_dir: Path) -> tuple[list[ScoredPoint], list[str]]:
     if not path.is_file():
         return [], []
     lines, _ = read_json_lines(path)  # its notes are those of the validation losses
-    return _points([line for line in lines if "task" in line[1]])
+    scored = [line for line in lines if "task" in line[1]]
+    points, notes = _points(scored)
+    return points, [*notes, *_not_drawn(run_dir.name, scored)]
+
+
+def _not_drawn(name: str, lines: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    """A note on the tasks of a model that have no metric here, as those of a user's own."""
+    others = sorted({str(values["task"]) for _, values in lines} - {*METRICS, AVERAGE})
+    return [f"{name}: scores of {', '.join(others)} were left out; these tasks have no figure here."] if others else []
 
 
 def _points(lines: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[list[ScoredPoint], list[str]]:
@@ -178,8 +186,9 @@ def _external(name: str, path: Path, lines: Sequence[tuple[str, Mapping[str, Any
     sizes = [size for where, values in lines if (size := _number(values, "parameters", where)) is not None]
     parameters = sizes[-1] if sizes else None
     lines = [(where, _with_flops(values, parameters, where)) for where, values in lines]
-    points, more = _points([line for line in lines if "task" in line[1]])
-    notes += more
+    scored = [line for line in lines if "task" in line[1]]
+    points, more = _points(scored)
+    notes += [*more, *_not_drawn(name, scored)]
     losses = []
     for where, values in lines:
         tokens, flops = values.get("tokens"), values["flops_total"]

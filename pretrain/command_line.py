@@ -14,7 +14,7 @@ import yaml
 
 from lit_gpt.config import unknown_key
 from lit_gpt.settings_files import merge, read_settings_file
-from pretrain.config import RunConfig, known_keys, unknown_key_problems
+from pretrain.config import RunConfig, known_keys, null_problems, unknown_key_problems
 from pretrain.config_checks import config_problems
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def split_arguments(argv: list[str]) -> tuple[list[str], dict[str, str], set[str
         if not equals:
             value = next(rest, None)
             if value is None:
-                raise ValueError(f"{name} needs a value")
+                raise ValueError("\n".join(_flag_problems([name[2:]])) or f"{name} needs a value")
         if name == "--config":
             files.append(value)
         else:
@@ -160,6 +160,8 @@ def config_of(settings: Mapping[str, Any]) -> RunConfig:
     """
     from jsonargparse import ArgumentError
 
+    if problems := null_problems(settings):
+        raise ValueError("\n".join(problems))
     parser = build_parser()
     try:
         parsed = parser.instantiate(parser.parse_object(dict(settings)))

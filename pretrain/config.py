@@ -5,9 +5,9 @@ refuses what does not fit together.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from lit_gpt.config import Config, unknown_key
 from lit_gpt.kernels.settings import KernelConfig
@@ -338,22 +338,41 @@ def known_keys(section: type) -> dict[str, type | None]:
     return {f.name: sections.get(f.name) if section is RunConfig else None for f in dataclasses.fields(section)}
 
 
-def unknown_key_problems(values: Mapping[str, Any], section: type = RunConfig, where: str = "") -> list[str]:
-    """One line for every key of a parsed YAML mapping that no setting has, with the nearest one."""
-    known = known_keys(section)
+def unknown_key_problems(values: Mapping[str, Any]) -> list[str]:
+    """One line for every key of parsed YAML settings that no setting has, with the nearest one."""
     problems = []
+    for where, section, given in _sections(values):
+        known = list(known_keys(section))
+        more = "; pretrain --stages.help explains all" if section is StageConfig else ""
+        problems += [f"{where}{unknown_key(str(key), known)}{more}" for key in given if key not in known]
+    return problems
+
+
+def null_problems(values: Mapping[str, Any]) -> list[str]:
+    """One line for every setting that is null and cannot be, as where a YAML file has a key and nothing behind it."""
+    return [
+        f"{where}{key} is empty (null); give a value, or leave it out for its default"
+        for where, section, given in _sections(values)
+        for key, kinds in get_type_hints(section).items()
+        if key in given and given[key] is None and type(None) not in get_args(kinds)
+    ]
+
+
+def _sections(
+    values: Mapping[str, Any], section: type = RunConfig, where: str = ""
+) -> Iterator[tuple[str, type, Mapping[str, Any]]]:
+    """Parsed YAML settings and all sections in them: where each stands, its class, its keys and values."""
+    yield where, section, values
+    known = known_keys(section)
     for key, value in values.items():
-        if key not in known:
-            more = "; pretrain --stages.help explains all" if section is StageConfig else ""
-            problems.append(f"{where}{unknown_key(str(key), list(known))}{more}")
-        elif known[key] is not None and isinstance(value, Mapping):
-            problems += unknown_key_problems(value, known[key], f"{where}{key}: ")
+        inner = known.get(key)
+        if inner is not None and isinstance(value, Mapping):
+            yield from _sections(value, inner, f"{where}{key}: ")
         elif isinstance(value, list) and (section, key) in LISTS:
             what, item_section = LISTS[section, key]
             for number, item in enumerate(value, 1):
                 if isinstance(item, Mapping):
-                    problems += unknown_key_problems(item, item_section, f"{where}{what} {number}: ")
-    return problems
+                    yield from _sections(item, item_section, f"{where}{what} {number}: ")
 
 
 def to_plain(config: RunConfig) -> dict[str, Any]:

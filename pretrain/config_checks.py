@@ -38,7 +38,7 @@ def config_problems(config: RunConfig) -> list[str]:
 
 
 def _zero_shot_problems(settings: ZeroShotConfig) -> list[str]:
-    if settings.names:
+    if settings.names or settings.tasks == []:  # which a flag gives to leave out the tasks that a file names
         return []
     given = [key for key, value in asdict(settings).items() if value != getattr(ZeroShotConfig(), key)]
     return [f"zero_shot.{key} has no effect without zero_shot.tasks; name tasks, or remove it" for key in given]

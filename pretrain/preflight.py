@@ -13,6 +13,7 @@ from grow.plan import SYMMETRY, differing_sizes
 from grow.registry import SIZES
 from lit_gpt.checkpoint import find_checkpoint, read_config
 from lit_gpt.config import Config
+from lit_gpt.counts import parse_token_count
 from lit_gpt.flops import count_parameters, flops_per_token
 from lit_gpt.kernels.fp8 import count_fp8
 from pretrain.command_line import Invocation
@@ -130,6 +131,7 @@ def preflight(
         *train.notes,
         *epoch_lines,
         *validation_lines,
+        *limit_notes(config, validation),
         *zero_shot_lines,
         *corpus.notes,
     ]
@@ -151,6 +153,16 @@ def check_scratch(config: RunConfig, stages: Sequence[Stage]) -> None:
             "--scratch spends the FLOPs of all stages, and with grow_when nobody knows those; replace it by the "
             "max_steps that the stage had in the run to compare with"
         )
+
+
+def limit_notes(config: RunConfig, sets: Sequence[ValidationSet]) -> list[str]:
+    """A line for the log if validation.max_tokens leaves a part of a set out."""
+    limit = config.validation.max_tokens
+    if limit is None or all(each.n_targets <= parse_token_count(limit) for each in sets):
+        return []
+    return [
+        f"  of each set the first {parse_token_count(limit):,} targets at most are measured (validation.max_tokens)"
+    ]
 
 
 def slope_notes(config: RunConfig, stages: Sequence[Stage]) -> list[str]:

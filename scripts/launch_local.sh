@@ -9,7 +9,16 @@
 #   PROCESSES      how many (default: as many as there are GPUs, else 1)
 #   MAX_RESTARTS   how often all are started again from the last checkpoint when one dies (default 0)
 #   PYTHON         interpreter with lit-grow (default: .venv/bin/python of the checkout)
+#
+# The settings of a run: pretrain --help
 set -euo pipefail
+
+case ${1-} in
+  -h | --help)
+    sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+    exit 0
+    ;;
+esac
 
 die() {
   printf 'error: %s\n' "$1" >&2

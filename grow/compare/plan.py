@@ -22,6 +22,7 @@ from lit_gpt.flops import flops_per_token
 from lit_gpt.packed_dataset import manifest_of
 from lit_gpt.settings_files import merge, read_settings_file
 from lit_gpt.stored_state import FLOPS, flops_behind
+from lit_gpt.token_listing import is_there
 from lit_gpt.tokenizer import Tokenizer
 
 DONE = "done.json"
@@ -193,10 +194,8 @@ def _base_length(config: CompareConfig, seed: int, stage: Mapping[str, Any]) -> 
 
 def _vocab_size_of_data(settings: Mapping[str, Any]) -> int | None:
     """Of the tokenizer that is named or stands in a folder of the data, as `pretrain` finds it."""
-    data = settings.get("data") or {}
-    train = data.get("train")
-    paths = [path for path in (train.values() if isinstance(train, Mapping) else [train]) if path is not None]
-    manifests = [manifest for path in paths if (manifest := manifest_of(str(path))) is not None]
+    data, paths = settings.get("data") or {}, _train_paths(settings)
+    manifests = [manifest for path in paths if (manifest := manifest_of(path)) is not None]
     if manifests:
         return manifests[0]["tokenizer"]["vocab_size"]
     for place in [data["tokenizer"]] if data.get("tokenizer") else paths:
@@ -205,14 +204,22 @@ def _vocab_size_of_data(settings: Mapping[str, Any]) -> int | None:
     return None
 
 
+def _train_paths(settings: Mapping[str, Any]) -> list[str]:
+    train = (settings.get("data") or {}).get("train")
+    return [str(path) for path in (train.values() if isinstance(train, Mapping) else [train]) if path is not None]
+
+
 def _vocab_size_of_runs(config: CompareConfig, seed: int) -> int:
     """Of a run that is done, where the data is gone."""
     for done in sorted(seed_folder(config, seed).glob(f"*/{DONE}")):
         return read_config(find_checkpoint(done.parent)).vocab_size
-    train = (merged_settings(config).get("data") or {}).get("train")
+    paths = _train_paths(merged_settings(config))
+    for path in paths:
+        if not is_there(path):
+            raise FileNotFoundError(f"data {path} does not exist; make it with scripts/prepare.py, or name other data")
     raise ValueError(
-        f"data.train={train!r} does not say how many token ids there are; give a folder of scripts/prepare.py, "
-        f"data.tokenizer or model.vocab_size"
+        f"data.train={paths} does not say how many token ids there are; give a folder of "
+        f"scripts/prepare.py, data.tokenizer or model.vocab_size"
     )
 
 

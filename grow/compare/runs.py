@@ -165,9 +165,12 @@ def try_out(config: CompareConfig, seeds: Sequence[int]) -> None:
             code = _pretrain(config, path, log, ["--dry-run"])
             log.seek(0)
             said = log.read()
-        if code:
+        if code == EXIT_STOPPED:
+            _say(f"seed {run.seed} {run.name}: stopped while its settings were checked")
+        elif code:
             _say(f"seed {run.seed} {run.name}: refused")
             _show_end(said)
+        if code:
             raise RunFailed(f"seed-{run.seed}/{run.name}", code)
         lines = said.decode(errors="replace").splitlines()
         warnings |= {line: None for line in lines if line.startswith("warning:")}

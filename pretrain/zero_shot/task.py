@@ -88,7 +88,7 @@ def read_task(path: Path) -> Task:
     values = read_settings_file(path)
     problems = _problems(values)
     templates: dict[str, Any] = {}
-    for field in () if problems else ("prompt", "choices", "contexts", "continuation", "text", "counted", *ANSWERS):
+    for field in ("prompt", "choices", "contexts", "continuation", "text", "counted", *ANSWERS):
         try:
             templates |= {field: _parsed(field, values[field])} if field in values else {}
         except ValueError as error:
@@ -165,7 +165,11 @@ def _parsed(field: str, value: Any) -> Template | tuple[Any, ...] | int:
 
 def built_in_tasks() -> dict[str, Task]:
     """Name -> task, of those that come with the package."""
-    return _tasks_in(Path(str(files("pretrain.zero_shot").joinpath("tasks"))))
+    return _tasks_in(_built_in_folder())
+
+
+def _built_in_folder() -> Path:
+    return Path(str(files("pretrain.zero_shot").joinpath("tasks")))
 
 
 def find_tasks(wanted: Sequence[str] = (ALL,), more: Path | None = None) -> list[Task]:
@@ -176,7 +180,7 @@ def find_tasks(wanted: Sequence[str] = (ALL,), more: Path | None = None) -> list
         more: a folder with YAML files of the user's.
 
     Raises:
-        FileNotFoundError: there is no such folder.
+        FileNotFoundError: there is no such folder, or no task in it.
         ValueError: an unknown name, a name that is there twice, or a file that is no task.
     """
     known = built_in_tasks()
@@ -184,6 +188,8 @@ def find_tasks(wanted: Sequence[str] = (ALL,), more: Path | None = None) -> list
         if not more.is_dir():
             raise FileNotFoundError(f"{more} is not a folder; give one that holds the YAML files of tasks")
         own = _tasks_in(more)
+        if not own:
+            raise FileNotFoundError(f"{more} holds no .yaml file of a task; see docs/evaluation.md")
         twice = sorted({*known, ALL, PAPER} & own.keys())
         if twice:
             raise ValueError(f"{more / twice[0]}.yaml has a name that is taken already; rename it")
@@ -233,4 +239,7 @@ def data_file(task: Task, data: Path | None) -> Path:
             f"task {task.name} needs {task.files[0]}; give --data DIR (in a run --zero_shot.data DIR), the folder of "
             f"evaluation files"
         )
-    raise FileNotFoundError(f"task {task.name}: {data} has no {' nor '.join(task.files)}; see docs/evaluation.md")
+    beside = "" if task.folder == _built_in_folder() else f", nor has {task.folder}"
+    raise FileNotFoundError(
+        f"task {task.name}: {data} has no {' nor '.join(task.files)}{beside}; see docs/evaluation.md"
+    )

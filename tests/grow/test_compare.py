@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from grow.compare.plan import Origin, arm_steps
+from grow.compare import runs
+from grow.compare.plan import Origin, PlannedRun, arm_steps, planned_runs
 from grow.compare.ranking import estimate, rank
 from grow.compare.settings import CompareConfig, read_settings
 from grow.compare.text import sentences, table
 from lit_gpt.config import Config
-from lit_gpt.errors import DataError
+from lit_gpt.errors import EXIT_STOPPED, EXIT_USAGE, DataError
 from lit_gpt.flops import flops_per_token
 from tests.browser import look_at, needs_chromium
 from tests.toys import toy_config
@@ -114,6 +115,28 @@ def test_a_base_of_unknown_cost_has_no_baseline(tmp_path):
     assert arm_steps(comparison(tmp_path), "stack", base, base) == [20]
     with pytest.raises(ValueError, match="nobody wrote down the FLOPs behind base, so scratch cannot be given as many"):
         arm_steps(comparison(tmp_path), "scratch", base, base)
+
+
+def test_data_that_is_not_there_is_named(tmp_path):
+    def planned(**settings: object) -> None:
+        planned_runs(comparison(tmp_path, settings={**WHOLE["settings"], **settings}), 1)
+
+    with pytest.raises(FileNotFoundError, match="data .*nowhere does not exist; make it with scripts/prepare.py"):
+        planned(data={"train": {"a": str(tmp_path), "b": str(tmp_path / "nowhere")}})
+    with pytest.raises(ValueError, match="does not say how many token ids there are; give a folder of scripts"):
+        planned(data={"train": str(tmp_path)})
+    with pytest.raises(ValueError, match=r"data.train=\[\] does not say"):
+        planned()
+
+
+@pytest.mark.parametrize(("code", "said"), [(EXIT_STOPPED, "stopped while"), (EXIT_USAGE, "refused")])
+def test_a_stop_while_settings_are_checked_is_no_refusal(tmp_path, monkeypatch, capsys, code, said):
+    run = PlannedRun(1, "scratch", {}, stages=(), tokens_per_step=64)
+    monkeypatch.setattr(runs, "planned_runs", lambda *_: [run])
+    monkeypatch.setattr(runs, "_pretrain", lambda *_: code)
+    with pytest.raises(runs.RunFailed, match=f"exit code {code}"):
+        runs.try_out(comparison(tmp_path), [1])
+    assert f"seed 1 scratch: {said}" in capsys.readouterr().err
 
 
 def write_run(folder: Path, name: str, loss: float, *, ended: bool = True, hops: tuple[int, ...] = (20,)) -> None:

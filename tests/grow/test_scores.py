@@ -59,6 +59,17 @@ def test_of_every_task_the_papers_metric_counts(tmp_path):
     assert notes == [] and (point.tokens, point.flops, point.stage) == (100, 6e9, 1)
 
 
+def test_a_task_of_the_users_own_is_left_out_with_a_note(tmp_path):
+    lines = (record("boolq", "acc", 0.6), record("capitals", "acc", 0.4), record("capitals", "acc_norm", 0.5))
+    note = "scores of capitals were left out; these tasks have no figure here."
+
+    (point,), notes = read_scores(evals(tmp_path / "run", *lines))
+    assert list(point.scores) == ["boolq"] and notes == [f"run: {note}"]
+
+    _, notes = read_external(written(tmp_path / "theirs.jsonl", *lines))
+    assert notes == [f"theirs: {note}"]
+
+
 def test_the_average_is_of_all_seven_or_not_there():
     scores = {task: Score(0.5, 0.07) for task in AVERAGED}
 

@@ -101,6 +101,20 @@ def test_an_unknown_flag_is_named_with_the_nearest_known_one(config_file):
         parse([*config_file(), "--batch.micro-batchsize", "2"])
 
 
+def test_an_unknown_flag_without_a_value_is_unknown_all_the_same(config_file):
+    with pytest.raises(ValueError, match="unknown key 'dry_runn'; did you mean 'dry_run'"):
+        parse([*config_file(), "--dry-runn"])
+    with pytest.raises(ValueError, match="--seed needs a value"):
+        parse([*config_file(), "--seed"])
+
+
+def test_a_flag_leaves_out_the_tasks_that_a_file_names(config_file):
+    file = config_file(zero_shot={"tasks": ["piqa"], "limit": 3})
+    assert parse([*file, "--zero_shot.tasks", "[]"]).config.zero_shot.names == []
+    with pytest.raises(ValueError, match="zero_shot.limit has no effect without zero_shot.tasks"):
+        parse(config_file(zero_shot={"limit": 3}))
+
+
 def test_all_settings_that_do_not_fit_are_listed_at_once(config_file):
     with pytest.raises(ValueError) as error:
         parse(
@@ -124,6 +138,29 @@ def test_all_settings_that_do_not_fit_are_listed_at_once(config_file):
 def test_a_wrong_type_is_an_error_that_names_the_key(config_file):
     with pytest.raises(ValueError, match="seed"):
         parse([*config_file(), "--seed", "many"])
+
+
+def test_settings_that_cannot_be_empty_are_named_all_at_once(config_file):
+    with pytest.raises(ValueError) as error:
+        parse(
+            config_file(
+                precision=None,
+                kernels=None,
+                validation={"every_steps": None},
+                stages=[{"name": "a", "max_steps": 1}, {"name": None, "max_steps": 1}],
+            )
+        )
+    assert [line.split(" is empty")[0] for line in str(error.value).splitlines()] == [
+        "kernels",
+        "precision",
+        "stage 2: name",
+        "validation: every_steps",
+    ]
+
+
+def test_null_gives_a_setting_its_default_where_it_may(config_file):
+    config = parse(config_file(validation={"max_tokens": None}, init_from=None)).config
+    assert config.validation.max_tokens is config.init_from is None
 
 
 def test_a_rate_in_yamls_other_spelling_is_still_a_number(config_file):

@@ -20,8 +20,10 @@ from lit_gpt.packed_dataset import write_token_file
 from lit_gpt.token_files import find_token_files
 from lit_gpt.token_source import TokenSource
 from lit_gpt.tokenizer import Tokenizer
+from pretrain.command_line import config_of
 from pretrain.evaluate import evaluate, measure, summarise
 from pretrain.held_out import ValidationSet
+from pretrain.preflight import limit_notes
 from pretrain.world import connected, find_world
 
 BLOCK_SIZE = 8
@@ -143,6 +145,20 @@ def test_a_limit_takes_rows_from_the_start_and_at_least_one(tmp_path_factory, ma
     assert rows >= 1
     assert targets <= max(max_tokens, BLOCK_SIZE)
     assert (rows == validation_set.n_rows) == (max_tokens >= validation_set.n_targets)
+
+
+@pytest.mark.parametrize(("limit", "said"), [(None, False), ("1k", False), (40, True)])
+def test_a_run_says_that_it_measures_a_part_of_a_set(validation_set, tmp_path, limit, said):
+    config = config_of(
+        {
+            "out_dir": str(tmp_path),
+            "model": {"name": "2L64H"},
+            "data": {"train": "somewhere"},
+            "stages": [{"name": "main", "max_steps": 1}],
+            "validation": {"max_tokens": limit},
+        }
+    )
+    assert any("the first 40 targets" in line for line in limit_notes(config, [validation_set])) == said
 
 
 @given(data=st.data())

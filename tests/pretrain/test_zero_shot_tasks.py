@@ -179,10 +179,7 @@ def test_a_task_that_is_none_says_what_is_wrong(fields, message, tmp_path):
 def test_all_that_is_wrong_is_said_at_once(tmp_path):
     with pytest.raises(ValueError) as error:
         read_task(write_task(tmp_path, prompt="{", choices="{one|cut}", format="csv"))
-    assert len(str(error.value).splitlines()) == 1, "templates are looked at when the fields are right"
-    with pytest.raises(ValueError) as error:
-        read_task(write_task(tmp_path, prompt="{", choices="{one|cut}"))
-    assert len(str(error.value).splitlines()) == 2
+    assert len(str(error.value).splitlines()) == 3
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "kind: [", "a: !!python/object/apply:os.getcwd []"])
@@ -200,6 +197,9 @@ def test_an_unknown_name_gets_the_nearest_and_a_taken_one_is_refused(tmp_path):
         find_tasks(more=tmp_path)
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         find_tasks(more=tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no .yaml file of a task"):
+        find_tasks(more=tmp_path / "empty")
 
 
 def test_groups_of_tasks_have_names_that_no_task_may_have(tmp_path):
@@ -229,6 +229,12 @@ def test_a_missing_file_is_named(tmp_path):
         data_file(task, tmp_path)
     with pytest.raises(ValueError, match="give --data DIR"):
         data_file(task, None)
+
+
+def test_a_missing_file_of_the_users_task_is_named_with_both_places(tmp_path):
+    (tmp_path / "evals").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"evals has no colours\.jsonl, nor has .*mine; see"):
+        data_file(read_task(write_task(tmp_path / "mine")), tmp_path / "evals")
 
 
 @pytest.mark.parametrize(

@@ -58,9 +58,10 @@ class Checkout:
     def __init__(self, path: Path) -> None:
         self.path = path
         (path / "scripts").mkdir(parents=True)
-        for name in ("scripts/demo.sh", "scripts/test.sh", "scripts/venv.sh", "setup.py", "pyproject.toml"):
-            shutil.copy(ROOT / name, path / name)
-        shutil.copy(ROOT / "constraints.txt", path)
+        for name in ("demo.sh", "test.sh", "venv.sh", "launch_local.sh"):
+            shutil.copy(ROOT / "scripts" / name, path / "scripts")
+        for name in ("setup.py", "pyproject.toml", "constraints.txt"):
+            shutil.copy(ROOT / name, path)
         self.python = path / "fake-python"
         self.python.write_text(FAKE_PYTHON)
         self.python.chmod(0o755)
@@ -116,12 +117,12 @@ def test_scripts_parse(script: Path):
     subprocess.run(["bash", "-n", str(script)], check=True)
 
 
-@pytest.mark.parametrize("script", ["demo.sh", "test.sh"])
+@pytest.mark.parametrize("script", ["demo.sh", "test.sh", "launch_local.sh"])
 def test_help_says_how_to_use_it_and_installs_nothing(checkout: Checkout, script: str):
     status, out, _ = checkout.run(script, "--help")
 
     assert status == 0
-    assert f"usage: bash scripts/{script}" in out
+    assert f"bash scripts/{script} " in out
     assert checkout.calls() == []
     assert not (checkout.path / ".venv").exists()
 
