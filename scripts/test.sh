@@ -7,7 +7,8 @@ if [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then
 usage: bash scripts/test.sh [pytest arguments]
 
 Makes .venv (with $PYTHON, else python3), installs lit-grow with the versions of constraints.txt, and runs pytest with
-the arguments given, for example: tests/grow -k stack, or -m slow. Without arguments the default suite runs.
+the arguments given, for example: tests/grow -k stack, or -m slow. Without arguments the default suite runs. Without -m
+the tests are spread over the cores, four at most; -n 0 runs them one after the other.
 
   PYTHON             interpreter for a new .venv, 3.10 or newer
   TORCH_INDEX_URL    package index for torch, when set
@@ -20,4 +21,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/venv.sh
 ensure_venv prep report test
 export OMP_NUM_THREADS=1
-exec "$VENV_PYTHON" -m pytest "$@"
+if [[ " $* " == *" -m "* ]]; then # marked tests start processes themselves
+  exec "$VENV_PYTHON" -m pytest "$@"
+fi
+exec "$VENV_PYTHON" -m pytest -n auto --maxprocesses 4 --dist worksteal "$@"

@@ -179,8 +179,13 @@ def test_test_sh_hands_its_arguments_to_pytest_and_adds_to_the_same_venv(checkou
     assert status == 0, err
     assert "-m venv .venv" not in calls
     assert calls[-2].endswith("--editable .[prep,report,test]")
-    assert calls[-1] == "-m pytest tests/grow -k stack or map"
+    assert calls[-1] == "-m pytest -n auto --maxprocesses 4 --dist worksteal tests/grow -k stack or map"
     assert not any("pip" in call for call in checkout.calls())
+
+
+def test_test_sh_runs_marked_tests_in_one_process(checkout: Checkout):
+    assert checkout.run("test.sh", "-q", "-m", "slow")[0] == 0
+    assert checkout.calls()[-1] == "-m pytest -q -m slow"
 
 
 @pytest.mark.parametrize("name", ["setup.py", "pyproject.toml", "constraints.txt"])
