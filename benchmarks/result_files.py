@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ RESULTS = Path(__file__).parent / "results"
 def add_out(parser: argparse.ArgumentParser, default: Path, *, unless_quick: bool = False) -> None:
     """`--out`, the file that a benchmark writes; with `unless_quick` None if it is not given, as a smoke run keeps
     nothing."""
-    what = f"file for the result; default: {default.name}{', and none if quick' if unless_quick else ''}"
+    what = f"file for the result; default: {os.path.relpath(default)}{', and none if quick' if unless_quick else ''}"
     parser.add_argument("--out", type=Path, default=None if unless_quick else default, help=what)
 
 

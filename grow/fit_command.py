@@ -14,6 +14,7 @@ from grow.report.extra import require
 if TYPE_CHECKING:
     from grow.fit import PowerLaw
     from grow.runs.families import Family
+    from grow.runs.gather import Gathered
 
 SPARE_POINTS = 3  # beyond the constants, below which a bootstrap's intervals are far too narrow
 SHARE_SAID = 0.001  # of draws
@@ -86,7 +87,7 @@ def make_fits(args: argparse.Namespace) -> dict[str, Any]:
 
     gathered = in_comparable_unit(gather(args.runs))
     found = families(gathered, points=args.points, loss=args.loss)
-    left = left_out(gathered, found)
+    left = [*left_out(gathered, found), *_of_others(gathered)]
     if not found:
         raise ValueError(
             "\n".join(
@@ -131,8 +132,16 @@ def _fit_all(found: Sequence[Family], args: argparse.Namespace) -> tuple[dict[st
         except ValueError as error:
             refusals.append(f"family {family.name!r} ({', '.join(family.models)}): {error}")
     if not laws:
+        if args.points == "final":
+            refusals.append("where there are no more runs, --points every takes all losses of each one")
         raise ValueError("\n".join(refusals))
     return laws, [f"Left out: {refusal}." for refusal in refusals]
+
+
+def _of_others(gathered: Gathered) -> list[str]:
+    paths = dict.fromkeys(str(model.path) for model in gathered.external)
+    what = "Left out, because files of other people's models are for grow report alone"
+    return [f"{what}: {', '.join(paths)}."] if paths else []
 
 
 def _as_dict(family: Family, law: PowerLaw, at: list[float]) -> dict[str, Any]:

@@ -247,10 +247,10 @@ def default_intermediate_size(n_embd: int) -> int:
     return round_up(round(8 * n_embd / 3), 256)
 
 
-def unknown_key(key: str, known: list[str]) -> str:
-    """One line that names an unknown key and the known key it is nearest to."""
+def unknown_key(key: str, known: list[str], *, what: str = "key") -> str:
+    """One line that names an unknown key, or another `what`, and the known one it is nearest to."""
     near = get_close_matches(key, known, n=1, cutoff=0.4)
-    return f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
+    return f"unknown {what} {key!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
 
 
 FAMILY = re.compile(r"(\d+)L(\d+)H")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,3 +34,15 @@ def merge(low: dict[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
         below = merged.get(key)
         merged[key] = merge(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
     return merged
+
+
+def differences(key: str, before: Any, after: Any) -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, value before, value after) of every leaf in which two trees of settings differ; None: not there."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for name in sorted({*before, *after}):
+            yield from differences(f"{key}.{name}" if key else name, before.get(name), after.get(name))
+    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        for number, (old, new) in enumerate(zip(before, after, strict=True), 1):
+            yield from differences(f"{key}[{number}]", old, new)
+    elif before != after:
+        yield key, before, after

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from lit_gpt.settings_files import differences
 from pretrain.config import LISTS, RunConfig, known_keys, to_plain
 
 # Settings that may change between two sittings of a run: they do not touch what is trained on what
@@ -35,10 +36,9 @@ FREE_TO_CHANGE = (
 
 def changed_settings(saved: dict[str, Any], config: RunConfig) -> list[str]:
     """One line for every setting that differs from the checkpoint's and decides what is trained on what."""
-    differences = _differences("", _completed(saved, RunConfig), to_plain(config))
     return [
         f"{key}: {before!r} in the checkpoint, {after!r} now"
-        for key, before, after in differences
+        for key, before, after in differences("", _completed(saved, RunConfig), to_plain(config))
         if not any(key == free or key.startswith(f"{free}.") for free in FREE_TO_CHANGE)
     ]
 
@@ -58,17 +58,6 @@ def _completed(saved: dict[str, Any], section: type) -> dict[str, Any]:
         elif (section, field.name) in LISTS and saved[field.name] is not None:
             completed[field.name] = [_completed(item, LISTS[section, field.name][1]) for item in saved[field.name]]
     return completed
-
-
-def _differences(key: str, before: Any, after: Any) -> list[tuple[str, Any, Any]]:
-    """(dotted key, value before, value after) of every leaf in which two trees of settings differ."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        parts = [(f"{key}.{k}" if key else k, before.get(k), after.get(k)) for k in sorted({*before, *after})]
-    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
-        parts = [(f"{key}[{n}]", b, a) for n, (b, a) in enumerate(zip(before, after, strict=True), 1)]
-    else:
-        return [] if before == after else [(key, before, after)]
-    return [leaf for part in parts for leaf in _differences(*part)]
 
 
 def check_settings(saved: dict[str, Any], config: RunConfig) -> None:

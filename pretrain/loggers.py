@@ -158,8 +158,8 @@ class RunLog:
 class Progress:
     """One stage on the terminal: a bar where there is one, a plain line per log line elsewhere.
 
-    The time left is the FLOPs left over the FLOPs per second of the last log intervals, so a later, larger stage
-    is charged at its own price.
+    The time left is the FLOPs left over the FLOPs per second of the last log intervals in which nothing was compiled,
+    so a later, larger stage is charged at its own price.
     """
 
     def __init__(self, title: str, total_steps: int, done_steps: int, flops_left: float, shown: bool = True) -> None:
@@ -200,8 +200,9 @@ class Progress:
         self, stage_step: int, loss: float | None, tokens_per_sec: float, flops_per_sec: float, compile_secs: float = 0
     ) -> None:
         """After every log line. compile_secs: what went into compiling since the last one."""
-        previous = self._flops_per_sec or flops_per_sec
-        self._flops_per_sec = 0.7 * previous + 0.3 * flops_per_sec
+        if not compile_secs:  # which does not go on, and may lie outside the steps that the rate is of
+            previous = self._flops_per_sec or flops_per_sec
+            self._flops_per_sec = 0.7 * previous + 0.3 * flops_per_sec
         left = format_seconds(self.flops_left / self._flops_per_sec) if self._flops_per_sec else "?"
         shown = "every step skipped" if loss is None else f"loss {loss:.4f}"
         compiling = f"  {compile_secs:.1f} s of compiling" if compile_secs else ""

@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ def main(argv: Sequence[str]) -> int:
     for task in tasks:
         data_file(task, data)  # refuses before a large model is read
     if args.out is not None:
-        append(args.out, "")  # refuses before anything is computed
+        check_out(args.out)  # refuses before anything is computed
     scores, report = _evaluate(args, tasks, data)
     if args.json:
         print(json.dumps({"checkpoint": str(args.checkpoint), "scores": report.records}, indent=1))
@@ -120,10 +121,28 @@ def _check(args: argparse.Namespace) -> None:
         )
 
 
+def check_out(path: Path) -> None:
+    """Refuse a file that could not be written, and leave everything as it was.
+
+    Raises:
+        OSError: it is a folder or may not be changed, or no file can be made where it would be.
+    """
+    if path.exists():
+        path.open("ab").close()
+        return
+    folder = next(each for each in path.parents if each.exists())
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        error.filename = str(folder)
+        raise
+
+
 def append(path: Path, lines: str) -> None:
     """Put lines at the end of a file. It is opened each time: a run that is resumed meanwhile replaces its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
-        if file.tell() and lines:
+        if file.tell():
             file.seek(-1, os.SEEK_END)
             lines = lines if file.read() == b"\n" else f"\n{lines}"  # behind half a line of a killed run
         file.write(lines.encode())

@@ -13,12 +13,8 @@
 # The settings of a run: pretrain --help
 set -euo pipefail
 
-case ${1-} in
-  -h | --help)
-    sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
-    exit 0
-    ;;
-esac
+# shellcheck source=scripts/help.sh
+source "$(dirname "${BASH_SOURCE[0]}")/help.sh"
 
 die() {
   printf 'error: %s\n' "$1" >&2

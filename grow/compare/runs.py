@@ -22,7 +22,7 @@ from grow.compare.settings import CompareConfig
 from grow.curves import METRICS_FILE, read_json_lines, read_run_log
 from lit_gpt.atomic import write_atomically
 from lit_gpt.errors import EXIT_DATA, EXIT_NON_FINITE, EXIT_OK, EXIT_STOPPED, EXIT_USAGE, DataError
-from lit_gpt.settings_files import merge
+from lit_gpt.settings_files import differences, merge
 
 LOG = "log.txt"
 STARTS = "starts.jsonl"
@@ -30,6 +30,7 @@ STARTS = "starts.jsonl"
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 LOOK_SECS = 0.5  # how often --verbose looks for more to show
 LAST_LINES = 12  # of the log of a run that failed
+LONGEST_VALUE = 60  # of a setting that differs, in characters
 
 
 class RunFailed(Exception):
@@ -95,7 +96,7 @@ def run_once(config: CompareConfig, run: PlannedRun, *, verbose: bool) -> None:
         starts.write(json.dumps(took) + "\n")
     if code:
         _say(f"exit code {code}; {folder / LOG} ends with")
-        _show_end((folder / LOG).read_bytes()[begins_at:])
+        _show_end((folder / LOG).read_bytes()[begins_at:].decode(errors="replace"))
         raise RunFailed(f"seed-{run.seed}/{run.name}", code)
     done = {"settings": _as_trained(config, own), **_spent(folder)}
     write_atomically(folder / DONE, json.dumps(done).encode())
@@ -140,9 +141,9 @@ def _ended_with(folder: Path) -> str:
     return f"{log.metrics[-1].step:,} steps, loss {loss:.4g}"
 
 
-def _show_end(log: bytes) -> None:
+def _show_end(log: str) -> None:
     """The error that ended a run, or else the last lines."""
-    lines = log.decode(errors="replace").splitlines()
+    lines = log.splitlines()
     errors = [number for number, line in enumerate(lines) if line.startswith("error: ")]
     for line in lines[errors[-1] :][:LAST_LINES] if errors else lines[-LAST_LINES:]:
         _say(f"  {line}")
@@ -164,7 +165,7 @@ def try_out(config: CompareConfig, seeds: Sequence[int]) -> None:
             path.write_text(yaml.safe_dump(_trial_settings(config, run, folder), sort_keys=False), encoding="utf-8")
             code = _pretrain(config, path, log, ["--dry-run"])
             log.seek(0)
-            said = log.read()
+            said = log.read().decode(errors="replace").replace(str(path), f"arm {run.name!r}")
         if code == EXIT_STOPPED:
             _say(f"seed {run.seed} {run.name}: stopped while its settings were checked")
         elif code:
@@ -172,8 +173,7 @@ def try_out(config: CompareConfig, seeds: Sequence[int]) -> None:
             _show_end(said)
         if code:
             raise RunFailed(f"seed-{run.seed}/{run.name}", code)
-        lines = said.decode(errors="replace").splitlines()
-        warnings |= {line: None for line in lines if line.startswith("warning:")}
+        warnings |= {line: None for line in said.splitlines() if line.startswith("warning:")}
     for line in warnings:
         _say(line)
 
@@ -207,13 +207,17 @@ def is_done(config: CompareConfig, run: PlannedRun) -> bool:
     if not path.is_file():
         return False
     now, before = _compared(_as_trained(config, _own_settings(config, run))), _compared(_read_done(path)["settings"])
-    different = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+    different = [f"  {key}: {_shown(b)} then, {_shown(n)} now" for key, b, n in differences("", before, now)]
     if different:
-        raise DataError(
-            f"{path.parent} was trained with other settings ({', '.join(different)}); choose another out_dir, or "
-            f"remove it"
-        )
+        what = f"{path.parent} was trained with other settings; choose another out_dir, or remove it:"
+        raise DataError("\n".join([what, *different]))
     return True
+
+
+def _shown(value: Any) -> str:
+    """A value of a setting, in a part of a line."""
+    text = "not set" if value is None else repr(value)
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
 
 
 def _read_done(path: Path) -> dict[str, Any]:

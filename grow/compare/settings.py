@@ -18,6 +18,18 @@ BASE = "base"
 """Folder of the base of all arms, and the beginning of the names of other bases."""
 
 
+KINDS: dict[str, tuple[type, str, str]] = {
+    "config": (list, "a list", "[configs/demo.yaml]"),
+    "base": (dict, "a mapping", "{n_layer: 2, max_tokens: 10M}"),
+    "probe": (dict, "a mapping", "{max_tokens: 10M}"),
+    "arms": (dict, "a mapping", "{scratch: {}, stack: {operator: stack}}"),
+    "out_dir": (str, "a text", "out/compare"),
+    "seeds": (list, "a list", "[1, 2, 3]"),
+    "settings": (dict, "a mapping", "{batch: {global_batch_size: 64}}"),
+}
+"""Key -> type, its name, example."""
+
+
 @dataclass(frozen=True)
 class CompareConfig:
     """One comparison. Repeating the command goes on where it was stopped."""
@@ -61,10 +73,8 @@ def _problems(values: Mapping[str, Any]) -> list[str]:
     problems = [unknown_key(str(key), known) for key in values if key not in known]
     needed = [each.name for each in fields if each.default is each.default_factory is dataclasses.MISSING]
     problems += [f"{key} is missing" for key in needed if key not in values]
-    kinds: dict[str, type] = {"config": list, "base": dict, "probe": dict, "arms": dict, "out_dir": str}
-    kinds |= {"seeds": list, "settings": dict}
-    wrong = [key for key, kind in kinds.items() if key in values and not isinstance(values[key], kind)]
-    problems += [f"{key}={values[key]!r} is not a {kinds[key].__name__}" for key in wrong]
+    wrong = [key for key, (kind, _, _) in KINDS.items() if key in values and not isinstance(values[key], kind)]
+    problems += [f"{key}={values[key]!r} is not {KINDS[key][1]}, e.g. {key}: {KINDS[key][2]}" for key in wrong]
     return problems or [*_seed_problems(values), *_length_problems(values), *_arm_problems(values)]
 
 

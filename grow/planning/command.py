@@ -135,8 +135,10 @@ def _hours(plan: Guideline, args: argparse.Namespace) -> dict[str, float] | None
         raise ValueError("--tokens-per-sec and --mfu both give the speed; give one of the two")
     devices = args.gpus or 1
     if args.mfu is not None:
-        if args.device is None or not 0 < args.mfu <= 1:
-            raise ValueError(f"--mfu {args.mfu:g} must be above 0 and at most 1, with a --device whose peak it is of")
+        if args.device is None:
+            raise ValueError(f"--mfu {args.mfu:g} needs the device whose peak it is of; give --device, e.g. h100")
+        if not 0 < args.mfu <= 1:
+            raise ValueError(f"--mfu {args.mfu:g} must be above 0 and at most 1")
         flops_per_sec = args.mfu * DEVICES[args.device].flops_per_sec
     else:
         if not 0 < args.tokens_per_sec < inf:
@@ -184,9 +186,10 @@ def _memory_warnings(memory: Memory | None, args: argparse.Namespace) -> Iterato
         return
     there = DEVICES[args.device].memory_bytes
     if memory.total > USABLE * there:
+        where = "one device" if args.gpus in (None, 1) else f"each of {args.gpus} devices"
         yield (
-            f"training takes about {memory.total / 1e9:.3g} GB on each of {args.gpus or 1} devices, and {args.device} "
-            f"has {there / 1e9:.3g} GB; use more devices, a smaller --micro-batch-size, or "
+            f"training takes about {memory.total / 1e9:.3g} GB on {where}, and {args.device} has "
+            f"{there / 1e9:.3g} GB; use more devices, a smaller --micro-batch-size, or "
             f"--activation-checkpointing full"
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import count
+from itertools import chain, count
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,9 @@ from grow.runs.trained_model import TrainedModel
 from grow.scores import ExternalModel
 
 SPIKE_WIDTH_POINTS = 24  # first losses after growth, which are never thinned out
-# Further models of a role take the styles after these
+# Further models of a role, and those of others, take the styles after these
 ROLE_STYLES = {"grown": 0, "baseline": 1, "base": 2, "continued": 3}
+FURTHER_STYLES = (7, 5, 6, 4)  # the light blue last: it is solid, as the blue of what grew
 ARROW_DISTANCE = 0.09  # of the height of a chart: nearer ones would write over each other
 
 
@@ -47,7 +48,7 @@ def _is_extended(drawn: dict[str, Any]) -> bool:
 def line_styles(models: Sequence[TrainedModel], external: Sequence[ExternalModel] = ()) -> dict[str, int]:
     """Name -> number of the line's look: the first model of each role always has the same."""
     styles: dict[str, int] = {}
-    free = (style_number(place) for place in count(len(ROLE_STYLES)))
+    free = map(style_number, chain(FURTHER_STYLES, count(len(ROLE_STYLES) + len(FURTHER_STYLES))))
     for model in models:
         first = ROLE_STYLES[model.role]
         styles[model.name] = next(free) if first in styles.values() else first
@@ -90,17 +91,24 @@ def _training_chart(
         keep = SPIKE_WIDTH_POINTS if model.role == "grown" else 0
         series.append({**common, "kind": "logged", "points": thinned(x_of(model.curve), model.curve.loss, keep)})
         series.append({**common, "kind": "line", "points": thinned(x_of(smoothed), smoothed.loss)})
-    series += _external_losses(gathered, styles, quantity)
+    of_others = _external_losses(gathered, styles, quantity)
+    series += of_others
     is_flops = quantity == "flops"
+    spikes = _spikes(gathered.models, comparisons, styles) if is_flops else []
+    caption = QUANTITIES[quantity]["caption"].format(window=text.count(comparisons.window_tokens))
+    if spikes:
+        caption += " Circles: validation loss just before and just after growth."
+    if of_others:
+        caption += f" As their files say: {', '.join(each['name'] for each in of_others)}."
     return chart(
         f"train-{quantity}",
         "loss",
         QUANTITIES[quantity]["title"],
         series,
-        caption=QUANTITIES[quantity]["caption"].format(window=text.count(comparisons.window_tokens)),
+        caption=caption,
         y_label=f"training loss, {gathered.unit}",
         quantity=quantity,
-        spikes=_spikes(gathered.models, comparisons, styles) if is_flops else [],
+        spikes=spikes,
         arrows=_arrows(comparisons, "train") if is_flops else [],
         cut_start=True,
         flops_per_token=flops_per_token(gathered.models) if is_flops else None,

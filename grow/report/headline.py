@@ -229,6 +229,10 @@ def notes(gathered: Gathered, comparisons: Comparisons) -> list[str]:
             what = "its base" if model.role == "grown" else "the checkpoint it began with"
             found.append(f"{model.name} has no line against wall time, because the time of {what} is not known here.")
         found += _beginning(model)
+    sets = dict.fromkeys(e.set for model in gathered.models for e in model.evaluations if e.metric == "loss")
+    if comparisons.set_name in sets and len(sets) > 1:
+        others = ", ".join(name for name in sets if name != comparisons.set_name)
+        found.append(f"Validation losses are those on {comparisons.set_name}; those on {others} are not shown.")
     limits = {e.limit for model in gathered.models for e in model.evaluations if e.set == comparisons.set_name}
     if limits - {None}:
         tokens = text.count(max(limit for limit in limits if limit is not None))

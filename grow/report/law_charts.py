@@ -53,7 +53,7 @@ def _difference(comparisons: Comparisons, styles: dict[str, int], unit: str) -> 
         series,
         caption=(
             "Above zero the grown model is ahead. Dashed: p + q ln C, fitted to the second half of the shared FLOPs "
-            f"and drawn to {EXTRAPOLATED} times of them. {' '.join(said)}"
+            f"and drawn to {EXTRAPOLATED} times their end. {' '.join(said)}"
         ),
         y_label=f"loss from scratch − loss grown, {unit}",
     )

@@ -80,6 +80,6 @@ def resolve(wanted: KernelConfig, situation: Situation) -> Kernels:
 
 def _refusal(operation: str, name: str, reason: str) -> str:
     return (
-        f"kernels.{operation}={name!r} cannot be used: {reason}. Use kernels.{operation}=auto, or run {DOCTOR} to see "
-        f"what can be used here"
+        f"kernels.{operation}={name!r} cannot be used: {reason}. Use kernels.{operation}=auto; {DOCTOR} says what can "
+        f"be used here"
     )

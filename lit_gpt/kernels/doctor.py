@@ -24,7 +24,7 @@ from lit_gpt.kernels.choice import BACKENDS, auto, resolve
 from lit_gpt.kernels.fp8 import missing
 from lit_gpt.kernels.products import multiplies_bf16
 from lit_gpt.kernels.self_check import self_check
-from lit_gpt.kernels.settings import BackendUnavailable, KernelConfig
+from lit_gpt.kernels.settings import DOCTOR, BackendUnavailable, KernelConfig
 from lit_gpt.settings_files import read_settings_file
 
 EXIT_UNUSABLE = 1
@@ -140,7 +140,8 @@ def kernels_of(settings: dict[str, Any]) -> KernelConfig:
         if operation not in BACKENDS:
             problems.append(f"kernels: {unknown_key(str(operation), list(BACKENDS))}")
         elif name != "auto" and name not in BACKENDS[operation]:
-            problems.append(f"kernels.{operation}: {unknown_key(str(name), ['auto', *BACKENDS[operation]])}")
+            known = ["auto", *BACKENDS[operation]]
+            problems.append(f"kernels.{operation}: {unknown_key(str(name), known, what='backend')}")
     if problems:
         raise ValueError("\n".join(problems))
     return KernelConfig(**given)
@@ -204,7 +205,7 @@ def examine(config: Path | None) -> int:
         self_check(kernels, situation, device)
         sys.stdout.write(f"kernels: {kernels}; each agrees with its reference\n")
     except BackendUnavailable as error:
-        problems.append(str(error))
+        problems.append(str(error).replace(DOCTOR, "the table above"))
     sys.stdout.writelines(f"{problem}\n" for problem in problems)
     return EXIT_UNUSABLE if problems else EXIT_OK
 

@@ -39,7 +39,7 @@ GRAD_CLIP=${GRAD_CLIP:-1.0}
 
 # SLURM runs a copy of this file from a folder of its own: the checkout is where sbatch was called, or LIT_GROW_ROOT
 # shellcheck source=scripts/slurm/job.sh
-source "${LIT_GROW_ROOT:-${SLURM_SUBMIT_DIR:-.}}/scripts/slurm/job.sh" || exit 2
+source "${LIT_GROW_ROOT:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/../..}}/scripts/slurm/job.sh" || exit 2
 needed TRAIN_DATA_DIR "the folder that scripts/prepare.py wrote"
 
 train "$OUT_DIR" \

@@ -16,7 +16,7 @@
 RUN=${RUN:-}
 
 # shellcheck source=scripts/slurm/job.sh
-source "${LIT_GROW_ROOT:-${SLURM_SUBMIT_DIR:-.}}/scripts/slurm/job.sh" || exit 2
+source "${LIT_GROW_ROOT:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/../..}}/scripts/slurm/job.sh" || exit 2
 needed RUN "the run or checkpoint to measure"
 
 found=$(srun --nodes=1 --ntasks=1 "$python" -m pretrain validate "$RUN" --json "$@")

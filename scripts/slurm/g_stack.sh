@@ -7,7 +7,7 @@
 #
 # The values below are those of the paper's 24L2048H. BASE is a run (its last checkpoint) or one checkpoint, which the
 # old script chose by --resume_id; data goes on where the base stopped. Options, variables and settings are replaced as
-# base_model.sh says.
+# base_model.sh says, whose further variables are read, too.
 #SBATCH --job-name=g_stack
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=8
@@ -35,7 +35,7 @@ MAX_STEP=${MAX_STEP:-300000}
 WARMUP_STEPS=${WARMUP_STEPS:-3000}
 
 # shellcheck source=scripts/slurm/job.sh
-source "${LIT_GROW_ROOT:-${SLURM_SUBMIT_DIR:-.}}/scripts/slurm/job.sh" || exit 2
+source "${LIT_GROW_ROOT:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/../..}}/scripts/slurm/job.sh" || exit 2
 needed TRAIN_DATA_DIR "the folder that scripts/prepare.py wrote"
 if [ ! -e "$GROWN/MANIFEST.json" ]; then
   needed BASE "the run or checkpoint to grow, as $GROWN is not there yet"

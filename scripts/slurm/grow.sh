@@ -20,7 +20,7 @@ OPERATOR=${OPERATOR:-stack}
 FACTOR=${FACTOR:-4}
 
 # shellcheck source=scripts/slurm/job.sh
-source "${LIT_GROW_ROOT:-${SLURM_SUBMIT_DIR:-.}}/scripts/slurm/job.sh" || exit 2
+source "${LIT_GROW_ROOT:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/../..}}/scripts/slurm/job.sh" || exit 2
 needed BASE "the run or checkpoint to grow"
 needed GROWN "the checkpoint to make"
 

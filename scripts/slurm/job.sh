@@ -7,7 +7,9 @@ die() {
   exit 2
 }
 
-root=$(cd "${BASH_SOURCE[0]%/*}/../.." && pwd)
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+# shellcheck source=scripts/help.sh
+source "$root/scripts/help.sh"
 python=${PYTHON:-$root/.venv/bin/python}
 command -v "$python" >/dev/null || die "no $python; run bash scripts/demo.sh --smoke once to make .venv, or set PYTHON"
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}

@@ -5,10 +5,10 @@
 #   sbatch --array=0-7 --cpus-per-task=16 scripts/slurm/prepare.sh \
 #     --input 'SlimPajama/train/chunk*/*' --split train --tokenizer llama --out data/slim
 #
-# The arguments are those of scripts/prepare.py (see its --help; --plan-only tells how many tasks have work). Relative
-# paths start where you call sbatch. Tasks that were cancelled, requeued or killed go on where they stopped: submit the
-# same again, with as many tasks as you like. To make sure that all is done before what needs it, let a single job of
-# the same arguments follow; where nothing is left to do it only says so:
+# The arguments are those of scripts/prepare.py (see the --help of that; --plan-only tells how many tasks have work).
+# Relative paths start where you call sbatch. Tasks that were cancelled, requeued or killed go on where they stopped:
+# submit the same again, with as many tasks as you like. To make sure that all is done before what needs it, let a
+# single job of the same arguments follow; where nothing is left to do it only says so:
 #
 #   sbatch --dependency=afterany:JOBID scripts/slurm/prepare.sh ...the same arguments...
 #
@@ -53,6 +53,8 @@ find_root() {
 
 root=$(find_root)
 root=$(cd "$root" && pwd)
+# shellcheck source=scripts/help.sh
+source "$root/scripts/help.sh"
 python=${PYTHON:-$root/.venv/bin/python}
 script=$root/${PREPARE:-scripts/prepare.py}
 command -v "$python" >/dev/null || die "no $python; run bash scripts/demo.sh --smoke once to make .venv, or set PYTHON"

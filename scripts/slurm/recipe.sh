@@ -6,6 +6,7 @@
 #
 # Settings of the paper's recipe are the defaults; variables of the environment replace them:
 #
+#   TRAIN_DATA_DIR  the folder that scripts/prepare.py wrote (no default)
 #   NAME            folder of all that is made, under out/ (default recipe)
 #   BASE_MODEL      size of the base (6L2048H)         TARGET_MODEL    size of the grown model (24L2048H)
 #   BASE_STEPS      steps of the base (5000)           TARGET_STEPS    steps of the grown model (300000)
@@ -21,10 +22,12 @@ die() {
   exit 2
 }
 
+root=${LIT_GROW_ROOT:-$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)}
+export LIT_GROW_ROOT=$root
+# shellcheck source=scripts/help.sh
+source "$root/scripts/help.sh"
 [ -n "${TRAIN_DATA_DIR:-}" ] || die "TRAIN_DATA_DIR is not set: the folder that scripts/prepare.py wrote"
 command -v sbatch >/dev/null || die "no sbatch here; call this where you submit jobs"
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-export LIT_GROW_ROOT=${LIT_GROW_ROOT:-$root}
 out=out/${NAME:-recipe}
 read -ra settings <<<"${SETTINGS:-}"
 read -ra for_training <<<"${TRAIN_SBATCH:-}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import os
@@ -14,6 +15,7 @@ import pytest
 
 from benchmarks import __main__ as suite
 from benchmarks import data_loader, data_prep, performance
+from benchmarks.result_files import RESULTS, add_out
 
 MODULES = [each for group in suite.GROUPS.values() for each in group]
 FAILS = suite.Benchmark("no_such_module", "fails", 1, quick=())
@@ -28,6 +30,13 @@ def test_one_that_fails_does_not_lose_the_others(tmp_path, monkeypatch, capfd):
     assert json.loads((tmp_path / "data_index.json").read_text())["machine"]
     assert "FAILED" in printed.out and "failed: no_such_module" in printed.err
     assert "ms to build" in printed.out, "the table of what was measured"
+
+
+def test_the_help_of_a_benchmark_says_where_its_result_goes(monkeypatch):
+    monkeypatch.chdir(RESULTS.parents[1])
+    parser = argparse.ArgumentParser()
+    add_out(parser, RESULTS / "data_index.json")
+    assert "default: benchmarks/results/data_index.json" in " ".join(parser.format_help().split())
 
 
 def test_an_old_result_of_a_benchmark_that_fails_is_not_taken_for_a_new_one(tmp_path, monkeypatch):

@@ -45,13 +45,14 @@ def settings_file(folder: Path, **changes: object) -> Path:
         ({"arm": {}}, "unknown key 'arm'; did you mean 'arms'"),
         ({"seeds": [1, 1]}, "must be different whole numbers"),
         ({"seeds": []}, "at least one"),
+        ({"seeds": 3}, r"seeds=3 is not a list, e.g. seeds: \[1, 2, 3\]"),
         ({"probe": {"tokens": 3}}, "must be {max_tokens: N} or {max_steps: N}"),
         ({"base": {"n_layer": 1}}, "base needs exactly one of max_tokens and max_steps, or a checkpoint"),
         ({"base": {"checkpoint": "a", "n_layer": 1}}, "base names a checkpoint, so n_layer has no effect"),
         ({"arms": {"stack": {"operator": "stack"}}}, "arms must hold at least two"),
         ({"arms": {"scratch": {}, "a/b": {"operator": "stack"}}}, "needs a name that a folder can have"),
         ({"arms": {"scratch": {}, "stack": {"operator": "stack", "max_steps": 3}}}, "max_steps is not for arms"),
-        ({"arms": ["stack"]}, "is not a dict"),
+        ({"arms": ["stack"]}, r"is not a mapping, e.g. arms: \{scratch"),
         ({"arms": {"scratch": {}, "base": {"operator": "stack"}}}, "arm 'base' has the name of a base's folder"),
         ({"probe": {"max_steps": "abc"}}, "probe: 'abc' is not a number of steps"),
         ({"arms": {"scratch": {}, "a": {"operator": "stak"}}}, "unknown growth operator 'stak'"),
@@ -270,6 +271,30 @@ def test_intervals_are_students():
     found = estimate([1.0, 2.0, 3.0])
     assert (found.mean, found.n) == (2.0, 3)
     assert found.high - found.mean == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)  # t(0.975, 2 degrees)
+
+
+def test_what_differs_from_a_finished_runs_settings_is_shown_with_both_values(tmp_path):
+    arms = {"scratch": {}, "stack": {"operator": "stack", "learning_rate": 0.5}}
+    settings = {**WHOLE["settings"], "model": {**MODEL, "vocab_size": BASE.vocab_size}}
+    config = comparison(tmp_path, arms=arms, settings=settings)
+    stack = planned_runs(config, 1)[-1]
+    done = stack.folder(config) / "done.json"
+    done.parent.mkdir(parents=True)
+    settings = runs._as_trained(config, runs._own_settings(config, stack))
+    done.write_text(json.dumps({"settings": settings}))
+    assert runs.is_done(config, stack)
+
+    del settings["stages"][1]["learning_rate"]
+    done.write_text(json.dumps({"settings": {**settings, "seed": 7, "data": {"train": "x" * 300}}}))
+    with pytest.raises(DataError) as refusal:
+        runs.is_done(config, stack)
+
+    assert str(refusal.value).splitlines() == [
+        f"{done.parent} was trained with other settings; choose another out_dir, or remove it:",
+        f"  data: {{'train': '{'x' * 49}... then, not set now",
+        "  seed: 7 then, 1 now",
+        "  stages[2].learning_rate: not set then, 0.5 now",
+    ]
 
 
 @pytest.mark.browser

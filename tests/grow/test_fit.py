@@ -265,6 +265,7 @@ def test_every_point_of_one_run_makes_a_law_with_a_warning(runs, capsys, loss):
 def test_too_few_runs_are_bad_usage_and_one_family_of_them_is_left_out(runs, capsys, tmp_path):
     code, out, err = fit(capsys, runs[0])
     assert (code, out) == (2, "") and "'scratch' (scratch4): 1 different budget" in err
+    assert "--points every takes all losses" in err
 
     code, out, _ = fit(capsys, *runs[:2], runs[2])  # two from scratch, one grown
     assert code == 0 and "Left out: family 'stack'" in out and "has no interval" in out
@@ -274,6 +275,17 @@ def test_too_few_runs_are_bad_usage_and_one_family_of_them_is_left_out(runs, cap
     (lone / "metrics.jsonl").write_text("".join(line for line in lines if '"stage": 1' in line))
     code, _, err = fit(capsys, lone)
     assert code == 2 and "no run here has a train loss to fit" in err
+
+
+def test_points_of_other_peoples_models_are_named_as_left_out(runs, capsys, tmp_path):
+    theirs = tmp_path / "theirs.jsonl"
+    theirs.write_text(json.dumps({"model": "other", "tokens": 1e9, "flops_total": 6e18, "loss": 3.1}) + "\n")
+    said = f"Left out, because files of other people's models are for grow report alone: {theirs}."
+
+    code, _, err = fit(capsys, theirs)
+    assert code == 2 and "no run here has a train loss to fit" in err and said in err
+    code, out, _ = fit(capsys, *runs[:2], theirs)
+    assert code == 0 and said in out
 
 
 def from_checkpoint(path: Path, n_layer: int, steps: int, **beginning: object) -> tuple[Path, Path]:

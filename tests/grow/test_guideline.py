@@ -143,7 +143,7 @@ OUTSIDE = {
     "a round name": (("--params", "7B", "--tokens", "1T"), ["5.933 B parameters, -15% from the 7 B given"]),
     "no memory": (
         ("--params", "7B", "--tokens", "1T", "--gpus", 1, "--device", "h100"),
-        ["GB on each of 1 devices, and h100 has 80 GB"],
+        ["GB on one device, and h100 has 80 GB"],
     ),
 }
 
@@ -208,7 +208,7 @@ def test_inside_the_domain_nothing_is_warned_of(capsys):
         (("--model", "24L2048H", "--tokens", "1T", "--factor", 1), "factor=1 must be above 1 and at most 24"),
         (("--model", "24L2048H", "--tokens", "1T", "--factor", "nan"), "factor=nan must be above 1"),
         (("--model", "24L2048H", "--tokens", "1T", "--count", "given"), "must be one of total, non-embedding"),
-        (("--params", "7B", "--tokens", "1T", "--mfu", 0.4), "--device"),
+        (("--params", "7B", "--tokens", "1T", "--mfu", 0.4), "--mfu 0.4 needs the device whose peak it is of"),
         (("--params", "7B", "--tokens", "1T", "--mfu", 4, "--device", "h100"), "at most 1"),
         (("--params", "7B", "--tokens", "1T", "--mfu", 0.4, "--tokens-per-sec", 9), "give one of the two"),
         (("--params", "7B", "--tokens", "1T", "--tokens-per-sec", 0), "must be above 0"),

@@ -104,6 +104,7 @@ def test_growth_is_drawn_with_its_layer_map_connection_rate_and_spike(demo):
     (spike,) = demo[0]["charts"][0]["spikes"]
     assert spike["after"] == pytest.approx(growth["loss_after"], rel=1e-5)
     assert demo[0]["charts"][0]["y"]["max"] > spike["after"]
+    assert "Circles: validation loss just before and just after growth." in demo[0]["charts"][0]["caption"]
 
 
 def test_growth_that_did_not_help_is_said_in_the_same_place(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 
 from grow.paper import printed_models
 from grow.report import text
-from grow.report.axes import log_ticks, nice_ticks
+from grow.report.axes import colour_and_dash, log_ticks, nice_ticks
 from grow.report.isoflop import _alike
 from grow.report.law_charts import _fit_words
 from grow.report.page import render
@@ -315,6 +315,7 @@ def test_points_of_others_are_drawn_beside_the_runs_without_a_speedup(everything
 
     (theirs,) = [series for series in chart_of(report, "train-flops")["series"] if series["name"] == "theirs"]
     assert theirs["points"] == [[1.8e12, 5.9], [9e12, 5.5], [1.8e13, 5.0]]
+    assert chart_of(report, "train-flops")["caption"].endswith(" As their files say: theirs.")
     (scores,) = [series for series in chart_of(report, "score-sciq")["series"] if series["name"] == "theirs"]
     assert [y for _, y in scores["points"]] == [40, 40, 40]
     assert "theirs" not in by_name(report) and report["external"][0]["points"] == 3
@@ -329,7 +330,21 @@ def test_models_of_one_name_are_told_apart_by_their_files(tmp_path):
     names = [model["name"] for model in report["external"]]
     assert names == [f"scratch ({tmp_path / name})" for name in ("a.jsonl", "b.jsonl")]
     lines = chart_of(report, "train-tokens")["series"]
+    looks = {series["name"]: colour_and_dash(series["style"]) for series in lines}
+    assert [looks[name] for name in names] == [(7, 3), (5, 1)]  # neither solid nor blue, as what grew is
     assert len({series["style"] for series in lines}) == 3 and {"scratch", *names} == {s["name"] for s in lines}
+
+
+def test_a_second_validation_set_is_not_drawn_and_a_note_says_so(tmp_path):
+    run = from_scratch(tmp_path / "scratch")
+    lines = [json.loads(line) for line in (run / "evals.jsonl").read_text().splitlines()]
+    (first,) = {line["set"] for line in lines}
+    lines += [line | {"set": "code"} for line in lines]
+    (run / "evals.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    notes = facts_on(run)["notes"]
+
+    assert f"Validation losses are those on {first}; those on code are not shown." in notes
 
 
 def test_a_run_that_was_only_validated_at_its_start_has_no_validation_chart(tmp_path):

@@ -102,13 +102,21 @@ def test_kernels_that_disagree_with_their_reference_are_unusable(capsys, monkeyp
     monkeypatch.setitem(BACKENDS["mlp"], "torch", wrong)
     code, out, _ = ask(capsys)
     assert code == 1 and "kernels.mlp='torch' computes something else than the reference" in out
+    assert "the table above lists them" in out and "kernels.doctor" not in out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_the_doctor_does_not_send_to_the_doctor(capsys, tmp_path):
+    code, out, _ = ask(capsys, "--config", configured(tmp_path, "kernels: {attention: flash}"))
+    assert code == 1 and out.endswith("Use kernels.attention=auto; the table above says what can be used here\n")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("kernels: {attention: flesh}", "kernels.attention: "),
-        ("kernels: {atention: sdpa}", "kernels: "),
+        ("kernels: {attention: flesh}", "kernels.attention: unknown backend 'flesh'; did you mean 'flash'?"),
+        ("kernels: {attention: quick}", "kernels.attention: unknown backend 'quick'; known: auto, "),
+        ("kernels: {atention: sdpa}", "kernels: unknown key 'atention'; did you mean 'attention'?"),
         ("kernels: fast", "kernels='fast' must be a mapping"),
         ("model: 2L64H", "model='2L64H' must be a mapping"),
         ("model: {name: 2L64}", "unknown model name '2L64'"),

@@ -147,7 +147,8 @@ def test_what_is_done_is_found_after_a_move_and_without_its_base(compare_file, s
     arms["late"] = {"operator": "stack", "base": {"max_steps": 8, "learning_rate": 0.5}}
     changed(compare_file, arms=arms)
     assert grow(again) == 3
-    assert "late was trained with other settings (init_from)" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "late was trained with other settings" in err and "  init_from: 'base, max_steps 8' then, 'base, lear" in err
     changed(compare_file, arms=arms | {"late": OWN_BASES["late"]})
     for base in ("base", "base, max_steps 8"):
         shutil.rmtree(tmp_path / "moved" / "seed-1" / base)
@@ -224,6 +225,13 @@ def test_settings_that_fit_no_arm_are_found_before_the_base_is_trained(compare_f
     assert trained(started) == [] and not (tmp_path / "out").exists()
 
 
+def test_a_wrong_setting_is_named_by_its_arm_and_not_by_a_file_that_is_gone(compare_file, started, tmp_path, capsys):
+    changed(compare_file, settings={"optimizer": {"lerning_rate": 1}})
+    assert grow(["compare", "--config", str(compare_file)]) == 2
+    err = capsys.readouterr().err
+    assert "  error: arm 'masks': optimizer: unknown key 'lerning_rate'" in err and "settings.yaml" not in err
+
+
 @pytest.mark.slow
 def test_every_run_has_a_line_and_a_log_and_its_costs_add_up_over_starts(compare_file, started, tmp_path, capsys):
     compare = ["compare", "--config", str(changed(compare_file, arms={"scratch": {}, "stack": {"operator": "stack"}}))]
@@ -270,7 +278,9 @@ def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(compare_file
 
     assert grow(["compare", "--config", str(compare_file)]) == 3
 
-    assert "was trained with other settings (stages); choose another out_dir, or remove it" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "was trained with other settings; choose another out_dir, or remove it:" in err
+    assert "  stages[2].learning_rate: not set then, 0.5 now" in err
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from pretrain.loggers import RunLog, cut_back, format_seconds
+from pretrain.loggers import Progress, RunLog, cut_back, format_seconds
 
 
 def write_lines(path, records, tail=""):
@@ -94,3 +94,11 @@ def test_tensorboard_shows_each_step_once_after_a_resume_and_none_of_a_run_that_
 @pytest.mark.parametrize(("seconds", "text"), [(5, "5s"), (95, "1m35s"), (3700, "1h01m"), (float("inf"), "?")])
 def test_durations_read_as_people_write_them(seconds, text):
     assert format_seconds(seconds) == text
+
+
+def test_the_time_left_is_at_the_rate_of_what_does_not_compile(capsys):
+    progress = Progress("base", total_steps=30, done_steps=0, flops_left=6000.0, shown=False)
+    for flops_per_sec, compiling in ((1.0, 50.0), (100.0, 0.0), (2.0, 50.0)):
+        progress.status(10, 3.0, 64.0, flops_per_sec, compiling)
+    times = [line.rpartition("  ")[2] for line in capsys.readouterr().out.splitlines()]
+    assert times == ["? left in this run", "1m00s left in this run", "1m00s left in this run"]

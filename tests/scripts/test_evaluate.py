@@ -206,13 +206,24 @@ def test_data_is_found_by_the_environment_and_bf16_runs(evaluate, folder, data, 
         (["--data", "nowhere"], EXIT_DATA, "nowhere is not a folder"),
         (["--tasks-dir", "nowhere"], EXIT_DATA, "nowhere is not a folder"),
         (["--tokenizer", "nowhere"], EXIT_DATA, "tokenizer nowhere does not exist"),
-        (["--out", "nowhere/o.jsonl"], EXIT_DATA, "nowhere/o.jsonl: No such file or directory"),
+        (["--out", "/dev/null/o.jsonl"], EXIT_DATA, "/dev/null: Not a directory"),
     ],
 )
 def test_a_wrong_setting_is_one_line(arguments, code, message, evaluate, folder, data):
     found, out, error = evaluate(folder, *(() if "--data" in arguments else ("--data", data)), *arguments)
     assert (found, out) == (code, "")
     assert message in error and error.startswith("error: ") and len(error.splitlines()) == 1
+
+
+def test_the_folder_of_out_is_made_with_the_first_scores_and_not_where_there_are_none(evaluate, folder, data, tmp_path):
+    out = tmp_path / "new" / "folder" / "scores.jsonl"
+    arguments = ("--data", data, "--tasks", "piqa", "--out", out)
+    code, _, _ = evaluate(tmp_path / "no checkpoint", *arguments)
+    assert code == EXIT_DATA and not (tmp_path / "new").exists()
+
+    code, _, error = evaluate(folder, *arguments)
+    assert code == EXIT_OK, error
+    assert {json.loads(line)["task"] for line in out.read_text().splitlines()} == {"piqa"}
 
 
 def test_files_that_are_missing_or_damaged_are_named(evaluate, folder, data):

@@ -58,7 +58,7 @@ class Checkout:
     def __init__(self, path: Path) -> None:
         self.path = path
         (path / "scripts").mkdir(parents=True)
-        for name in ("demo.sh", "test.sh", "venv.sh", "launch_local.sh"):
+        for name in ("demo.sh", "test.sh", "venv.sh", "help.sh", "launch_local.sh"):
             shutil.copy(ROOT / "scripts" / name, path / "scripts")
         for name in ("setup.py", "pyproject.toml", "constraints.txt"):
             shutil.copy(ROOT / name, path)

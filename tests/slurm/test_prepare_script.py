@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -37,6 +38,7 @@ def run(root: Path, tmp_path: Path):
 
 def make_checkout(path: Path) -> Path:
     (path / "scripts").mkdir(parents=True)
+    shutil.copy(Path(__file__).parents[2] / "scripts" / "help.sh", path / "scripts")
     for name in ("prepare.py", "prepare_slimpajama.py"):
         (path / "scripts" / name).touch()
     return path

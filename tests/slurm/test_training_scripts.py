@@ -69,7 +69,11 @@ def test_they_parse(root: Path, script: str):
 def test_shellcheck_finds_nothing(root: Path):
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed")
-    scripts = [*(root / "scripts" / "slurm").glob("*.sh"), root / "scripts" / "launch_local.sh"]
+    scripts = [
+        *(root / "scripts" / "slurm").glob("*.sh"),
+        root / "scripts" / "launch_local.sh",
+        root / "scripts" / "help.sh",
+    ]
     done = subprocess.run(["shellcheck", "-x", *scripts], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
@@ -127,6 +131,26 @@ def test_what_is_missing_is_one_clear_error(run, script: str, settings: dict[str
     status, calls, err = run(script, **settings)
     assert status == 2
     assert message in err and calls == []
+
+
+@pytest.mark.parametrize(
+    ("script", "reads"),
+    [
+        ("base_model.sh", "  LEARNING_RATE=1e-3"),
+        ("g_stack.sh", "  GROWN=out/grown/$MODEL_NAME"),
+        ("grow.sh", "  OPERATOR=stack"),
+        ("evaluate.sh", "  RUN="),
+        ("recipe.sh", "  BASE_MODEL      size of the base (6L2048H)"),
+        ("prepare.sh", "  PYTHON          interpreter with lit-grow[prep]"),
+    ],
+)
+def test_help_says_what_is_read_from_the_environment_and_needs_nothing(root: Path, tmp_path, script: str, reads: str):
+    path = root / "scripts" / "slurm" / script
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "LIT_GROW_ROOT"))}
+    for cwd, name in ((tmp_path, str(path)), (path.parent, script)):
+        done = subprocess.run(["bash", name, "--help"], env=kept, cwd=cwd, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert reads in done.stdout and "#" not in done.stdout and script in done.stdout
 
 
 @pytest.mark.parametrize("how", [{"LEAVES": "yes"}, {"SRUN_STATUS": "75"}])
