@@ -284,5 +284,9 @@ def test_at_the_time_limit_the_run_has_saved_and_is_queued_again(slurm, limited:
     assert "only a signal will stop the run before its end" in slurm.output(job)
     assert "DUE TO TIME LIMIT" in slurm.output(job)
     assert "stopped by SIGTERM; repeat the command to go on" in slurm.output(job)
-    saved = {int(path.name[5:]) for path in out.glob("checkpoints/stage-01/step-*")}
-    assert saved and saved <= {line["step"] for line in lines(out)}  # the next start may have gone on meanwhile
+
+    def saved() -> int:
+        return max(int(path.name[5:]) for path in out.glob("checkpoints/stage-01/step-*"))
+
+    # At once where the next start had not begun; else when it, cancelled, has saved as well
+    slurm.wait_until(lambda: saved() == lines(out)[-1]["step"], "a checkpoint of the last step", 60)
