@@ -9,12 +9,15 @@ usage() {
   cat <<HELP
 usage: bash scripts/study.sh [--text PATH] [NAME...]
 
-Trains the comparisons NAME (all: ${ORDER[*]}) with \`grow compare\`, from settings in
-configs/study and into out/study, and writes their results to benchmarks/results/study.json and docs/study.md. Repeating the command continues where it stopped; a second shell may take other names, or
-seeds of the same comparison: grow compare --config configs/study/NAME.yaml --seed 2
+Trains the comparisons NAME with \`grow compare\`, from settings in configs/study and into out/study, and writes
+their results to benchmarks/results/study.json and docs/study.md. All of them without NAME:
 
-  --text PATH  file or folder of plain text to train on (default: books in \$LIT_GROW_DATA, or in
-               ../shared/data)
+  ${ORDER[*]}
+
+Repeating the command continues where it stopped; a second shell may take other names, or seeds of the same
+comparison: grow compare --config configs/study/NAME.yaml --seed 2
+
+  --text PATH  file or folder of plain text to train on (default: books in \$LIT_GROW_DATA, or in ../shared/data)
 
   PYTHON             interpreter for a new .venv, 3.10 or newer (default python3)
   TORCH_INDEX_URL    package index for torch, when set

@@ -1,4 +1,5 @@
-# Sourced by demo.sh, study.sh and test.sh, which have gone to the root of the checkout: one way to make .venv, one way to stop.
+# Sourced by demo.sh, study.sh and test.sh, which have gone to the root of the checkout: one way to make .venv, one way
+# to stop.
 # shellcheck shell=bash
 
 VENV=.venv
