@@ -48,9 +48,17 @@ def _spent(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def loss_records(
-    at: Mapping[str, Any], measured: ValidationSet, result: Evaluation, max_tokens: int | None
+    at: Mapping[str, Any], measured: ValidationSet, result: Evaluation, max_tokens: int | None, weights: str
 ) -> list[dict[str, Any]]:
-    """One record per metric of a validation set. at: `moment`; max_tokens: how many were wanted, None: all."""
+    """One record per metric of a validation set.
+
+    Args:
+        at: `moment`.
+        measured: the set.
+        result: what came out.
+        max_tokens: how many were wanted; None: all.
+        weights: `weights_sha256`.
+    """
     values = (
         ("loss", result.nats_per_token, result.stderr),
         ("perplexity", result.perplexity, None),
@@ -60,6 +68,7 @@ def loss_records(
         "n": result.n_tokens,
         "limit": max_tokens if result.limited else None,
         "checkpoint": None,  # measured on the weights in memory, before they are saved
+        "weights": weights,
         "data": measured.source.fingerprint,
     }
     return [

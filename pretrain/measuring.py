@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def measure(run: Run, stage: Stage, trained: Trained, state: TrainState, when: s
     """
     state.validation_owed = when
     at = moment({**state.to_dict(), "stage": stage.index, "stage_name": stage.name}, when)
-    found = Found([], [])
+    found = Found([], [], cache(lambda: _fingerprint(run, trained)))
     for every_steps, add in _parts(run):
         due = when != EVERY or (every_steps > 0 and state.step_count % every_steps == 0)
         if due and not add(run, trained, state, at, found):
@@ -59,6 +60,8 @@ class Found:
     records: list[dict[str, Any]]
     lines: list[str]
     """The same for people."""
+    fingerprint: Callable[[], str]
+    """Of the weights they were measured on: computed once, and by all processes together."""
 
 
 Add = Callable[[Run, Trained, TrainState, Mapping[str, Any], Found], bool]
@@ -87,7 +90,7 @@ def _add_losses(run: Run, trained: Trained, state: TrainState, at: Mapping[str, 
         )
         if result is None:
             return False
-        found.records += loss_records(at, each, result, max_tokens)
+        found.records += loss_records(at, each, result, max_tokens, found.fingerprint())
         bpb = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.4f} bits per byte"
         what = f"validation {each.name} ({at['stage_name']}, {at['when']})"
         found.lines.append(f"{what}: {result.nats_per_token:.4f} nats per token{bpb}")
@@ -124,7 +127,7 @@ def _add_scores(run: Run, trained: Trained, state: TrainState, at: Mapping[str, 
     mean = average(scores)
     scores += [] if mean is None else [mean]
     dtype = str(run.compute.dtype).removeprefix("torch.")
-    weights = _fingerprint(run, trained)
+    weights = found.fingerprint()
     found.records += score_records(at, scores, checkpoint=None, weights=weights, first=suite.first, dtype=dtype)
     found.lines.append(f"zero-shot ({at['stage_name']}, {at['when']}): {describe_scores(scores)}")
     return True
@@ -136,7 +139,7 @@ def _uncompiled(run: Run) -> AbstractContextManager[Any]:
 
 
 def _fingerprint(run: Run, trained: Trained) -> str:
-    """Of the weights that were scored, saved or not."""
+    """Of the weights that were measured, saved or not."""
     growth = trained.growth
     weights = trained.model.state_dict() if growth is None else growth.materialise()
     return weights_sha256(weights, run.world)

@@ -100,7 +100,7 @@ def test_every_task_has_every_metric_at_every_moment_and_the_seven_have_their_av
 
 
 def test_records_stand_where_the_losses_of_the_moment_stand(scored_run):
-    place = ("step", "stage", "stage_name", "when", "tokens", "tokens_total", "flops_total")
+    place = ("step", "stage", "stage_name", "when", "tokens", "tokens_total", "flops_total", "weights")
     losses = {
         tuple(line[key] for key in place) for line in records(scored_run, "evals.jsonl") if line.get("metric") == "loss"
     }
