@@ -62,6 +62,7 @@ class SyntheticRun:
     seed: int = 3407
     noise: float = 0.05
     log_every: int = 2
+    tokens_per_step: int = TOKENS_PER_STEP
     samples: int = 50_000
     """In the training set; less than 8 times the steps makes several epochs."""
     data_folder: str = "out/demo/data"
@@ -101,13 +102,15 @@ class SyntheticRun:
             self._grow(number, stage)
         begin = self.step
         self._evaluate(number, stage, "after_growth" if stage.operator else "start", 0)
-        flops_per_step = flops_per_token(stage.config).paper * TOKENS_PER_STEP
+        flops_per_step = flops_per_token(stage.config).paper * self.tokens_per_step
         every: list[float] = []
         for stage_step in range(1, stage.steps + 1):
-            self.step, self.tokens = begin + stage_step, self.tokens + TOKENS_PER_STEP
+            self.step, self.tokens = begin + stage_step, self.tokens + self.tokens_per_step
             self.flops += flops_per_step
             self.seconds += 0.012 * stage.config.n_layer + 0.02
-            every.append(float(stage.loss(np.array(stage_step * TOKENS_PER_STEP)) + self.noise * self.rng.normal()))
+            every.append(
+                float(stage.loss(np.array(stage_step * self.tokens_per_step)) + self.noise * self.rng.normal())
+            )
             if stage_step == stage.steps or self.step % self.log_every == 0:
                 self._log(number, stage, stage_step, sum(every) / len(every))
                 every = []
@@ -145,7 +148,7 @@ class SyntheticRun:
         self.metrics.append({**self._counters(number, stage), **rest, **clock})
 
     def _evaluate(self, number: int, stage: Stage, when: str, stage_step: int) -> None:
-        value = float(stage.loss(np.array(stage_step * TOKENS_PER_STEP))) + 0.08
+        value = float(stage.loss(np.array(stage_step * self.tokens_per_step))) + 0.08
         common = {**self._counters(number, stage), "when": when, "set": "stdlib", "n": 65_536}
         common |= {"limit": None, "checkpoint": None, "data": "beef" * 16}
         for metric, number_, stderr in (

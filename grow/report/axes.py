@@ -17,7 +17,7 @@ INSET = (0.46, 0.4)  # an inset lies to the right of and above these shares of t
 MAX_TICKS = 6
 N_COLOURS, N_DASHES = 8, 4
 LOOKS = 16  # a line's style: its colour plus this times the rounds that all colours have been through
-SEQUENCE = 8  # the first of the five colours that form a scale
+SEQUENCE, SEQUENCE_LENGTH = 8, 5  # the first of the colours that form a scale, and their number
 
 
 def style_number(place: int) -> int:
@@ -29,6 +29,11 @@ def colour_and_dash(style: int) -> tuple[int, int]:
     """Numbers of the colour and of the dashes of a style."""
     colour, rounds = style % LOOKS, style // LOOKS
     return colour, (colour + rounds) % N_DASHES
+
+
+def solid(colour: int) -> int:
+    """The style of this colour without dashes."""
+    return colour + LOOKS * (-colour % N_DASHES)
 
 
 def chart(name: str, section: str, title: str, series: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
@@ -94,6 +99,18 @@ def with_axes(drawn: dict[str, Any]) -> dict[str, Any]:
         "top": _top_axis(low, high, drawn["flops_per_token"]),
     }
     return {**finished, "inset": finished["inset"] if _has_room(finished) else None}
+
+
+def zoomed(drawn: dict[str, Any], from_x: float, to_x: float = math.inf) -> dict[str, Any] | None:
+    """The chart, without axes, of what it draws between two values of x; None where nothing is left."""
+    parts = [
+        {**series, "points": [point for point in series["points"] if from_x <= point[0] <= to_x]}
+        for series in drawn["series"]
+        if series["kind"] != "logged"
+    ]
+    parts = [{key: value for key, value in part.items() if key != "intervals"} for part in parts if part["points"]]
+    rest = {"spikes": [], "cut_start": False, "from_x": from_x, "inset": None}
+    return {**drawn, "series": parts, **rest} if parts else None
 
 
 def _y_axis(drawn: dict[str, Any], lines: Sequence[Any], x_max: float) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from grow.curves import Curve, validation_curve
 from grow.report import text
-from grow.report.axes import chart, rounded, style_number, thinned, with_axes
+from grow.report.axes import chart, rounded, style_number, thinned, with_axes, zoomed
 from grow.report.compare import ALONG, Comparisons
 from grow.runs.gather import NATS_PER_TOKEN, Gathered
 from grow.runs.trained_model import TrainedModel
@@ -34,9 +34,9 @@ def build_charts(gathered: Gathered, comparisons: Comparisons, styles: dict[str,
     flops, tokens, seconds = (
         _training_chart(gathered, comparisons, styles, quantity) for quantity in ("flops", "tokens", "seconds")
     )
-    zoomed = _zoom(flops, comparisons)
-    flops = {**flops, "arrows": flops["arrows"][:1], "inset": zoomed[0] if zoomed else None}
-    charts = [flops, *zoomed, _validation_chart(gathered, comparisons, styles), tokens, seconds]
+    nearer = _zoom(flops, comparisons)
+    flops = {**flops, "arrows": flops["arrows"][:1], "inset": nearer[0] if nearer else None}
+    charts = [flops, *nearer, _validation_chart(gathered, comparisons, styles), tokens, seconds]
     return [drawn if "x" in drawn else with_axes(drawn) for drawn in charts if _is_extended(drawn)]
 
 
@@ -217,14 +217,11 @@ def _zoom(drawn: dict[str, Any], comparisons: Comparisons) -> list[dict[str, Any
     which = (
         f" The arrows are those of {pair.grown.name} and {pair.baseline.name}." if len(comparisons.pairs) > 1 else ""
     )
-    series = [
-        {**series, "points": [point for point in series["points"] if from_x <= point[0] <= to_x]}
-        for series in drawn["series"]
-        if series["kind"] == "line"
-    ]
-    zoomed = with_axes(
+    part = zoomed(drawn, from_x, to_x)
+    assert part is not None, "the arrows end on lines"
+    found = with_axes(
         {
-            **drawn,
+            **part,
             "id": f"{drawn['id']}-zoom",
             "title": "The same, where they meet",
             "caption": (
@@ -232,13 +229,9 @@ def _zoom(drawn: dict[str, Any], comparisons: Comparisons) -> list[dict[str, Any
                 f"and where there is room that from scratch at {' and '.join(f'{share:.0%}' for share in ALONG)} "
                 f"of its FLOPs.{which}"
             ),
-            "series": [series for series in series if series["points"]],
-            "spikes": [],
-            "cut_start": False,
-            "from_x": from_x,
         }
     )
-    return [{**zoomed, "arrows": _apart(zoomed["arrows"], zoomed["y"])}]
+    return [{**found, "arrows": _apart(found["arrows"], found["y"])}]
 
 
 def _apart(arrows: Sequence[dict[str, Any]], axis: dict[str, Any]) -> list[dict[str, Any]]:

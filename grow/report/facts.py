@@ -13,6 +13,7 @@ from grow.layer_map import format_layer_map, is_connected, layer_texts
 from grow.plan import MARKS
 from grow.report.charts import build_charts, line_styles
 from grow.report.compare import Comparisons, over_seeds
+from grow.report.guideline_charts import charts_of_runs
 from grow.report.headline import claim, definitions, headline, notes
 from grow.report.isoflop import isoflop_charts
 from grow.report.law_charts import law_charts
@@ -40,6 +41,7 @@ def build_report(gathered: Gathered, comparisons: Comparisons, samples: Mapping[
     scores, no_scores = score_charts(gathered, styles)
     laws, no_laws = law_charts(gathered, comparisons, styles)
     isoflops, no_isoflops, optima = isoflop_charts(gathered, comparisons)
+    rules, no_rules = charts_of_runs(gathered)
     tables, no_tables = build_tables(gathered, comparisons, rows)
     return {
         "format": FORMAT,
@@ -61,10 +63,10 @@ def build_report(gathered: Gathered, comparisons: Comparisons, samples: Mapping[
             for model in gathered.external
         ],
         "growths": [_growth(model, gathered, comparisons) for model in gathered.of_role("grown")],
-        "charts": [*build_charts(gathered, comparisons, styles), *scores, *laws, *isoflops],
+        "charts": [*build_charts(gathered, comparisons, styles), *scores, *laws, *isoflops, *rules],
         "optima": optima,
         "tables": tables,
-        "missing": [*no_scores, *no_laws, *no_isoflops, *no_tables],
+        "missing": [*no_scores, *no_laws, *no_isoflops, *no_rules, *no_tables],
         "samples": dict(samples),
         "definitions": definitions(comparisons, gathered.unit) if gathered.models else [],
         "reproduction": _reproduction(gathered.models),

@@ -35,7 +35,7 @@ def write_figures(charts: list[dict[str, Any]], folder: Path) -> list[Path]:
     with drawing():
         for chart in charts:
             figure = Figure(figsize=(7.2, 4.2), dpi=160, layout="constrained")
-            _draw(figure.add_subplot(), chart)
+            draw(figure.add_subplot(), chart)
             for suffix in ("png", "svg"):
                 paths.append(folder / f"{chart['id']}.{suffix}")
                 save(figure, paths[-1])
@@ -55,7 +55,8 @@ def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, metadata={"Software": None} if path.suffix == ".png" else {"Date": None})
 
 
-def _draw(axes: Axes, chart: dict[str, Any]) -> None:
+def draw(axes: Axes, chart: dict[str, Any]) -> None:
+    """A chart with its title, axes and names, without its caption."""
     _draw_plot(axes, chart)
     axes.set_title(chart["title"], loc="left", color=INK)
     axes.set_xlabel(chart["x"]["label"])

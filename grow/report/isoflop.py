@@ -65,10 +65,10 @@ def sweeps(gathered: Gathered, what: str) -> list[Sweep]:
     """Groups of grown models with three or more different values of `what` and all else equal, the data too."""
     groups: dict[tuple[Any, ...], list[tuple[float, float, TrainedModel]]] = {}
     for model in gathered.of_role("grown"):
-        d, g = model.grown_after_tokens, model.growth_factor
-        if not d or g is None or model.parameters is None or len(model.state["history"]) > 1:
-            continue  # of a model that grew several times, neither is one number
-        value, other = (float(d), g) if what == "d" else (g, float(d))
+        if model.single_growth is None or model.parameters is None:
+            continue
+        d, g = model.single_growth
+        value, other = (d, g) if what == "d" else (g, d)
         groups.setdefault((model.operator, *_setting(model)), []).append((value, other, model))
     found = []
     for (operator, *setting), members in groups.items():

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from grow.report.axes import chart, rounded, with_axes
+from grow.report.axes import chart, rounded, with_axes, zoomed
 from grow.report.charts import flops_per_token
 from grow.runs.gather import Gathered
 from grow.scores import AVERAGE, AVERAGED, LABELS, METRICS, WIKITEXT, ScoredPoint
 
 HOW_TO_SCORE = "train with zero_shot.tasks, or score checkpoints with `scripts/evaluate.py CKPT --out RUN/evals.jsonl`"
 
+INSET_FROM = 0.6  # of the longest training: perplexities at its end, which lie close together
 UNTRAINED = 2.0  # times the worst final perplexity: what lies above is not shown
 
 
@@ -61,7 +62,7 @@ def _score_chart(models: Sequence[Scored], task: str, flops_per_token: float | N
     if not series:
         return None
     is_perplexity = task == WIKITEXT
-    return chart(
+    drawn = chart(
         f"score-{task.replace('_', '-')}",
         "scores",
         LABELS[task] if task != AVERAGE else "Average accuracy",
@@ -73,6 +74,15 @@ def _score_chart(models: Sequence[Scored], task: str, flops_per_token: float | N
         y_limit=UNTRAINED * max(each["points"][-1][1] for each in series) if is_perplexity else None,
         flops_per_token=flops_per_token if is_flops else None,
     )
+    return {**drawn, "inset": _end_of(drawn)} if is_perplexity else drawn
+
+
+def _end_of(drawn: dict[str, Any]) -> dict[str, Any] | None:
+    """What an inset shows: the end of the lines, if at least two have a course there."""
+    end = zoomed(drawn, INSET_FROM * max(series["points"][-1][0] for series in drawn["series"]))
+    if end is None or sum(len(series["points"]) > 1 for series in end["series"]) < 2:
+        return None
+    return with_axes({**end, "flops_per_token": None})
 
 
 def _is_placed(point: ScoredPoint) -> bool:

@@ -141,6 +141,12 @@ class TrainedModel:
         return count_non_embedding(dst) / count_non_embedding(src)
 
     @property
+    def single_growth(self) -> tuple[float, float] | None:
+        """d and g; None where they are not known, or of a model that grew several times: neither is one number."""
+        d, g = self.grown_after_tokens, self.growth_factor
+        return None if not d or g is None or len(self.state["history"]) > 1 else (float(d), g)
+
+    @property
     def tokenizer(self) -> str | None:
         """Identity of the tokenizer behind the data."""
         return (self.state.get("tokenizer") or {}).get("sha256")
