@@ -34,7 +34,7 @@ def by_machine(result: Record, table: Callable[[Record], str]) -> str:
 def on(record: Record, key: str) -> str:
     """What it was measured on."""
     machine = record["machine"]
-    if record.get("clock", "cpu_secs") == "secs":
+    if record["clock"] == "secs":
         return f"{key}, torch {machine['torch']}:"
     flags = [flag for flag in machine["flags"] if flag.startswith(("amx", "avx512"))]
     return (
@@ -45,7 +45,7 @@ def on(record: Record, key: str) -> str:
 
 def per_second(record: Record) -> str:
     """Which rate is compared."""
-    return "tokens_per_cpu_sec" if record.get("clock", "cpu_secs") == "cpu_secs" else "tokens_per_sec"
+    return "tokens_per_cpu_sec" if record["clock"] == "cpu_secs" else "tokens_per_sec"
 
 
 def quartiles(spread: Mapping[str, float], form: str) -> str:
@@ -54,9 +54,9 @@ def quartiles(spread: Mapping[str, float], form: str) -> str:
 
 def training(record: Record) -> str:
     """Every variant, and its speed relative to transformers eager of its policy."""
-    rate, is_gpu = per_second(record), record.get("clock") == "secs"
+    rate, is_gpu = per_second(record), record["clock"] == "secs"
     medians = {each["name"]: each[rate]["median"] for each in record["variants"]}
-    ratios = {(each["ours"], each["against"]): each for each in record[f"ratios_{record.get('clock', 'cpu_secs')}"]}
+    ratios = {(each["ours"], each["against"]): each for each in record[f"ratios_{record['clock']}"]}
     head = ["variant", f"tokens per {'second' if is_gpu else 'CPU-second'}", "quartiles", "of transformers eager"]
     head += ["MFLOP per token", "share of the floor's speed", *(["MFU", "MiB beyond weights"] if is_gpu else [])]
     rows = []
@@ -64,16 +64,16 @@ def training(record: Record) -> str:
         name, precision = each["name"], each["name"].split()[1]
         eager = f"transformers {precision} eager"
         ratio = ratios.get((name, eager), {}).get("median") or _quotient(medians, name, eager)
-        flops = each.get("model_flops_per_token")
-        share = record.get("floors", {}).get(precision, {}).get("share_reached", {}).get(name)
+        flops = each["model_flops_per_token"]
+        share = record["floors"][precision]["share_reached"].get(name)
         cells = [name, f"{medians[name]:,.0f}", quartiles(each[rate], ",.0f"), _number(ratio, ".2f")]
-        cells += [_number(flops and flops / 1e6, ".1f"), _number(share and 100 * share["median"], ".0f", " %")]
+        cells += [f"{flops / 1e6:.1f}", _number(share and 100 * share["median"], ".0f", " %")]
         rows.append([*cells, *([mfu(each, record), f"{each['peak_bytes'] / 2**20:,.0f}"] if is_gpu else [])])
-    for precision, floor in record.get("floors", {}).items():
+    for precision, floor in record["floors"].items():
         spread = floor["tokens_per_sec"]
         cells = [f"floor {precision}", f"{spread['median']:,.0f}", quartiles(spread, ",.0f"), MISSING]
         rows.append([*cells, MISSING, "100 %", *([MISSING, MISSING] if is_gpu else [])])
-    absent = [f"{family}: {why}." for family, why in record.get("absent", {}).items()]
+    absent = [f"{family}: {why}." for family, why in record["absent"].items()]
     notes = [f"`{record['auto']['variant']}` is what `auto` gives here: {record['auto']['why']}.", *absent]
     return markdown(head, rows) + "\n\n" + " ".join(notes)
 
@@ -107,8 +107,6 @@ def training_targets(record: Record) -> str:
 
 def training_floor(record: Record) -> str:
     """What the floor is made of."""
-    if not record.get("floors"):
-        return NOTHING
     head = ["floor", "GFLOP a step", "products in", "GFLOP/s", "MB a step", "GB/s", "ms a step", "of that products"]
     rows = []
     for precision, floor in record["floors"].items():

@@ -78,7 +78,7 @@ def are_compared(ours: Variant, other: Variant) -> bool:
 
 def targets(result: dict[str, Any]) -> list[tuple[str, str, float, dict[str, float] | None]]:
     """What was to be reached: ours, against, how many times as fast, and what was found (None: not measured)."""
-    found = {(each["ours"], each["against"]): each for each in result[f"ratios_{result.get('clock', 'cpu_secs')}"]}
+    found = {(each["ours"], each["against"]): each for each in result[f"ratios_{result['clock']}"]}
     rows = []
     for precision in ("fp32", "bf16"):
         if not any(f" {precision} " in variant["name"] for variant in result["variants"]):

@@ -3,7 +3,7 @@
 set -euo pipefail
 
 # Rates before what uses them.
-ORDER=(rates operators connection recipes confirm timing factor hops noise-and-moments large)
+ORDER=(rates operators connection recipes confirm timing factor hops noise-and-moments large fed)
 
 usage() {
   cat <<HELP
