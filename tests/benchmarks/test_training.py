@@ -168,6 +168,7 @@ def test_a_goal_that_was_not_measured_is_not_reached():
     ratio = {"median": 1.2, "q1": 1.1, "q3": 1.3}
     pair = {"ours": "ours fp32 block-compiled", "against": "transformers fp32 eager"}
     result = {"ratios_cpu_secs": [{**pair, **ratio}], "variants": [{"name": "ours fp32 block-compiled"}]}
+    result["clock"] = "cpu_secs"
 
     rows = variants.targets(result)
 
