@@ -101,16 +101,15 @@ def with_axes(drawn: dict[str, Any]) -> dict[str, Any]:
     return {**finished, "inset": finished["inset"] if _has_room(finished) else None}
 
 
-def zoomed(drawn: dict[str, Any], from_x: float, to_x: float = math.inf) -> dict[str, Any] | None:
-    """The chart, without axes, of what it draws between two values of x; None where nothing is left."""
+def zoomed(drawn: dict[str, Any], from_x: float, to_x: float = math.inf) -> dict[str, Any]:
+    """The chart, without axes, of the lines and marks that it has between two values of x."""
     parts = [
-        {**series, "points": [point for point in series["points"] if from_x <= point[0] <= to_x]}
+        {**series, "points": [point for point in series["points"] if from_x <= point[0] <= to_x], "intervals": []}
         for series in drawn["series"]
         if series["kind"] != "logged"
     ]
-    parts = [{key: value for key, value in part.items() if key != "intervals"} for part in parts if part["points"]]
-    rest = {"spikes": [], "cut_start": False, "from_x": from_x, "inset": None}
-    return {**drawn, "series": parts, **rest} if parts else None
+    shown = [part for part in parts if part["points"]]
+    return {**drawn, "series": shown, "spikes": [], "cut_start": False, "from_x": from_x, "inset": None}
 
 
 def _y_axis(drawn: dict[str, Any], lines: Sequence[Any], x_max: float) -> dict[str, Any]:

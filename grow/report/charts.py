@@ -217,11 +217,9 @@ def _zoom(drawn: dict[str, Any], comparisons: Comparisons) -> list[dict[str, Any
     which = (
         f" The arrows are those of {pair.grown.name} and {pair.baseline.name}." if len(comparisons.pairs) > 1 else ""
     )
-    part = zoomed(drawn, from_x, to_x)
-    assert part is not None, "the arrows end on lines"
     found = with_axes(
         {
-            **part,
+            **zoomed(drawn, from_x, to_x),
             "id": f"{drawn['id']}-zoom",
             "title": "The same, where they meet",
             "caption": (

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from grow.planning.guideline import (
     FACTOR,
     FITTED_FLOPS,
@@ -23,7 +25,6 @@ N_BUDGETS = 120
 TIMING_TOP = 45.0  # eq. 2 leaves every scale at the small end
 FACTOR_TOP = 26.0
 PLAIN = 7  # the grey look
-FITTED = "the budgets and sizes of 0.3 to 5 B parameters that eq. 2 was fitted to"
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def _chart(
 ) -> dict[str, Any]:
     low = min(SPAN[0], *(each.flops / 2 for each in grown))
     high = max(SPAN[1], *(each.flops * 2 for each in grown))
-    budgets = [low * (high / low) ** (i / (N_BUDGETS - 1)) for i in range(N_BUDGETS)]
+    budgets = np.geomspace(low, high, N_BUDGETS)
     series: list[dict[str, Any]] = []
     for place, parameters in enumerate(sorted({*SIZES, *(each.parameters for each in grown)})):
         series += _curves(parameters, budgets, rule, place)
@@ -108,13 +109,15 @@ def _chart(
         series.append(_series(f"recommended: {recommended:g}", "fit", PLAIN, ends))
     for each, value in zip(grown, values, strict=True):
         series.append(_series(each.name, "marks", PLAIN, [[rounded(each.flops), rounded(value)]]))
-    about_factor = " The paper recommends 4 for every size." if recommended is not None else ""
     drawn = chart(
         name,
         "laws",
         title,
         series,
-        caption=f"Lines: the rule for N parameters, solid for {FITTED}.{about_factor} Dots: {_named(grown)}.",
+        caption=(
+            "Lines: the rule for N parameters, solid at the sizes and budgets that eq. 2 was fitted to. "
+            f"Dots: {_named(grown)}."
+        ),
         x_label="budget C, FLOPs, base included",
         y_label=y_label,
         log=["x"],
@@ -129,7 +132,7 @@ def _named(grown: Sequence[Grown]) -> str:
 
 
 def _curves(
-    parameters: float, budgets: Sequence[float], rule: Callable[[float, float], float], place: int
+    parameters: float, budgets: np.ndarray, rule: Callable[[float, float], float], place: int
 ) -> list[dict[str, Any]]:
     """Dashed over all budgets, and solid where the rule was fitted."""
     fits = FITTED_PARAMETERS[0] <= parameters <= FITTED_PARAMETERS[1]

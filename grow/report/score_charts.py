@@ -80,7 +80,7 @@ def _score_chart(models: Sequence[Scored], task: str, flops_per_token: float | N
 def _end_of(drawn: dict[str, Any]) -> dict[str, Any] | None:
     """What an inset shows: the end of the lines, if at least two have a course there."""
     end = zoomed(drawn, INSET_FROM * max(series["points"][-1][0] for series in drawn["series"]))
-    if end is None or sum(len(series["points"]) > 1 for series in end["series"]) < 2:
+    if sum(len(series["points"]) > 1 for series in end["series"]) < 2:
         return None
     return with_axes({**end, "flops_per_token": None})
 
