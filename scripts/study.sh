@@ -3,7 +3,7 @@
 set -euo pipefail
 
 # Rates before what uses them.
-ORDER=(rates operators connection recipes confirm timing factor hops noise-and-moments large fed)
+ORDER=(rates operators connection recipes confirm timing factor hops noise-and-moments large enough-tokens)
 
 usage() {
   cat <<HELP
